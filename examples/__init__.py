@@ -1,0 +1,1 @@
+"""A tiny trained base model, real LoRA adapters on it, and what each of them does."""

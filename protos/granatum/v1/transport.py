@@ -1,0 +1,214 @@
+"""How our processes speak gRPC: channel options, TLS, and errors as rich status.
+
+Every server is built by `build_server` and every channel by `open_channel`, so that limits,
+keepalive, TLS, health, reflection and error mapping are the same on every hop.
+"""
+
+import ipaddress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+from granatum.v1.errors import GranatumError, Internal, InvalidRequest
+
+MAX_MESSAGE_BYTES = 16 << 20
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+)
+_SERVER_OPTIONS = (*_OPTIONS, ("grpc.so_reuseport", 0))
+_CHANNEL_OPTIONS = (
+    *_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files. A server needs `cert` and `key`; with `ca` it demands client certificates.
+
+    A client needs `ca`, and `cert` with `key` where the server demands one.
+    """
+
+    cert: Path | None = None
+    key: Path | None = None
+    ca: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise InvalidRequest("TLS needs a certificate and its key together: give both or none")
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """Credentials of a listening port; mutual TLS if `ca` is given."""
+        if self.cert is None or self.key is None:
+            raise InvalidRequest("a TLS server needs a certificate and a key")
+        pair = (self.key.read_bytes(), self.cert.read_bytes())
+        ca = self.ca.read_bytes() if self.ca else None
+        return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """Credentials of an outgoing channel."""
+        return grpc.ssl_channel_credentials(
+            root_certificates=self.ca.read_bytes() if self.ca else None,
+            private_key=self.key.read_bytes() if self.key else None,
+            certificate_chain=self.cert.read_bytes() if self.cert else None,
+        )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `host:port` can be reached from this machine alone."""
+    host = address.rsplit(":", 1)[0].strip("[]")
+    if host == "localhost" or address.startswith("unix:"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def open_channel(
+    address: str, tls: Tls | None = None, *, insecure: bool = False
+) -> grpc.aio.Channel:
+    """A channel to `host:port`; in plaintext only to loopback, or where `insecure` asks for it."""
+    if tls is not None:
+        return grpc.aio.secure_channel(address, tls.channel_credentials(), options=_CHANNEL_OPTIONS)
+    _refuse_plaintext(address, insecure)
+    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+def build_server(
+    services: Iterable[str], interceptors: Iterable[grpc.aio.ServerInterceptor] = ()
+) -> grpc.aio.Server:
+    """A server with our options, error mapping and reflection of the full service names given.
+
+    `interceptors` run inside error mapping: what they raise is mapped too.
+    """
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor(), *interceptors], options=_SERVER_OPTIONS
+    )
+    health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+    reflection.enable_server_reflection([*services, health, reflection.SERVICE_NAME], server)
+    return server
+
+
+def listen(
+    server: grpc.aio.Server, address: str, tls: Tls | None = None, *, insecure: bool = False
+) -> int:
+    """Bind `host:port` (port 0: any free one) and return the port."""
+    if tls is not None:
+        return server.add_secure_port(address, tls.server_credentials())
+    _refuse_plaintext(address, insecure)
+    return server.add_insecure_port(address)
+
+
+def bearer(key: str) -> tuple[tuple[str, str], ...]:
+    """Call metadata that carries `key`."""
+    return (("authorization", f"Bearer {key}"),)
+
+
+def bearer_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
+    """The key in a call's metadata, if there is one."""
+    for name, value in metadata or ():
+        if name == "authorization" and isinstance(value, str):
+            scheme, _, key = value.partition(" ")
+            return key.strip() if scheme.lower() == "bearer" and key.strip() else None
+    return None
+
+
+def _refuse_plaintext(address: str, insecure: bool) -> None:
+    if not insecure and not is_loopback(address):
+        raise InvalidRequest(
+            f"{address} is beyond this machine and no TLS is configured: "
+            "give certificates, or ask for plaintext by name (--insecure)"
+        )
+
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Callable[..., Any]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Maps what a handler raises to a rich status; an unknown exception is logged as our bug."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wrap the handler of one call."""
+        try:
+            handler = await continuation(handler_call_details)
+        except GranatumError as error:
+            return _refusal(error)
+        return _wrap(handler) if handler is not None else handler
+
+
+def _refusal(error: GranatumError) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler that ends any call with `error` (a stream handler serves unary calls too)."""
+
+    async def refuse(_: Any, context: Context) -> AsyncIterator[Any]:
+        await _abort(context, error)
+        yield  # pragma: no cover - abort raises
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _wrap(handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+    codec = (handler.request_deserializer, handler.response_serializer)
+    if handler.unary_unary:
+        return grpc.unary_unary_rpc_method_handler(_call(handler.unary_unary), *codec)
+    if handler.stream_unary:
+        return grpc.stream_unary_rpc_method_handler(_call(handler.stream_unary), *codec)
+    if handler.unary_stream:
+        return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream), *codec)
+    assert handler.stream_stream is not None
+    return grpc.stream_stream_rpc_method_handler(_stream(handler.stream_stream), *codec)
+
+
+def _call(behavior: Handler) -> Handler:
+    async def call(request: Any, context: Context) -> Any:
+        try:
+            return await behavior(request, context)
+        except Exception as error:
+            await _abort(context, error)
+
+    return call
+
+
+def _stream(behavior: Handler) -> Handler:
+    async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+        try:
+            async for response in behavior(request, context):
+                yield response
+        except Exception as error:
+            await _abort(context, error)
+
+    return stream
+
+
+async def _abort(context: Context, error: Exception) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, GranatumError):
+        log.error("unexpected error", exc_info=error)
+        error = Internal("internal error: the server's log has the details")
+    await context.abort_with_status(rpc_status.to_status(error.to_status()))

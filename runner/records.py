@@ -1,0 +1,157 @@
+"""What front and engine tell each other, one message per engine step. No torch.
+
+    front  -- Submit, Cancel, SetDraining, Stop -->  engine
+    front  <-- Ready once, then StepReport ---------  engine
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Finish(Enum):
+    """Why a sequence is complete."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Departure(Enum):
+    """Why a sequence leaves unfinished, to be placed again with its tokens so far."""
+
+    REFUSED = "refused"
+    EVICTED = "evicted"
+    DRAINED = "drained"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error that ends a sequence: a google.rpc.Code, a message for the client, a reason."""
+
+    code: int
+    message: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How each next token is chosen; the defaults are greedy and neutral."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature == 0.0
+
+    @property
+    def penalized(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        neutral = (self.presence_penalty, self.frequency_penalty) == (0.0, 0.0)
+        return not neutral or self.repetition_penalty != 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A sequence to run; `generated` are tokens that another runner already made."""
+
+    sequence_id: int
+    prompt: tuple[int, ...]
+    generated: tuple[int, ...] = ()
+    adapter: str | None = None
+    """64 hexadecimal digits; None: the base model."""
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int = 1
+    """Of all generated tokens, `generated` included."""
+    min_tokens: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    top_logprobs: int | None = None
+    """None: no log probabilities; n: the chosen token's and those of the n most likely."""
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """A sequence whose client is gone or whose stop string appeared; unknown ids are ignored."""
+
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetDraining:
+    """While draining, the engine gives back what it has and refuses what comes."""
+
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the engine process."""
+
+
+Command = Submit | Cancel | SetDraining | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities at one position: the chosen token's, and the most likely, best first."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceNews:
+    """What a step brought for one sequence; `outcome` is set on its last news."""
+
+    sequence_id: int
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """As many as tokens, or none if not asked for."""
+    outcome: Finish | Departure | Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFigures:
+    """The engine's state as heartbeats report it."""
+
+    sequences: int
+    total_pages: int
+    free_pages: int
+    reclaimable_pages: int
+    resident_adapters: tuple[str, ...]
+    decode_steps: int
+    decode_sequences: int
+    decode_adapters: int
+    adapter_loads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The engine serves: the model is loaded, graphs are captured."""
+
+    max_batch: int
+    page_tokens: int
+    max_context: int
+    figures: EngineFigures
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One message per step, and one at least every half second when idle.
+
+    An idle engine sends it after a probe step on the device, so that its arrival proves a working
+    engine, not a living process.
+    """
+
+    news: tuple[SequenceNews, ...]
+    figures: EngineFigures
+
+
+Report = Ready | StepReport
