@@ -1,0 +1,19 @@
+"""The async client of granatum: `Client` and the records that it takes and gives."""
+
+from granatum.client.client import Client, Generation
+from granatum.client.records import Adapter, Completion, End, Runner, Start, Token, Upload
+from granatum.client.requests import Message, Options
+
+__all__ = [
+    "Adapter",
+    "Client",
+    "Completion",
+    "End",
+    "Generation",
+    "Message",
+    "Options",
+    "Runner",
+    "Start",
+    "Token",
+    "Upload",
+]

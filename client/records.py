@@ -1,0 +1,183 @@
+"""What the client gives back: frozen records, made from the wire's messages."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from granatum.v1 import adapters_pb2, cluster_pb2, inference_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token; `text` may be empty while a character or a stop string is undecided."""
+
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float, str], ...] = ()
+    """The most likely tokens as (id, log probability, text), best first."""
+
+    @classmethod
+    def of(cls, token: inference_pb2.Token) -> "Token":
+        """From the wire."""
+        top = tuple((entry.id, entry.value, entry.text) for entry in token.logprob.top)
+        chosen = token.logprob.value if token.HasField("logprob") else None
+        return cls(token.id, token.text, chosen, top)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What was decided before the first token."""
+
+    request_id: str
+    adapter: str
+    """`tenant/name@version`; empty for the base model."""
+    digest: str
+    """`sha256:...`; empty for the base model."""
+    runner: str
+
+    @classmethod
+    def of(cls, start: inference_pb2.GenerationStart) -> "Start":
+        """From the wire."""
+        return cls(start.request_id, start.adapter, start.adapter_digest, start.runner_id)
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a generation ended. Times in seconds since the request reached the router."""
+
+    reason: str
+    """`stop` or `length`."""
+    prompt_tokens: int
+    completion_tokens: int
+    queue_s: float
+    first_token_s: float
+    total_s: float
+    resumptions: int
+    runner: str
+
+    @classmethod
+    def of(cls, end: inference_pb2.GenerationEnd) -> "End":
+        """From the wire."""
+        return cls(
+            reason=inference_pb2.FinishReason.Name(end.reason)
+            .removeprefix("FINISH_REASON_")
+            .lower(),
+            prompt_tokens=end.usage.prompt_tokens,
+            completion_tokens=end.usage.completion_tokens,
+            queue_s=end.timings.queue_s,
+            first_token_s=end.timings.first_token_s,
+            total_s=end.timings.total_s,
+            resumptions=end.timings.resumptions,
+            runner=end.runner_id,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole generation."""
+
+    tokens: tuple[Token, ...]
+    start: Start
+    end: End
+
+    @property
+    def text(self) -> str:
+        """The tokens' text."""
+        return "".join(token.text for token in self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One version of an adapter."""
+
+    tenant: str
+    name: str
+    version: int
+    digest: str
+    size_bytes: int
+    max_rank: int
+    target_modules: tuple[str, ...]
+    created: datetime
+    published: bool
+    aliases: tuple[str, ...]
+
+    @classmethod
+    def of(cls, adapter: adapters_pb2.Adapter) -> "Adapter":
+        """From the wire."""
+        return cls(
+            tenant=adapter.tenant,
+            name=adapter.name,
+            version=adapter.version,
+            digest=adapter.digest,
+            size_bytes=adapter.size_bytes,
+            max_rank=adapter.max_rank,
+            target_modules=tuple(adapter.target_modules),
+            created=adapter.create_time.ToDatetime(UTC),
+            published=adapter.visibility == adapters_pb2.VISIBILITY_PUBLISHED,
+            aliases=tuple(adapter.aliases),
+        )
+
+    @property
+    def full_name(self) -> str:
+        """`tenant/name@version`."""
+        return f"{self.tenant}/{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What an upload brought; `created` is False if the newest version already held the bytes."""
+
+    adapter: Adapter
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """A runner as the routers see it."""
+
+    id: str
+    address: str
+    model: str
+    max_batch: int
+    max_context: int
+    total_pages: int
+    free_pages: int
+    reclaimable_pages: int
+    page_tokens: int
+    sequences: int
+    reserved: int
+    """Placements on it that are not released, those of every router."""
+    resident_adapters: tuple[str, ...]
+    decode_steps: int
+    decode_sequences: int
+    """Sequences decoded, summed over those steps."""
+    decode_adapters: int
+    """Distinct adapters decoded, summed over those steps."""
+    adapter_loads: int
+    draining: bool
+    heartbeat_age_s: float
+
+    @classmethod
+    def of(cls, status: cluster_pb2.RunnerStatus) -> "Runner":
+        """From the wire."""
+        runner = status.runner
+        return cls(
+            id=runner.id,
+            address=runner.address,
+            model=runner.model,
+            max_batch=runner.max_batch,
+            max_context=runner.max_context,
+            total_pages=runner.total_pages,
+            free_pages=runner.free_pages,
+            reclaimable_pages=runner.reclaimable_pages,
+            page_tokens=runner.page_tokens,
+            sequences=runner.sequences,
+            reserved=status.reserved,
+            resident_adapters=tuple(runner.resident_adapters),
+            decode_steps=runner.decode_steps,
+            decode_sequences=runner.decode_sequences,
+            decode_adapters=runner.decode_adapters,
+            adapter_loads=runner.adapter_loads,
+            draining=runner.draining,
+            heartbeat_age_s=status.heartbeat_age_s,
+        )

@@ -1,0 +1,48 @@
+"""A PEFT adapter's folder as an upload: declared first, then its bytes in chunks."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from granatum.v1 import adapters_pb2
+from granatum.v1.errors import InvalidRequest
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+CHUNK_BYTES = 256 << 10
+
+
+async def declare(name: str, directory: Path) -> adapters_pb2.UploadHeader:
+    """What the upload of `directory` will send; hashes its files off the event loop."""
+    files = [await asyncio.to_thread(_declaration, directory / file) for file in FILES]
+    return adapters_pb2.UploadHeader(name=name, files=files)
+
+
+async def send(
+    header: adapters_pb2.UploadHeader, directory: Path
+) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
+    """The upload's messages; files are read off the event loop."""
+    yield adapters_pb2.UploadAdapterRequest(header=header)
+    for file in header.files:
+        async for chunk in _chunks(directory / file.name):
+            yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+
+
+def _declaration(path: Path) -> adapters_pb2.FileDeclaration:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return adapters_pb2.FileDeclaration(
+                name=path.name, size_bytes=file.tell(), sha256=digest
+            )
+    except OSError as error:
+        raise InvalidRequest(
+            f"cannot read {path} ({error.strerror}): "
+            "give the folder that PEFT's save_pretrained wrote"
+        ) from None
+
+
+async def _chunks(path: Path) -> AsyncIterator[bytes]:
+    with await asyncio.to_thread(path.open, "rb") as file:
+        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            yield chunk
