@@ -1,0 +1,77 @@
+"""What the engine asks of whoever keeps adapters on the device. No torch."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from granatum.runner.records import Failure
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFigures:
+    """What the device holds of adapters."""
+
+    resident: tuple[str, ...]
+    """Digests on the device."""
+    loads: int
+    """Adapters brought onto the device so far."""
+    reclaimable_pages: int
+    """Pages of adapters in no use."""
+
+
+class Adapters(Protocol):
+    """Adapters on the device, by digest. Nothing here blocks."""
+
+    def acquire(self, digest: str) -> int | None:
+        """The adapter's slot, with one user more; None while it is being brought.
+
+        The first call starts that and later calls poll. Raises if it cannot be had.
+        """
+
+    def release(self, digest: str) -> None:
+        """One user less."""
+
+    def pages_of(self, digest: str) -> int:
+        """Pages that an acquired adapter takes."""
+
+    def poll(self) -> None:
+        """Once per step: finish and start copies."""
+
+    def reclaim(self, pages: int) -> int:
+        """Free up to about `pages` pages of unused adapters, oldest first; how many it was."""
+
+    @property
+    def figures(self) -> AdapterFigures:
+        """As they are now."""
+
+
+class NoAdapters:
+    """Serves the base model alone."""
+
+    figures = AdapterFigures((), 0, 0)
+
+    def acquire(self, digest: str) -> int | None:
+        """Always refused."""
+        raise LookupError(f"this engine was started without adapters and cannot serve {digest}")
+
+    def release(self, digest: str) -> None:
+        """Nothing to release."""
+
+    def pages_of(self, digest: str) -> int:  # noqa: ARG002 - the protocol's signature
+        """None."""
+        return 0
+
+    def poll(self) -> None:
+        """Nothing to do."""
+
+    def reclaim(self, pages: int) -> int:  # noqa: ARG002 - the protocol's signature
+        """Nothing to give."""
+        return 0
+
+
+def failure_of(error: Exception) -> Failure:
+    """What a client is told of `error`."""
+    from granatum.v1.errors import GranatumError, Internal  # here: the loop itself needs no gRPC
+
+    if not isinstance(error, GranatumError):
+        error = Internal(f"the adapter could not be loaded: {error}")
+    return Failure(error.code, error.message, error.reason)

@@ -1,0 +1,27 @@
+"""The arena's pages and who may have them. No torch."""
+
+from collections.abc import Iterable
+
+
+class PagePool:
+    """Pages 0 .. total - 1, shared by KV and adapters; those freed last are handed out first."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._free = list(range(total - 1, -1, -1))
+
+    @property
+    def free_pages(self) -> int:
+        """Pages nobody has."""
+        return len(self._free)
+
+    def allocate(self, count: int) -> tuple[int, ...] | None:
+        """`count` pages, in any order; None, and nothing taken, if there are not so many."""
+        if count > len(self._free):
+            return None
+        return tuple(self._free.pop() for _ in range(count))
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Give `pages` back."""
+        self._free.extend(pages)
+        assert len(self._free) <= self.total, "a page was freed twice"
