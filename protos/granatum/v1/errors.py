@@ -21,6 +21,7 @@ from typing import ClassVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -33,20 +34,34 @@ class GranatumError(Exception):
     status: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
 
     def __init__(
-        self, message: str, *, reason: str | None = None, retry_after_s: float | None = None
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        retry_after_s: float | None = None,
+        field: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason or _screaming(type(self).__name__)
         self.retry_after_s = retry_after_s
+        self.field = field
 
     def to_status(self) -> status_pb2.Status:
-        """The error as a google.rpc.Status: ErrorInfo, and RetryInfo when a retry may help."""
+        """The error as a google.rpc.Status: ErrorInfo; RetryInfo when a retry may help.
+
+        BadRequest names the field that is wrong, where one is.
+        """
         details = [_pack(error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN))]
         if self.retry_after_s is not None:
             delay = duration_pb2.Duration()
             delay.FromMilliseconds(int(self.retry_after_s * 1000))
             details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
+        if self.field is not None:
+            violation = error_details_pb2.BadRequest.FieldViolation(
+                field=self.field, description=self.message
+            )
+            details.append(_pack(error_details_pb2.BadRequest(field_violations=[violation])))
         return status_pb2.Status(code=self.code, message=self.message, details=details)
 
     @property
@@ -159,7 +174,7 @@ def _packed_details(error: grpc.aio.AioRpcError) -> list[any_pb2.Any]:
     return []
 
 
-def _pack(detail: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> any_pb2.Any:
+def _pack(detail: Message) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(detail)
     return packed
