@@ -1,0 +1,384 @@
+"""Which adapters are on the device, which are on their way, and which give way. No torch.
+
+    object store, local disk ── measure, read ──> host pages ── copy ──> device pages and a slot
+
+Deciding is here, moving is behind `Mover`; nothing here blocks. An adapter that runs a sequence
+never leaves. Others leave least recently used first: the device for KV or for another adapter, the
+host pages for another image. Pages are given up only after `release`, which the scheduler calls
+when no launched step uses them, so a copy may overwrite them at once.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Protocol
+
+import structlog
+
+from granatum.runner.adapters import AdapterFigures
+from granatum.runner.pages import PagePool
+from granatum.v1.errors import GranatumError, InvalidRequest
+
+PATIENCE_S = 1.0
+"""After so long a load may displace an adapter that another waiting sequence asks for."""
+BACKOFF_S = 1.0
+"""How long a failed load is not tried again; doubles with each failure in a row."""
+BACKOFF_MAX_S = 30.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How many pages an adapter takes."""
+
+    digest: str
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """An adapter's image is in its host pages."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """An adapter is in its device pages and its slot's table row is written."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An adapter could not be measured or read."""
+
+    digest: str
+    error: GranatumError
+
+
+Event = Measured | Read | Copied | Failed
+
+
+class Mover(Protocol):
+    """Moves images. Every call returns at once; what it began ends as an event."""
+
+    @property
+    def host_pages(self) -> int:
+        """Pages of host memory that it moves through."""
+        ...
+
+    def size(self, digest: str) -> int | None:
+        """Pages that the adapter takes, where that is known without I/O."""
+        ...
+
+    def measure(self, digest: str) -> None:
+        """Find how many pages the adapter takes; ends as Measured or Failed."""
+        ...
+
+    def read(self, digest: str, host_pages: tuple[int, ...]) -> None:
+        """Bring the image into host pages; ends as Read or Failed."""
+        ...
+
+    def copy(
+        self, digest: str, slot: int, host_pages: tuple[int, ...], pages: tuple[int, ...]
+    ) -> None:
+        """Copy to the device, then write the slot's table row; ends as Copied."""
+        ...
+
+    def events(self) -> list[Event]:
+        """What has ended since the last call."""
+        ...
+
+
+class State(Enum):
+    """How far an adapter has come."""
+
+    MEASURING = auto()
+    MEASURED = auto()
+    READING = auto()
+    IN_HOST = auto()
+    COPYING = auto()
+    RESIDENT = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """An adapter that is somewhere in memory, or on its way."""
+
+    digest: str
+    since: float
+    """When it was last asked for and not there."""
+    state: State = State.MEASURING
+    size: int = 0
+    host_pages: tuple[int, ...] = ()
+    """Kept beside the device pages for as long as no other image needs them."""
+    pages: tuple[int, ...] = ()
+    slot: int = -1
+    users: int = 0
+    asked: int = 0
+    """The round in which it was last asked for; a round is the time between two polls."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """A load that failed, and when it may be tried again."""
+
+    error: GranatumError
+    failures: int
+    until: float
+
+    @property
+    def forgotten(self) -> float:
+        """When its failures stop counting."""
+        return self.until + 2 * BACKOFF_MAX_S
+
+
+class AdapterCache:
+    """The adapters of one engine, in `slots` rows of the adapter table. `clock` gives seconds."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        mover: Mover,
+        slots: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pool = pool
+        self._mover = mover
+        self._clock = clock
+        self._host = PagePool(mover.host_pages)
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._entries: dict[str, Entry] = {}
+        self._pending: dict[str, Entry] = {}  # on their way, in the order they were asked for
+        self._idle: OrderedDict[str, Entry] = OrderedDict()  # resident without users, oldest first
+        self._hosted: OrderedDict[str, Entry] = OrderedDict()  # with host pages, oldest first
+        self._backoffs: dict[str, Backoff] = {}
+        self._round = 0
+        self._loads = 0
+        self._resident: tuple[str, ...] | None = ()
+
+    @property
+    def figures(self) -> AdapterFigures:
+        """What is on the device now."""
+        if self._resident is None:
+            resident = (e.digest for e in self._entries.values() if e.state is State.RESIDENT)
+            self._resident = tuple(resident)
+        reclaimable = sum(entry.size for entry in self._idle.values())
+        return AdapterFigures(self._resident, self._loads, reclaimable)
+
+    def acquire(self, digest: str) -> int | None:
+        """The adapter's slot, with one user more; None while it is being brought.
+
+        The first call starts that, later ones poll. Raises GranatumError if it cannot be had; the
+        same error for everybody until it is tried again.
+        """
+        entry = self._entries.get(digest) or self._begin(digest)
+        entry.asked = self._round
+        if entry.digest in self._hosted:
+            self._hosted.move_to_end(digest)
+        if entry.state is not State.RESIDENT:
+            if digest not in self._pending:
+                entry.since = self._clock()
+                self._pending[digest] = entry
+                self._advance()
+            return None
+        entry.users += 1
+        self._idle.pop(digest, None)
+        return entry.slot
+
+    def release(self, digest: str) -> None:
+        """One user less; no launched step uses the adapter on this user's behalf."""
+        entry = self._entries[digest]
+        assert entry.users > 0, "released more often than acquired"
+        entry.users -= 1
+        if not entry.users:
+            self._idle[digest] = entry
+
+    def poll(self) -> None:
+        """Once per step: take in what has ended and begin what has become possible."""
+        self._round += 1
+        for event in self._mover.events():
+            self._take(event)
+        self._advance()
+
+    def reclaim(self, pages: int) -> int:
+        """Free at least `pages` pages of unused adapters, oldest first; how many it was.
+
+        Those that nobody waits for go first. Nothing is freed if there are not so many.
+        """
+        return self._evict(pages, 0, sorted(self._idle.values(), key=self._is_wanted))
+
+    def _begin(self, digest: str) -> Entry:
+        """Start a load, or raise why its last one failed."""
+        now = self._clock()
+        backoff = self._backoffs.get(digest)
+        if backoff is not None and now < backoff.until:
+            raise backoff.error.with_traceback(None)
+        size = self._mover.size(digest)
+        if size is not None:
+            self._check_size(size)
+        entry = self._entries[digest] = Entry(digest, since=now)
+        if size is None:
+            self._mover.measure(digest)
+        else:
+            entry.size, entry.state = size, State.MEASURED
+        return entry
+
+    def _check_size(self, size: int) -> None:
+        """Refuse what could never be brought, lest it is waited for forever."""
+        for place, total, remedy in (
+            ("device", self._pool.total, "give the runner more memory"),
+            ("pinned host", self._host.total, "raise --host-cache-bytes"),
+        ):
+            if size > total:
+                raise InvalidRequest(
+                    f"the adapter takes {size} pages and this runner has {total} {place} pages: "
+                    f"{remedy}, or use an adapter of a lower rank",
+                    reason="ADAPTER_TOO_LARGE",
+                )
+
+    def _take(self, event: Event) -> None:
+        entry = self._entries[event.digest]
+        match event:
+            case Measured(pages=pages):
+                try:
+                    self._check_size(pages)
+                    entry.size, entry.state = pages, State.MEASURED
+                except InvalidRequest as error:
+                    self._fail(entry, error)
+            case Read():
+                entry.state = State.IN_HOST
+            case Copied():
+                self._settle(entry)
+            case Failed(error=error):
+                self._fail(entry, error)
+
+    def _settle(self, entry: Entry) -> None:
+        """An adapter has reached the device."""
+        entry.state = State.RESIDENT
+        self._idle[entry.digest] = entry
+        self._pending.pop(entry.digest, None)
+        self._backoffs.pop(entry.digest, None)
+        self._loads += 1
+        self._resident = None
+
+    def _fail(self, entry: Entry, error: GranatumError) -> None:
+        now, digest = self._clock(), entry.digest
+        log.warning("adapter load failed", digest=digest, reason=error.reason, error=error.message)
+        self._drop_host(entry)
+        self._forget(entry)
+        self._backoffs = {d: b for d, b in self._backoffs.items() if now < b.forgotten}
+        before = self._backoffs.get(digest)
+        failures = before.failures + 1 if before else 1
+        pause = min(BACKOFF_S * 2 ** (failures - 1), BACKOFF_MAX_S)
+        self._backoffs[digest] = Backoff(error, failures, now + pause)
+
+    def _advance(self) -> None:
+        """Begin reads and copies in the order they were asked for; none overtakes another."""
+        reads = copies = True
+        for entry in tuple(self._pending.values()):
+            if entry.state in (State.MEASURED, State.IN_HOST) and not self._is_wanted(entry):
+                self._abandon(entry)
+            elif entry.state is State.MEASURED:
+                reads = reads and self._read(entry)
+            elif entry.state is State.IN_HOST:
+                copies = copies and self._copy(entry)
+
+    def _abandon(self, entry: Entry) -> None:
+        """Nobody waits for it any more: it stays where it is."""
+        del self._pending[entry.digest]
+        if entry.state is State.MEASURED:
+            self._forget(entry)
+
+    def _read(self, entry: Entry) -> bool:
+        """Begin to bring an image into host pages; False if there are not enough."""
+        if not self._make_host_room(entry.size):
+            return False
+        pages = self._host.allocate(entry.size)
+        assert pages is not None
+        entry.host_pages, entry.state = pages, State.READING
+        self._hosted[entry.digest] = entry
+        self._mover.read(entry.digest, pages)
+        return True
+
+    def _copy(self, entry: Entry) -> bool:
+        """Begin to copy an image to the device; False if there is no room yet."""
+        missing = max(entry.size - self._pool.free_pages, 0)
+        slots = 0 if self._free_slots else 1
+        if missing or slots:
+            impatient = self._clock() - entry.since > PATIENCE_S
+            victims = [e for e in self._idle.values() if impatient or not self._is_wanted(e)]
+            if not self._evict(missing, slots, victims):
+                return False
+        pages = self._pool.allocate(entry.size)
+        assert pages is not None
+        entry.pages, entry.slot, entry.state = pages, self._free_slots.pop(), State.COPYING
+        self._mover.copy(entry.digest, entry.slot, entry.host_pages, pages)
+        return True
+
+    def _is_wanted(self, entry: Entry) -> bool:
+        """Whether a sequence that waits now, or did a moment ago, asks for it."""
+        return entry.asked >= self._round - 1
+
+    def _evict(self, pages: int, slots: int, victims: list[Entry]) -> int:
+        """Take the first of `victims` off the device; pages freed, none if they do not suffice."""
+        chosen: list[Entry] = []
+        freed = 0
+        for victim in victims:
+            if freed >= pages and len(chosen) >= slots:
+                break
+            chosen.append(victim)
+            freed += victim.size
+        if freed < pages or len(chosen) < slots:
+            return 0
+        for victim in chosen:
+            self._leave_device(victim)
+        return freed
+
+    def _leave_device(self, entry: Entry) -> None:
+        del self._idle[entry.digest]
+        self._pool.free(entry.pages)
+        self._free_slots.append(entry.slot)
+        entry.pages, entry.slot = (), -1
+        self._resident = None
+        if entry.host_pages:
+            entry.state = State.IN_HOST
+        else:
+            self._forget(entry)
+
+    def _make_host_room(self, pages: int) -> bool:
+        """Drop the oldest images that nobody reads, writes or waits for until `pages` are free."""
+        missing = pages - self._host.free_pages
+        chosen: list[Entry] = []
+        for entry in self._droppable():
+            if missing <= 0:
+                break
+            chosen.append(entry)
+            missing -= entry.size
+        if missing > 0:
+            return False
+        for entry in chosen:
+            self._drop_host(entry)
+            if entry.state is State.IN_HOST:
+                self._forget(entry)
+        return True
+
+    def _droppable(self) -> Iterator[Entry]:
+        for entry in self._hosted.values():
+            waits = entry.state is State.IN_HOST and entry.digest in self._pending
+            if entry.state in (State.IN_HOST, State.RESIDENT) and not waits:
+                yield entry
+
+    def _drop_host(self, entry: Entry) -> None:
+        if entry.host_pages:
+            self._host.free(entry.host_pages)
+            entry.host_pages = ()
+            del self._hosted[entry.digest]
+
+    def _forget(self, entry: Entry) -> None:
+        del self._entries[entry.digest]
+        self._pending.pop(entry.digest, None)
