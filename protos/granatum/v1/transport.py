@@ -4,6 +4,8 @@ Every server is built by `build_server` and every channel by `open_channel`, so 
 keepalive, TLS, health, reflection and error mapping are the same on every hop.
 """
 
+from __future__ import annotations  # grpc.RpcMethodHandler takes parameters in its stub alone
+
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
