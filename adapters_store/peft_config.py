@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from granatum.adapters_store.base_model import PARENTS, PROJECTIONS, BaseModel
 from granatum.adapters_store.names import shown
@@ -17,6 +17,11 @@ _ALL_LINEAR = "all-linear"
 T = TypeVar("T")
 # What PEFT targets in each of our families when target_modules is null.
 _DEFAULT_TARGETS = ["q_proj", "v_proj"]
+
+
+def tensor_name(module: str, matrix: Literal["A", "B"]) -> str:
+    """What PEFT's save_pretrained calls a module's `lora_A` or `lora_B`."""
+    return f"base_model.model.{module}.lora_{matrix}.weight"
 
 
 @dataclass(frozen=True, slots=True)

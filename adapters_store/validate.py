@@ -1,0 +1,160 @@
+"""Whether an adapter can be served on the base model. Blocks: run it in a thread."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from granatum.adapters_store.base_model import PARENTS, PROJECTIONS, BaseModel
+from granatum.adapters_store.limits import Limits
+from granatum.adapters_store.names import shown
+from granatum.adapters_store.peft_config import CONFIG_FILE, ModuleSpec, PeftConfig, tensor_name
+from granatum.adapters_store.safetensors_file import TensorEntry, invalid_weights, read_header
+from granatum.v1.errors import InvalidAdapter
+
+Modules = Mapping[tuple[int, str], ModuleSpec]
+
+_SCAN_BYTES = 4 << 20
+# A float is NaN or infinite if every bit of its exponent is set.
+_EXPONENTS = {
+    "F32": ("<u4", 0x7F800000),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+_HINTS = (
+    (re.compile(r"[/\\]|\.\."), "its name looks like a path"),
+    (re.compile(r"lora_magnitude"), "it belongs to DoRA, which cannot be served"),
+    (re.compile(r"lora_embedding"), "embeddings cannot be adapted"),
+    (re.compile(r"lora_[AB]\.bias$"), "biases of LoRA's own matrices are not applied"),
+    (
+        re.compile(r"lora_[AB]\.[^.]+\.weight$"),
+        "its name contains that of the adapter: save it with PEFT's save_pretrained",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What an adapter adapts."""
+
+    max_rank: int
+    target_modules: tuple[str, ...]
+
+
+def validate(config: Path, weights: Path, base: BaseModel, limits: Limits) -> Summary:
+    """Check both files against each other and the base model, down to the last number.
+
+    Memory stays bounded however large the files are. Raises InvalidAdapter for the first fault.
+    """
+    modules = PeftConfig.parse(config.read_bytes()).modules(base)
+    _check_ranks(modules, base, limits)
+    entries = read_header(weights, limits)
+    _check_pairs(entries, modules, base)
+    _check_nothing_else(entries, modules, base)
+    for (layer, projection), spec in modules.items():
+        _check_shapes(entries, base.module_name(layer, projection), base.features[projection], spec)
+    _check_finite(weights, entries)
+    return Summary(
+        max_rank=max(spec.rank for spec in modules.values()),
+        target_modules=tuple(sorted({projection for _, projection in modules})),
+    )
+
+
+def _check_ranks(modules: Modules, base: BaseModel, limits: Limits) -> None:
+    for (layer, projection), spec in modules.items():
+        if spec.rank > limits.max_rank:
+            raise InvalidAdapter(
+                f"{CONFIG_FILE}: rank {spec.rank} of {base.module_name(layer, projection)} "
+                f"is above the limit of {limits.max_rank}: train with a lower one"
+            )
+
+
+def _check_pairs(entries: Mapping[str, TensorEntry], modules: Modules, base: BaseModel) -> None:
+    for layer, projection in modules:
+        module = base.module_name(layer, projection)
+        a, b = tensor_name(module, "A"), tensor_name(module, "B")
+        if a not in entries and b not in entries:
+            raise invalid_weights(
+                f"{CONFIG_FILE} targets {module}, but its tensors {a} and {b} are missing"
+            )
+        for present, missing in ((a, b), (b, a)):
+            if missing not in entries:
+                raise invalid_weights(f"tensor {missing} is missing, though {present} is there")
+
+
+def _check_nothing_else(
+    entries: Mapping[str, TensorEntry], modules: Modules, base: BaseModel
+) -> None:
+    known = set(_tensor_names(modules, base))
+    for name in entries:
+        if name not in known:
+            raise invalid_weights(f"tensor {shown(name)} would not be applied: {_why(name, base)}")
+
+
+def _tensor_names(modules: Modules, base: BaseModel) -> Iterator[str]:
+    for layer, projection in modules:
+        module = base.module_name(layer, projection)
+        yield tensor_name(module, "A")
+        yield tensor_name(module, "B")
+
+
+def _why(name: str, base: BaseModel) -> str:
+    for pattern, hint in _HINTS:
+        if pattern.search(name):
+            return hint
+    at = re.fullmatch(r"base_model\.model\.model\.layers\.(\d{1,6})\.(.+)\.lora_[AB]\.weight", name)
+    if at is None:
+        return "PEFT names an adapter's tensors " + tensor_name("model.layers.<n>...", "A")
+    if int(at[1]) >= base.num_layers:
+        return f"the base model {base.name} has {base.num_layers} layers"
+    if at[2] not in {f"{PARENTS[projection]}.{projection}" for projection in PROJECTIONS}:
+        return f"only {', '.join(PROJECTIONS)} can be adapted"
+    return f"{CONFIG_FILE} does not target its module"
+
+
+def _check_shapes(
+    entries: Mapping[str, TensorEntry], module: str, features: tuple[int, int], spec: ModuleSpec
+) -> None:
+    in_features, out_features = features
+    a, b = entries[tensor_name(module, "A")], entries[tensor_name(module, "B")]
+    for entry, expected, rank_at in (
+        (a, (spec.rank, in_features), 0),
+        (b, (out_features, spec.rank), 1),
+    ):
+        if entry.shape == expected:
+            continue
+        reason = (
+            f"{CONFIG_FILE} gives its module rank {spec.rank}"
+            if len(entry.shape) == 2 and entry.shape[1 - rank_at] == expected[1 - rank_at]
+            else "is the adapter for another base model?"
+        )
+        raise invalid_weights(
+            f"tensor {entry.name} has shape {list(entry.shape)}, not {list(expected)}: {reason}"
+        )
+
+
+def _check_finite(weights: Path, entries: Mapping[str, TensorEntry]) -> None:
+    with weights.open("rb") as file:
+        for entry in sorted(entries.values(), key=lambda entry: entry.begin):
+            element = _first_not_finite(file, entry)
+            if element is not None:
+                raise invalid_weights(
+                    f"tensor {entry.name}: element {element} is NaN or infinite: "
+                    "the training diverged"
+                )
+
+
+def _first_not_finite(file: BinaryIO, entry: TensorEntry) -> int | None:
+    word, exponent = _EXPONENTS[entry.dtype]
+    file.seek(entry.begin)
+    for begin in range(entry.begin, entry.end, _SCAN_BYTES):
+        data = file.read(min(_SCAN_BYTES, entry.end - begin))
+        words: npt.NDArray[np.unsignedinteger] = np.frombuffer(data, word)
+        bad = np.flatnonzero((words & exponent) == exponent)
+        if bad.size:
+            return (begin - entry.begin) // words.itemsize + int(bad[0])
+    return None
