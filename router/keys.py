@@ -1,0 +1,197 @@
+"""Tenant and admin keys: a JSON file of their SHA-256 digests, and the command that edits it.
+
+    python -m granatum.router.keys add --tenant acme --file keys.json    prints the new key, once
+    python -m granatum.router.keys add --admin --file keys.json
+    python -m granatum.router.keys list --file keys.json
+    python -m granatum.router.keys revoke DIGEST --file keys.json        its first 8 digits will do
+
+The file: `{"keys": [{"sha256": "<64 hex>", "tenant": "acme"}, {"sha256": "...", "admin": true}]}`.
+Keys are 256 random bits, so that a plain SHA-256 keeps them, and so that the time it takes to look
+a digest up tells nothing about any key.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from granatum.adapters_store.names import check_name
+from granatum.v1.errors import GranatumError, InvalidRequest, NotFound
+
+_CHECK_S = 1.0
+_PREFIX = "gk-"
+_SHORTEST = 8
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whom a key names: a tenant, or (None) an operator of the cluster."""
+
+    tenant: str | None
+
+    def __str__(self) -> str:
+        return "admin" if self.tenant is None else f"tenant {self.tenant}"
+
+
+class Keys:
+    """The keys of a file, read again when it changes; a broken file leaves them as they were."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp = _stamp(path)
+        self._identities = read(path)
+        self._check_at = time.monotonic() + _CHECK_S
+
+    def identify(self, key: str) -> Identity | None:
+        """Whom the key names, or None."""
+        if time.monotonic() >= self._check_at:
+            self._check_at = time.monotonic() + _CHECK_S
+            self._reload()
+        return self._identities.get(digest_of(key))
+
+    def _reload(self) -> None:
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._identities = read(self._path)
+            log.info("keys reloaded", keys=len(self._identities))
+        except GranatumError as error:
+            log.error("keys file is broken, the old keys stay", error=error.message)
+
+
+def digest_of(key: str) -> str:
+    """SHA-256 of a key, 64 hexadecimal digits."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def read(path: Path) -> dict[str, Identity]:
+    """Identities by their keys' digests. Raises InvalidRequest for a file that is not right."""
+    return {record["sha256"]: _identity(record) for record in _records(path)}
+
+
+def add(path: Path, identity: Identity) -> str:
+    """Make a key, keep its digest in the file (made if need be) and return the key."""
+    key = _PREFIX + secrets.token_urlsafe(32)
+    record: dict[str, Any] = {"sha256": digest_of(key)}
+    record |= {"admin": True} if identity.tenant is None else {"tenant": identity.tenant}
+    with _locked(path):
+        _write(path, [*(_records(path) if path.exists() else []), record])
+    return key
+
+
+def revoke(path: Path, digest: str) -> None:
+    """Remove the one key whose digest begins so. Raises NotFound unless there is exactly one."""
+    with _locked(path):
+        records = _records(path)
+        kept = [r for r in records if not r["sha256"].startswith(digest)]
+        if len(digest) < _SHORTEST or len(kept) != len(records) - 1:
+            raise NotFound(f"{path}: give the first {_SHORTEST} or more digits of one key's digest")
+        _write(path, kept)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["keys"]
+        for record in records:
+            if _SHA256.fullmatch(record["sha256"]) is None:
+                raise ValueError("sha256 is not 64 hexadecimal digits")
+            _identity(record)
+    except (OSError, ValueError, KeyError, TypeError, InvalidRequest) as error:
+        raise InvalidRequest(
+            f"{path} is not a keys file ({type(error).__name__}: {error}): make one with "
+            f"`python -m granatum.router.keys add --tenant NAME --file {path}`"
+        ) from error
+    return list(records)
+
+
+def _identity(record: dict[str, Any]) -> Identity:
+    admin, tenant = record.get("admin", False), record.get("tenant")
+    if admin is True and tenant is None:
+        return Identity(None)
+    if admin is False and isinstance(tenant, str):
+        return Identity(check_name(tenant, "tenant name"))
+    raise ValueError("a key has either a tenant or admin: true")
+
+
+def _write(path: Path, records: list[dict[str, Any]]) -> None:
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    text = json.dumps({"keys": records}, indent=2) + "\n"
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other writers of files in this folder out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m granatum.router.keys")
+    commands = parser.add_subparsers(dest="command", required=True)
+    adding = commands.add_parser("add", help="make a key and print it, once")
+    whose = adding.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--tenant", help="the tenant that it names")
+    whose.add_argument("--admin", action="store_true", help="a key for ClusterService")
+    listing = commands.add_parser("list", help="print digests and whom they name")
+    revoking = commands.add_parser("revoke", help="remove a key")
+    revoking.add_argument("digest", help="its first digits, as `list` prints them")
+    for command in (adding, listing, revoking):
+        command.add_argument("--file", type=Path, required=True, help="the keys file")
+    return parser
+
+
+def main() -> int:
+    """Run the command line; the exit status."""
+    given = _parser().parse_args()
+    try:
+        match given.command:
+            case "add":
+                tenant = None if given.admin else check_name(given.tenant, "tenant name")
+                print(add(given.file, Identity(tenant)))
+            case "list":
+                for digest, identity in read(given.file).items():
+                    print(digest[:16], identity)
+            case _:
+                revoke(given.file, given.digest)
+    except GranatumError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

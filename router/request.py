@@ -1,0 +1,52 @@
+"""A request to generate, accepted: who asks, for which adapter, and how much it may take."""
+
+import hashlib
+from dataclasses import dataclass
+
+from granatum.v1.inference_pb2 import GenerateRequest
+
+_BYTES_PER_TOKEN = 3
+"""Of text that only the runner can tokenize; a guess that rather reserves too much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request whose fields were checked and whose adapter was resolved."""
+
+    tenant: str
+    request_id: str
+    message: GenerateRequest
+    named: bool = False
+    """Whether the client chose the id, so that it may come twice."""
+    adapter_digest: str = ""
+    """`sha256:...`; empty for the base model."""
+    adapter: str = ""
+    """`tenant/name@version`; empty for the base model."""
+
+    @property
+    def estimated_tokens(self) -> int:
+        """Tokens in the prompt: exact if they are given, else a guess from its size."""
+        match self.message.WhichOneof("input"):
+            case "token_ids":
+                return len(self.message.token_ids.ids)
+            case "prompt":
+                size = len(self.message.prompt.encode())
+            case _:
+                size = sum(len(m.content.encode()) for m in self.message.chat.messages)
+        return 1 + size // _BYTES_PER_TOKEN
+
+
+def seeded(message: GenerateRequest, tenant: str, request_id: str) -> GenerateRequest:
+    """The request as runners get it: a seed always set, without what is not their business."""
+    sequence = GenerateRequest()
+    sequence.CopyFrom(message)
+    sequence.ClearField("request_id")
+    sequence.ClearField("adapter")
+    if not sequence.sampling.HasField("seed"):
+        sequence.sampling.seed = _seed(tenant, request_id)
+    return sequence
+
+
+def _seed(tenant: str, request_id: str) -> int:
+    digest = hashlib.sha256(f"{tenant}/{request_id}".encode()).digest()
+    return int.from_bytes(digest[:8])

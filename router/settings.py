@@ -1,0 +1,78 @@
+"""Everything a router can be told, by flags or by `GRANATUM_ROUTER_*` in the environment."""
+
+from pathlib import Path
+
+from pydantic import AliasChoices, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from granatum.router.stream import Patience
+from granatum.v1.transport import Tls
+
+
+class Settings(BaseSettings):
+    """A router's settings, validated once."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="GRANATUM_ROUTER_",
+        cli_prog_name="granatum router",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        frozen=True,
+    )
+
+    listen: str = Field("127.0.0.1:7070", description="host:port to serve on; port 0: any free one")
+    redis: str = Field("redis://127.0.0.1:6379/0", description="the registry's Redis server")
+    store: str = Field(description="the adapters' store, such as file:///path or s3://bucket/path")
+    base_config: Path = Field(
+        validation_alias=AliasChoices("model-config", "GRANATUM_ROUTER_MODEL_CONFIG"),
+        description="the base model's directory, or its config.json",
+    )
+    keys: Path = Field(description="the JSON file of tenant and admin keys")
+    cluster_key: SecretStr = Field(
+        validation_alias=AliasChoices("cluster-key", "GRANATUM_CLUSTER_KEY"),
+        description="the secret that routers and runners share; rather set GRANATUM_CLUSTER_KEY",
+    )
+
+    max_queue: int = Field(1024, ge=0, description="the most requests that wait for a runner")
+    patience_s: float = Field(
+        60.0, gt=0, description="seconds that a request without a deadline waits for a runner"
+    )
+    idle_s: float = Field(
+        600.0, gt=0, description="seconds without a token after which a stream is given up"
+    )
+    heartbeat_s: float = Field(1.0, gt=0, description="seconds between a runner's heartbeats")
+    lease_s: float = Field(
+        6.0, gt=0, description="seconds until what a dead router held is free again"
+    )
+    grace_s: float = Field(30.0, ge=0, description="seconds that streams get to end at a stop")
+    collect_s: float = Field(
+        3600.0, gt=0, description="seconds between collections of blobs that nothing refers to"
+    )
+
+    tls_cert: Path | None = Field(None, description="PEM certificate to serve with")
+    tls_key: Path | None = Field(None, description="PEM key of --tls-cert")
+    tls_ca: Path | None = Field(None, description="PEM roots; demands certificates of clients")
+    runner_ca: Path | None = Field(None, description="PEM roots of the runners' certificates")
+    runner_cert: Path | None = Field(None, description="PEM certificate to show to runners")
+    runner_key: Path | None = Field(None, description="PEM key of --runner-cert")
+    insecure: bool = Field(False, description="plaintext beyond this machine, without TLS")
+
+    @property
+    def tls(self) -> Tls | None:
+        """Of the listening port."""
+        if not (self.tls_cert or self.tls_key or self.tls_ca):
+            return None
+        return Tls(self.tls_cert, self.tls_key, self.tls_ca)
+
+    @property
+    def runner_tls(self) -> Tls | None:
+        """Of the channels to runners."""
+        if not (self.runner_ca or self.runner_cert or self.runner_key):
+            return None
+        return Tls(self.runner_cert, self.runner_key, self.runner_ca)
+
+    @property
+    def patience(self) -> Patience:
+        """How long streams wait."""
+        return Patience(placement_s=self.patience_s, idle_s=self.idle_s)

@@ -1,0 +1,236 @@
+"""The life of one stream: place, submit, relay, and place again whenever its runner lets it go."""
+
+import asyncio
+import itertools
+import random
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import structlog
+
+from granatum.router.admission import Admission
+from granatum.router.leases import Leases
+from granatum.router.placement import Lease, LeaseKind, Placed, PlacementRequest
+from granatum.router.progress import Progress
+from granatum.router.registry import Registry
+from granatum.router.request import Request
+from granatum.router.session import RemoteSequence, SessionLost, Sessions
+from granatum.v1.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    Overloaded,
+    Unavailable,
+    from_code,
+)
+from granatum.v1.inference_pb2 import GenerateResponse
+from granatum.v1.runner_pb2 import Departure, SequenceFailure, SequenceOutput
+
+_EXCLUDE_S = 2.0
+_FIRST_DELAY_S = 0.02
+_LONGEST_DELAY_S = 1.0
+_MARGIN = 0.1
+_LONGEST_MARGIN_S = 0.5
+_RETRY_AFTER_S = 1.0
+_FATAL_LOSSES = 4
+"""So many runners in a row lost with a sequence on them, and it is taken for the cause."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long streams wait, in seconds."""
+
+    placement_s: float = 60.0
+    """For a runner, where the client set no deadline."""
+    stall_s: float = 5.0
+    """For news, before asking whether the runner is still alive."""
+    idle_s: float = 600.0
+    """For news from a runner that is alive."""
+
+
+class Streams:
+    """Opens streams; what all of this router's streams share."""
+
+    def __init__(
+        self,
+        router_id: str,
+        registry: Registry,
+        leases: Leases,
+        admission: Admission,
+        sessions: Sessions,
+        patience: Patience,
+    ) -> None:
+        self.router_id = router_id
+        self.registry = registry
+        self.leases = leases
+        self.admission = admission
+        self.sessions = sessions
+        self.patience = patience
+        self._numbers = itertools.count(1)
+
+    def open(self, request: Request, time_remaining: float | None) -> "Stream":
+        """A stream for a request, which has so many seconds left by its client's deadline."""
+        return Stream(self, f"{self.router_id}.{next(self._numbers)}", request, time_remaining)
+
+
+class Stream:
+    """One request on its way through as many runners as it takes."""
+
+    def __init__(
+        self, shared: Streams, id_: str, request: Request, time_remaining: float | None
+    ) -> None:
+        self._shared = shared
+        self._id = id_
+        self._request = request
+        self._clock = asyncio.get_running_loop().time
+        self._progress = Progress(request, arrived=self._clock())
+        self._give_up_at = _give_up_at(self._clock(), time_remaining)
+        self._entry: str | None = None
+        self._excluded: dict[str, float] = {}
+        self._setbacks = 0
+        self._fatal_losses = 0
+
+    async def responses(self) -> AsyncGenerator[GenerateResponse]:
+        """Everything for the client, from the first token to the end.
+
+        Closing it early ends the sequence on its runner and frees its room.
+        """
+        claim = await self._claim() if self._request.named else None
+        try:
+            over = False
+            while not over:
+                await asyncio.sleep(self._delay())
+                placed = await self._place()
+                async with aclosing(self._relay(placed)) as responses:
+                    async for response in responses:
+                        yield response
+                        over = response.HasField("end")
+        finally:
+            if claim is not None:
+                self._shared.leases.release(claim)
+
+    async def _claim(self) -> Lease:
+        name = f"{self._request.tenant}/{self._request.request_id}"
+        lease = Lease(LeaseKind.CLAIM, name, self._id)
+        if not await self._shared.admission.claim(lease, self._give_up()):
+            raise AlreadyExists(
+                f"a request with the id {self._request.request_id!r} is running: wait for its "
+                "end, or give this one another request_id",
+                field="request_id",
+            )
+        return lease
+
+    async def _place(self) -> Placed:
+        now = self._clock()
+        wanted = PlacementRequest(
+            id=f"{self._id}.{self._progress.placements}",
+            tokens=self._progress.tokens_to_hold,
+            priority=self._request.message.priority,
+            entry=self._entry,
+            exclude=[id_ for id_, until in self._excluded.items() if until > now],
+        )
+        placed = await self._shared.admission.admit(wanted, self._give_up())
+        self._entry = placed.entry
+        return placed
+
+    async def _relay(self, placed: Placed) -> AsyncGenerator[GenerateResponse]:
+        """What one runner has to say, until it is done with the sequence."""
+        shared, runner_id = self._shared, placed.runner_id
+        submission = self._progress.submission(self._clock())
+        sequence = shared.sessions.submit(runner_id, placed.address, submission)
+        try:
+            over = False
+            while not over:
+                news = await self._receive(sequence, runner_id)
+                over = news[-1].WhichOneof("outcome") is not None
+                if over:
+                    shared.leases.release(placed.reservation)
+                response = self._progress.absorb(news, runner_id, self._clock())
+                if response.tokens:
+                    self._setbacks = self._fatal_losses = 0
+                if response.tokens or response.HasField("end"):
+                    yield response
+                self._follow(news[-1], runner_id)
+        except SessionLost as lost:
+            self._lost(lost, runner_id)
+        finally:
+            sequence.cancel()
+            shared.leases.release(placed.reservation)
+
+    async def _receive(self, sequence: RemoteSequence, runner_id: str) -> list[SequenceOutput]:
+        quiet_until = self._clock() + self._shared.patience.idle_s
+        while True:
+            try:
+                async with asyncio.timeout(self._shared.patience.stall_s):
+                    return await sequence.receive()
+            except TimeoutError:
+                if not await self._alive(runner_id):
+                    raise SessionLost(reached=True) from None
+                if self._clock() > quiet_until:
+                    raise DeadlineExceeded(
+                        f"the runner {runner_id} made no token for "
+                        f"{self._shared.patience.idle_s:g} s: try again",
+                    ) from None
+
+    async def _alive(self, runner_id: str) -> bool:
+        try:
+            return await self._shared.registry.alive(runner_id)
+        except Unavailable:
+            return True  # nobody knows; its session still stands
+
+    def _follow(self, last: SequenceOutput, runner_id: str) -> None:
+        """Do as the outcome says: end with its error, or remember where not to go next."""
+        if last.HasField("failed"):
+            raise _failure(last.failed)
+        if last.HasField("departed"):
+            self._set_back(runner_id, Departure.Name(last.departed))
+
+    def _lost(self, lost: SessionLost, runner_id: str) -> None:
+        self._fatal_losses += lost.reached
+        if self._fatal_losses >= _FATAL_LOSSES:
+            raise Unavailable(
+                f"{self._fatal_losses} runners were lost one after another with this request on "
+                "them: it is not tried again",
+                reason="RUNNERS_LOST",
+            )
+        self._set_back(runner_id, "lost")
+
+    def _set_back(self, runner_id: str, cause: str) -> None:
+        self._setbacks += 1
+        self._excluded[runner_id] = self._clock() + _EXCLUDE_S
+        log.info(
+            "sequence to be placed again",
+            sequence=self._id,
+            runner=runner_id,
+            cause=cause,
+            tokens=len(self._progress.tokens),
+        )
+
+    def _delay(self) -> float:
+        """Seconds before the next placement: none at first, then longer each time in vain."""
+        if self._setbacks < 2:
+            return 0.0
+        longest = _FIRST_DELAY_S * 2.0 ** min(self._setbacks - 2, 10)
+        return min(longest, _LONGEST_DELAY_S) * random.uniform(0.5, 1.0)
+
+    def _give_up(self) -> float:
+        """When to stop waiting for a runner, on the event loop's clock."""
+        if self._give_up_at is not None:
+            return self._give_up_at
+        return self._clock() + self._shared.patience.placement_s
+
+
+def _give_up_at(now: float, time_remaining: float | None) -> float | None:
+    """A little before the client's deadline, so that the client learns why."""
+    if time_remaining is None:
+        return None
+    return now + time_remaining - min(_MARGIN * time_remaining, _LONGEST_MARGIN_S)
+
+
+def _failure(failed: SequenceFailure) -> Exception:
+    error = from_code(failed.code, failed.message, failed.reason)
+    if isinstance(error, Unavailable | Overloaded):
+        error.retry_after_s = _RETRY_AFTER_S
+    return error

@@ -1,0 +1,125 @@
+"""What a GenerateRequest may say. Whatever is wrong is named by its field."""
+
+import math
+import re
+from collections.abc import Callable
+
+from granatum.v1.errors import InvalidRequest
+from granatum.v1.inference_pb2 import GenerateRequest, SamplingParams, StopConditions
+
+MAX_PROMPT_BYTES = 4 << 20
+MAX_PROMPT_TOKENS = 1 << 20
+MAX_MESSAGES = 4096
+MAX_ROLE = 64
+MAX_ADAPTER = 256
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING = 256
+MAX_STOP_IDS = 64
+MAX_TOP_LOGPROBS = 20
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_FLOAT_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda v: 0 <= v <= 100, "from 0 to 100"),
+    "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "min_p": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "repetition_penalty": (lambda v: 0 < v <= 100, "above 0 and at most 100"),
+    "presence_penalty": (lambda v: -2 <= v <= 2, "from -2 to 2"),
+    "frequency_penalty": (lambda v: -2 <= v <= 2, "from -2 to 2"),
+}
+
+
+def check(request: GenerateRequest) -> None:
+    """Raise InvalidRequest for the first field that is wrong."""
+    _check_request_id(request.request_id)
+    _require(
+        len(request.adapter) <= MAX_ADAPTER, "adapter", f"give at most {MAX_ADAPTER} characters"
+    )
+    _check_input(request)
+    _check_sampling(request.sampling)
+    _check_stop(request.stop)
+    _require(
+        request.logprobs.top <= MAX_TOP_LOGPROBS, "logprobs.top", f"give 0 to {MAX_TOP_LOGPROBS}"
+    )
+
+
+def _require(right: bool, field: str, remedy: str) -> None:
+    if not right:
+        raise InvalidRequest(f"{field}: {remedy}", field=field)
+
+
+def _check_request_id(request_id: str) -> None:
+    _require(
+        not request_id or _REQUEST_ID.fullmatch(request_id) is not None,
+        "request_id",
+        "give 1 to 128 of letters, digits and . _ : / + = @ -, or nothing",
+    )
+
+
+def _check_input(request: GenerateRequest) -> None:
+    match request.WhichOneof("input"):
+        case "prompt":
+            _check_text(len(request.prompt.encode()), "prompt")
+        case "token_ids":
+            number = len(request.token_ids.ids)
+            _require(
+                1 <= number <= MAX_PROMPT_TOKENS,
+                "token_ids.ids",
+                f"give 1 to {MAX_PROMPT_TOKENS:,} token ids",
+            )
+        case "chat":
+            _check_chat(request)
+        case _:
+            raise InvalidRequest(
+                "the request has nothing to continue: set one of prompt, token_ids, chat",
+                field="prompt",
+            )
+
+
+def _check_text(size: int, field: str) -> None:
+    _require(1 <= size <= MAX_PROMPT_BYTES, field, f"give 1 to {MAX_PROMPT_BYTES:,} bytes of text")
+
+
+def _check_chat(request: GenerateRequest) -> None:
+    messages = request.chat.messages
+    _require(
+        1 <= len(messages) <= MAX_MESSAGES, "chat.messages", f"give 1 to {MAX_MESSAGES:,} messages"
+    )
+    for i, message in enumerate(messages):
+        _require(
+            1 <= len(message.role) <= MAX_ROLE,
+            f"chat.messages[{i}].role",
+            f"give a role, 1 to {MAX_ROLE} characters, such as 'user'",
+        )
+    _check_text(sum(len(message.content.encode()) for message in messages), "chat.messages")
+
+
+def _check_sampling(sampling: SamplingParams) -> None:
+    for name, (allows, allowed) in _FLOAT_RANGES.items():
+        value: float = getattr(sampling, name)
+        if sampling.HasField(name):  # type: ignore[arg-type]
+            right = math.isfinite(value) and allows(value)
+            _require(right, f"sampling.{name}", f"{value:g} is not a number {allowed}")
+    _require(sampling.top_k < 2**31, "sampling.top_k", "give at most 2,147,483,647; 0 keeps all")
+
+
+def _check_stop(stop: StopConditions) -> None:
+    if stop.HasField("max_tokens"):
+        _require(stop.max_tokens >= 1, "stop.max_tokens", "give at least 1, or leave it out")
+        _require(
+            stop.min_tokens <= stop.max_tokens,
+            "stop.min_tokens",
+            f"{stop.min_tokens} is above stop.max_tokens, {stop.max_tokens}",
+        )
+    _require(
+        len(stop.strings) <= MAX_STOP_STRINGS,
+        "stop.strings",
+        f"give at most {MAX_STOP_STRINGS} strings",
+    )
+    for i, text in enumerate(stop.strings):
+        _require(
+            1 <= len(text) <= MAX_STOP_STRING,
+            f"stop.strings[{i}]",
+            f"give 1 to {MAX_STOP_STRING} characters",
+        )
+    _require(
+        len(stop.token_ids) <= MAX_STOP_IDS, "stop.token_ids", f"give at most {MAX_STOP_IDS} ids"
+    )
