@@ -1,0 +1,278 @@
+"""Adapters from PEFT's files to the arena, through every tier, on the CPU."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from granatum.adapters_store.base_model import GROUPS, PROJECTIONS, BaseModel
+from granatum.kernels.layout import AdapterTable
+from granatum.runner.adapter_cache import AdapterCache
+from granatum.runner.adapter_disk import DiskImages
+from granatum.runner.adapter_image import ImageShape, build_image, random_image
+from granatum.runner.adapter_loader import AdapterLoader, MemoryImages
+from granatum.runner.pages import PagePool
+from granatum.v1.errors import GranatumError, Internal, InvalidAdapter, Unavailable
+
+INNER, HIDDEN, KV = 96, 64, 32
+BASE = BaseModel(
+    "test",
+    3,
+    {
+        "q_proj": (HIDDEN, HIDDEN),
+        "k_proj": (HIDDEN, KV),
+        "v_proj": (HIDDEN, KV),
+        "o_proj": (HIDDEN, HIDDEN),
+        "gate_proj": (HIDDEN, INNER),
+        "up_proj": (HIDDEN, INNER),
+        "down_proj": (INNER, HIDDEN),
+    },
+    "f" * 64,
+)
+SHAPE = ImageShape(BASE, torch.float32, 4096)
+Tensors = dict[str, torch.Tensor]
+
+
+def digest_of(number: int) -> str:
+    return f"{number:064x}"
+
+
+def write_adapter(directory: Path, seed: int, rank: int, targets: list[str]) -> Tensors:
+    """PEFT's two files of a random adapter, by hand."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(BASE.num_layers):
+        for name in targets:
+            inputs, outputs = BASE.features[name]
+            prefix = f"base_model.model.{BASE.module_name(layer, name)}"
+            a, b = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+            tensors[a] = torch.randn(rank, inputs, generator=generator).half()
+            tensors[b] = torch.randn(outputs, rank, generator=generator).half()
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return tensors
+
+
+class Store:
+    """Directories of adapters, as the object store would bring them; counts and can be away."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.fetched: list[str] = []
+        self.away = False
+
+    def fetch(self, digest: str, directory: Path) -> None:
+        if self.away:
+            raise Unavailable("the object store does not answer: try again")
+        self.fetched.append(digest)
+        shutil.copytree(self.root / digest, directory, dirs_exist_ok=True)
+
+
+class Bench:
+    """A cache with its loader on a small arena."""
+
+    def __init__(self, disk: DiskImages | MemoryImages, pages: int = 12, host: int = 12) -> None:
+        self.arena = torch.full((pages, SHAPE.page_elements), torch.nan)
+        self.table = AdapterTable.allocate(3, BASE.num_layers, "cpu")
+        self.loader = AdapterLoader(self.arena, self.table, disk, host * SHAPE.page_bytes)
+        self.pool = PagePool(pages)
+        self.cache = AdapterCache(self.pool, self.loader, slots=3)
+
+    def bring(self, digest: str) -> int:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            slot = self.cache.acquire(digest)
+            if slot is not None:
+                return slot
+            time.sleep(0.001)
+            self.cache.poll()
+        raise AssertionError(f"{digest} never came")
+
+    def delta(self, slot: int, layer: int, name: str) -> torch.Tensor:
+        """scale · B A `[outputs, inputs]`, read as a kernel reads it."""
+        index = PROJECTIONS.index(name)
+        group = next(i for i, names in enumerate(GROUPS.values()) if name in names)
+        first = index - list(GROUPS.values())[group].index(name)
+        inputs, outputs = BASE.features[name]
+        rank = int(self.table.rank[slot, layer, index])
+        row = int(self.table.rank[slot, layer, first:index].sum())
+        flat = self.arena.view(-1)
+        a_at = int(self.table.a[slot, layer, group]) + row * inputs
+        b_at = int(self.table.b[slot, layer, index])
+        a = flat[a_at : a_at + rank * inputs].view(rank, inputs)
+        b = flat[b_at : b_at + rank * outputs].view(rank, outputs)
+        return float(self.table.scale[slot, layer, index]) * (b.T @ a)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def disk(tmp_path: Path, store: Store) -> DiskImages:
+    return DiskImages(tmp_path / "cache", 1 << 30, SHAPE, store.fetch)
+
+
+@pytest.fixture
+def bench(disk: DiskImages) -> Iterator[Bench]:
+    bench = Bench(disk)
+    yield bench
+    bench.loader.close()
+
+
+ADAPTERS: list[tuple[int, list[str]]] = [
+    (16, list(PROJECTIONS)),
+    (5, ["q_proj", "v_proj", "down_proj"]),
+    (9, ["v_proj", "up_proj"]),
+]
+
+
+@pytest.mark.parametrize(("rank", "targets"), ADAPTERS)
+def test_arena_and_table_give_what_peft_would(
+    bench: Bench, store: Store, rank: int, targets: list[str]
+) -> None:
+    tensors = write_adapter(store.root / digest_of(1), 1, rank, targets)
+    slot = bench.bring(digest_of(1))
+    for layer in range(BASE.num_layers):
+        for name in PROJECTIONS:
+            if name not in targets:
+                assert bench.table.rank[slot, layer, PROJECTIONS.index(name)] == 0
+                continue
+            prefix = f"base_model.model.{BASE.module_name(layer, name)}"
+            a = tensors[f"{prefix}.lora_A.weight"].double()
+            b = tensors[f"{prefix}.lora_B.weight"].double()
+            expected = 2 * b @ a
+            assert torch.allclose(bench.delta(slot, layer, name).double(), expected, atol=1e-3)
+
+
+def test_adapters_come_and_go_without_disturbing_each_other(bench: Bench, store: Store) -> None:
+    written = {}
+    for number, (rank, targets) in enumerate(ADAPTERS * 3):
+        written[number] = write_adapter(store.root / digest_of(number), number, rank, targets)
+    order = np.random.default_rng(0).permutation(list(written) * 4)
+    for number in order:
+        slot = bench.bring(digest_of(number))
+        name = ADAPTERS[number % 3][1][0]
+        prefix = f"base_model.model.{BASE.module_name(2, name)}"
+        expected = (
+            2
+            * written[number][f"{prefix}.lora_B.weight"].float()
+            @ written[number][f"{prefix}.lora_A.weight"].float()
+        )
+        assert torch.allclose(bench.delta(slot, 2, name), expected, atol=1e-3)
+        bench.cache.release(digest_of(number))
+    assert sorted(set(store.fetched)) == sorted(store.fetched), "packed once, then from disk"
+
+
+def test_image_survives_the_process_and_the_store(
+    tmp_path: Path, store: Store, disk: DiskImages
+) -> None:
+    write_adapter(store.root / digest_of(1), 1, 16, ["q_proj"])
+    pages = disk.measure(digest_of(1))
+    store.away = True
+    again = DiskImages(tmp_path / "cache", 1 << 30, SHAPE, store.fetch)
+    assert again.size(digest_of(1)) == pages
+    bench = Bench(again)
+    assert bench.bring(digest_of(1)) in range(3)
+    bench.loader.close()
+
+
+def damage_header(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("harm", [damage_header, cut_short, remove])
+def test_harmed_image_is_made_again(
+    bench: Bench, disk: DiskImages, tmp_path: Path, store: Store, harm: Callable[[Path], None]
+) -> None:
+    write_adapter(store.root / digest_of(1), 1, 16, ["q_proj"])
+    disk.measure(digest_of(1))
+    (file,) = (tmp_path / "cache").rglob("*.image")
+    harm(file)
+    slot = bench.bring(digest_of(1))
+    assert bench.delta(slot, 0, "q_proj").isfinite().all()
+    assert len(store.fetched) == 2
+
+
+def test_scan_removes_what_is_no_image_and_ignores_another_layout(
+    tmp_path: Path, store: Store, disk: DiskImages
+) -> None:
+    write_adapter(store.root / digest_of(1), 1, 16, ["q_proj"])
+    disk.measure(digest_of(1))
+    (file,) = (tmp_path / "cache").rglob("*.image")
+    cut_short(file)
+    again = DiskImages(tmp_path / "cache", 1 << 30, SHAPE, store.fetch)
+    assert again.size(digest_of(1)) is None
+    assert not file.exists()
+    other = ImageShape(BASE, torch.bfloat16, 4096)
+    again.measure(digest_of(1))
+    assert DiskImages(tmp_path / "cache", 1 << 30, other, store.fetch).size(digest_of(1)) is None
+    assert file.exists()
+
+
+def test_disk_keeps_to_its_limit_and_the_latest_used(tmp_path: Path, store: Store) -> None:
+    for number in range(4):
+        write_adapter(store.root / digest_of(number), number, 16, ["q_proj"])
+    pages = build_image(store.root / digest_of(0), SHAPE).pages.shape[0]
+    limit = 3 * pages * SHAPE.page_bytes
+    disk = DiskImages(tmp_path / "cache", limit, SHAPE, store.fetch)
+    buffers = [memoryview(bytearray(SHAPE.page_bytes)) for _ in range(pages)]
+    for number in (0, 1, 2, 0, 3):
+        disk.measure(digest_of(number))
+        disk.read(digest_of(number), buffers)
+    kept = {path.stem for path in (tmp_path / "cache").rglob("*.image")}
+    assert kept == {digest_of(number) for number in (0, 2, 3)}
+    assert not list((tmp_path / "cache").rglob(".*")), "nothing temporary remains"
+
+
+def test_store_that_is_away_is_an_error_and_leaves_nothing(bench: Bench, store: Store) -> None:
+    store.away = True
+    with pytest.raises(Unavailable):
+        bench.bring(digest_of(1))
+    assert bench.pool.free_pages == bench.pool.total
+
+
+def test_files_that_contradict_each_other_are_refused(bench: Bench, store: Store) -> None:
+    write_adapter(store.root / digest_of(1), 1, 16, ["q_proj"])
+    config = store.root / digest_of(1) / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 16', '"r": 8'))
+    with pytest.raises(InvalidAdapter, match="cannot be packed"):
+        bench.bring(digest_of(1))
+
+
+def test_unforeseen_failure_does_not_wedge(bench: Bench, disk: DiskImages, store: Store) -> None:
+    with pytest.raises(Internal):
+        bench.bring(digest_of(7))
+    with pytest.raises(GranatumError):
+        bench.bring(digest_of(7))
+    write_adapter(store.root / digest_of(1), 1, 16, ["q_proj"])
+    assert bench.bring(digest_of(1)) in range(3)
+
+
+def test_images_from_memory() -> None:
+    images = {digest_of(n): random_image(SHAPE, rank=8, seed=n) for n in range(2)}
+    bench = Bench(MemoryImages(images))
+    slots = [bench.bring(digest) for digest in images]
+    assert sorted(bench.cache.figures.resident) == sorted(images)
+    deltas = [bench.delta(slot, 1, "down_proj") for slot in slots]
+    assert not torch.equal(*deltas)
+    bench.loader.close()
