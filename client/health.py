@@ -1,0 +1,42 @@
+"""The standard gRPC health check, asked from outside."""
+
+import asyncio
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from granatum.v1.errors import from_rpc_error
+from granatum.v1.transport import Tls, open_channel
+
+_POLL_S = 0.1
+
+
+async def is_serving(
+    address: str, tls: Tls | None = None, *, insecure: bool = False, timeout_s: float = 5.0
+) -> bool:
+    """Whether the service at `host:port` says that it serves; raises if it says nothing."""
+    async with open_channel(address, tls, insecure=insecure) as channel:
+        request = health_pb2.HealthCheckRequest()
+        try:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def until_serving(address: str) -> None:
+    """Return as soon as the service on this machine serves; wait for it without end."""
+    async with open_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        while True:
+            if await _serves(stub):
+                return
+            await asyncio.sleep(_POLL_S)
+
+
+async def _serves(stub: health_pb2_grpc.HealthStub) -> bool:
+    try:
+        answer = await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+    except grpc.aio.AioRpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
