@@ -1,0 +1,86 @@
+"""Where Triton is missing this package still imports, and the torch twins serve.
+
+`triton` and `tl` stand for Triton's modules in every file with kernels, `jit` for its decorator.
+A launcher asks `runs_kernel` whether its Triton kernel or its torch twin serves.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    triton = SimpleNamespace(jit=lambda function, **_options: function)
+    tl = SimpleNamespace(constexpr=lambda value: value)
+    HAS_TRITON = False
+
+__all__ = [
+    "INTERPRETING",
+    "dot",
+    "jit",
+    "require",
+    "require_rows",
+    "runs_kernel",
+    "tl",
+    "triton",
+]
+
+INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton runs kernels on the CPU; it decides that when it is first imported."""
+
+
+def jit(*runtime_integers: str) -> Callable[[Callable[..., None]], Any]:
+    """Triton's kernel of a function; the integers named never lead to another compilation."""
+
+    def decorate(function: Callable[..., None]) -> Any:
+        return triton.jit(function, do_not_specialize=list(runtime_integers))
+
+    return decorate
+
+
+_INTERPRETED = tl.constexpr(INTERPRETING)
+
+
+@jit()
+def dot(a, b, total):
+    """total + a @ b on the tensor cores for 16-bit types, without tf32 for float32.
+
+    The interpreter keeps bfloat16 as bit patterns, which it would multiply.
+    """
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+def runs_kernel(tensor: torch.Tensor) -> bool:
+    """Whether the Triton kernel serves `tensor`'s device; if not, the torch twin does."""
+    return (tensor.is_cuda and HAS_TRITON) or INTERPRETING
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse a call whose shapes, strides or dtypes an op cannot take.
+
+    Raises:
+        ValueError: with `message`, unless `condition` holds.
+    """
+    if not condition:
+        raise ValueError(message)
+
+
+def require_rows(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
+    """Refuse `tensor` unless it has this shape and adjacent elements in its last dimension.
+
+    Raises:
+        ValueError: naming the tensor, its shape and its strides.
+    """
+    fits = tuple(tensor.shape) == tuple(shape) and (tensor.stride(-1) == 1 or shape[-1] <= 1)
+    found = f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+    require(fits, f"{name} must be {tuple(shape)} with adjacent last elements, not {found}")

@@ -1,0 +1,74 @@
+"""SGMV: what each row's own adapter adds to a fused linear; mixed adapters and ranks, one launch.
+
+    y[t, slice p] += scale_p * (x[t] @ A_p^T) @ B_p^T   of t's adapter A_p [r_p, K], B_p [N_p, r_p]
+
+In two steps. **Shrink** multiplies x with the group's stacked A, in chunks of K whose partial sums
+go to a float32 workspace [chunks, T, projections * max_rank]; **expand** adds the partials in
+order, multiplies with B and adds to y. One grid serves every adapter, rank and row count that fits
+its tile list: blocks loop over the true ranks, and spare ones leave. There are no atomics; a row's
+result depends on its own adapter, on shapes and on `block_m` alone.
+
+Tiles of fewer than 16 rows are multiplied from registers, as memory-bound work wants; longer tiles
+on the tensor cores. The two sum in different orders, and may differ in the last bits.
+"""
+
+import torch
+
+from granatum.kernels import reference
+from granatum.kernels.backend import runs_kernel
+from granatum.kernels.expand import expand
+from granatum.kernels.layout import AdapterTable, Tiles, make_tiles
+from granatum.kernels.shrink import shrink
+from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M, Shape, config_for
+
+__all__ = [
+    "DECODE_BLOCK_M",
+    "PREFILL_BLOCK_M",
+    "AdapterTable",
+    "Tiles",
+    "add_lora",
+    "expand",
+    "make_tiles",
+    "shrink",
+    "workspace_elements",
+]
+
+
+def workspace_elements(
+    rows: int,
+    in_features: int,
+    out_features: tuple[int, ...],
+    block_m: int,
+    max_rank: int,
+    device: torch.device | str,
+) -> int:
+    """Float32 elements of workspace that a group needs for `rows` rows; at most, of its layers."""
+    shape = Shape(in_features, out_features, max_rank, block_m)
+    return config_for(shape, torch.device(device)).workspace_elements(shape, rows)
+
+
+def add_lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    table: AdapterTable,
+    layer: int,
+    group: int,
+    out_features: tuple[int, ...],
+    tiles: Tiles,
+    workspace: torch.Tensor,
+) -> None:
+    """Add to y, in place, what each tile's adapter makes of x: `shrink`, then `expand`.
+
+    y: [T, sum(out_features)], any float dtype; x: [T, K] of the arena's dtype; both with adjacent
+    elements in a row. arena: contiguous, at least 16-byte aligned. group: 0 qkv, 1 o, 2 gate_up,
+    3 down. workspace: float32, `workspace_elements` at least. Rows in no tile stay as they are.
+
+    Raises:
+        ValueError: a shape, stride or dtype that the op cannot take.
+    """
+    if not runs_kernel(x):
+        reference.add_lora(y, x, arena, table, layer, group, out_features, tiles)
+        return
+    shrink(x, arena, table, layer, group, out_features, tiles, workspace)
+    expand(y, x.shape[1], arena, table, layer, group, out_features, tiles, workspace)

@@ -1,0 +1,161 @@
+"""Which configuration of the LoRA kernels serves a shape: measured on a GPU, or a default.
+
+`h200.json` is the measured table, written by `benchmarks/lora_ops_tune.py`. A configuration
+depends on shapes and on the table's largest rank, never on a batch's content, so that a row's
+result does not depend on its company.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from granatum.kernels.backend import require
+
+DECODE_BLOCK_M = 4
+"""Rows per tile of a decode step: below `DOT_ROWS`, blocks multiply row by row in registers."""
+PREFILL_BLOCK_M = 64
+"""Rows per tile of prefill chunks, multiplied on the tensor cores."""
+DOT_ROWS = 16
+"""The least rows per tile for which the tensor cores are used."""
+
+_TABLES = {"H200": "h200.json"}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How a shrink and its expand are cut into blocks.
+
+    chunk_k:       input features of one partial sum; the expand adds the partials in order;
+    shrink_k:      input features that a block holds at a time (row by row: the whole chunk);
+    shrink_r:      stacked ranks that a block holds at a time;
+    rank_blocks:   blocks that share a tile's stacked ranks, each going through its part;
+    expand_n:      output features of a block;
+    expand_r:      ranks that an expand block holds at a time;
+    pdl:           start while the previous kernel ends (programmatic dependent launch).
+    """
+
+    chunk_k: int
+    shrink_k: int
+    shrink_r: int
+    rank_blocks: int
+    shrink_warps: int
+    shrink_stages: int
+    expand_n: int
+    expand_r: int
+    expand_warps: int
+    expand_stages: int
+    pdl: bool
+
+    def chunks(self, shape: "Shape") -> int:
+        """Partial sums of each value of the intermediate."""
+        return -(-shape.in_features // self.chunk_k)
+
+    def workspace_elements(self, shape: "Shape", rows: int) -> int:
+        """Float32 elements of all partial sums of `rows` rows."""
+        return self.chunks(shape) * rows * len(shape.out_features) * shape.max_rank
+
+    def require_workspace(self, workspace: torch.Tensor, shape: "Shape", rows: int) -> None:
+        """Refuse a workspace that is too small, not float32 or not contiguous.
+
+        Raises:
+            ValueError: naming what is needed.
+        """
+        needed = self.workspace_elements(shape, rows)
+        fits = workspace.dtype == torch.float32 and workspace.is_contiguous()
+        message = f"the workspace must be {needed} contiguous float32 elements"
+        require(fits and workspace.numel() >= needed, f"{message}, not {workspace.numel()}")
+
+    @property
+    def launch_options(self) -> dict[str, bool]:
+        """Options of a launch beyond warps and stages."""
+        return {"launch_pdl": True} if self.pdl else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a configuration may depend on."""
+
+    in_features: int
+    out_features: tuple[int, ...]
+    max_rank: int
+    block_m: int
+
+    @property
+    def dot(self) -> bool:
+        """Whether tiles are long enough for the tensor cores."""
+        return self.block_m >= DOT_ROWS
+
+    @property
+    def key(self) -> str:
+        """The shape's name in a measured table, without its rank."""
+        outs = "+".join(str(n) for n in self.out_features)
+        return f"{self.in_features}->{outs} by {self.block_m}"
+
+
+def default_config(shape: Shape) -> Config:
+    """What serves where nothing was measured; correct everywhere."""
+    projections = len(shape.out_features)
+    if shape.dot:
+        return Config(
+            chunk_k=max(1024, power_of_two(shape.in_features // 8)),
+            shrink_k=64,
+            shrink_r=16 if projections == 1 else 32,
+            rank_blocks=1,
+            shrink_warps=4,
+            shrink_stages=3,
+            expand_n=128,
+            expand_r=16,
+            expand_warps=4,
+            expand_stages=2,
+            pdl=False,
+        )
+    return Config(
+        chunk_k=512,
+        shrink_k=512,
+        shrink_r=8,
+        rank_blocks=2 * projections,
+        shrink_warps=1,
+        shrink_stages=1,
+        expand_n=256,
+        expand_r=8,
+        expand_warps=1,
+        expand_stages=1,
+        pdl=False,
+    )
+
+
+def config_for(shape: Shape, device: torch.device) -> Config:
+    """The measured configuration of the nearest rank from `shape.max_rank` up, else the default."""
+    if device.type != "cuda":
+        return default_config(shape)
+    return _measured(_table_name(device.index or 0), shape) or default_config(shape)
+
+
+@cache
+def _measured(table: str | None, shape: Shape) -> Config | None:
+    by_rank = _table(table).get(shape.key, {}) if table else {}
+    ranks = sorted(int(rank) for rank in by_rank)
+    nearest = next((rank for rank in ranks if rank >= shape.max_rank), None)
+    return None if nearest is None else Config(**by_rank[str(nearest)])
+
+
+@cache
+def _table(name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    path = Path(__file__).with_name(name)
+    configs: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())["configs"]
+    return configs
+
+
+@cache
+def _table_name(device_index: int) -> str | None:
+    gpu = torch.cuda.get_device_name(device_index)
+    return next((table for name, table in _TABLES.items() if name in gpu), None)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two from n on."""
+    return 1 << (n - 1).bit_length()

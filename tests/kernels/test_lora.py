@@ -1,0 +1,303 @@
+"""SGMV against float64 arithmetic on the adapters' own matrices."""
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from granatum.kernels import lora
+from granatum.kernels.backend import INTERPRETING, runs_kernel
+from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
+
+LAYER, LAYERS = 1, 3
+BFLOAT16 = 8e-3 if INTERPRETING else 4e-3  # the interpreter cuts off what rounding would keep
+TOLERANCE = {torch.bfloat16: BFLOAT16, torch.float16: 6e-4, torch.float32: 2e-5}
+QKV, OUT, GATE_UP, DOWN = range(4)
+
+
+@dataclass
+class Adapter:
+    """Per projection of the group: A [r, K], B [N, r], scale; a rank of 0 is no projection."""
+
+    a: list[torch.Tensor]
+    b: list[torch.Tensor]
+    scale: list[float]
+
+
+def make_adapter(ranks: Sequence[int], k: int, outs: Sequence[int], dtype: torch.dtype) -> Adapter:
+    def matrix(rows: int, columns: int, size: float) -> torch.Tensor:
+        return (torch.randn(rows, columns, dtype=torch.float64) * size).to(dtype)
+
+    return Adapter(
+        [matrix(r, k, k**-0.5) for r in ranks],
+        [matrix(n, r, max(r, 1) ** -0.5) for n, r in zip(outs, ranks, strict=True)],
+        [random.uniform(0.5, 2.0) for _ in ranks],
+    )
+
+
+@dataclass
+class Group:
+    """Adapters of one group in an arena whose unused elements are NaN, one adapter per slot."""
+
+    group: int
+    k: int
+    outs: tuple[int, ...]
+    adapters: list[Adapter]
+    arena: torch.Tensor
+    table: AdapterTable
+
+    @classmethod
+    def pack(
+        cls,
+        group: int,
+        k: int,
+        outs: tuple[int, ...],
+        adapters: list[Adapter],
+        dtype: torch.dtype,
+        device: torch.device,
+        max_rank: int,
+    ) -> "Group":
+        table = AdapterTable.allocate(len(adapters), LAYERS, "cpu", max_rank)
+        align = 128 // dtype.itemsize
+        pieces: list[torch.Tensor] = []
+
+        def put(piece: torch.Tensor) -> int:
+            offset = sum(p.numel() for p in pieces)
+            filler = torch.full((-piece.numel() % align + align,), torch.nan, dtype=dtype)
+            pieces.extend([piece.reshape(-1), filler])
+            return offset
+
+        put(torch.full((align,), torch.nan, dtype=dtype))
+        first = FIRST_PROJECTION[group]
+        table.rank[:, 0] = 256  # another layer's, whose pieces are not there
+        for slot, adapter in enumerate(adapters):
+            padded = [pad8(a) for a in adapter.a]
+            table.a[slot, LAYER, group] = put(torch.cat(padded))
+            for p, b in enumerate(adapter.b):
+                table.b[slot, LAYER, first + p] = put(pad8(b.T))
+                table.rank[slot, LAYER, first + p] = padded[p].shape[0]
+                table.scale[slot, LAYER, first + p] = adapter.scale[p]
+        on_device = [t.to(device) for t in (table.a, table.b, table.rank, table.scale)]
+        arena = torch.cat(pieces).to(device)
+        return cls(group, k, outs, adapters, arena, AdapterTable(*on_device, max_rank))
+
+    def truth(self, y: torch.Tensor, x: torch.Tensor, slots: Sequence[int | None]) -> torch.Tensor:
+        """What add_lora shall make of y, in float64."""
+        expected = y.double().cpu().clone()
+        for t, slot in enumerate(slots):
+            if slot is not None and slot >= 0:
+                mine = self.adapters[slot]
+                delta = [
+                    s * (b.double() @ (a.double() @ x[t].double().cpu()))
+                    for a, b, s in zip(mine.a, mine.b, mine.scale, strict=True)
+                ]
+                expected[t] += torch.cat(delta)
+        return expected
+
+    def workspace(self, rows: int, block_m: int) -> torch.Tensor:
+        elements = lora.workspace_elements(
+            rows, self.k, self.outs, block_m, self.table.max_rank, self.arena.device
+        )
+        return torch.full((elements,), torch.nan, device=self.arena.device)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, tiles: Tiles) -> None:
+        workspace = self.workspace(x.shape[0], tiles.block_m)
+        args = (y, x, self.arena, self.table, LAYER, self.group, self.outs, tiles, workspace)
+        lora.add_lora(*args)
+
+
+def pad8(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(matrix, (0, 0, 0, -matrix.shape[0] % 8)).contiguous()
+
+
+def tiles_of(slots: Sequence[int | None], block_m: int, device: torch.device) -> Tiles:
+    found = lora.make_tiles(slots, block_m)
+    tiles = Tiles.allocate(len(found) + 3, block_m, device)
+    tiles.entries.fill_(1 << 30)  # spare entries must not be followed
+    tiles.entries[:, 3] = 0
+    tiles.fill(found)
+    return tiles
+
+
+def activations(group: Group, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(rows, group.k).to(group.arena)
+    y = torch.randn(rows, sum(group.outs)).to(group.arena)
+    return x, y
+
+
+def check(group: Group, slots: Sequence[int | None], block_m: int) -> None:
+    x, y = activations(group, len(slots))
+    expected = group.truth(y, x, slots)
+    group.add(y, x, tiles_of(slots, block_m, y.device))
+    tolerance = TOLERANCE[y.dtype]
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=tolerance, atol=tolerance / 4)
+
+
+def make_group(
+    group: int,
+    k: int,
+    outs: tuple[int, ...],
+    ranks: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Group:
+    random.seed(0)
+    adapters = [make_adapter(r, k, outs, dtype) for r in ranks]
+    max_rank = max(8, *(-(-r // 8) * 8 for rank in ranks for r in rank))
+    return Group.pack(group, k, outs, adapters, dtype, device, max_rank)
+
+
+POPULARITY = {
+    "distinct": [0, 1, 2, 3, 4, 5],
+    "uniform": [0, 0, 1, 1, 2, 2],
+    "skewed": [0, 0, 0, 0, 0, 1, 1, 2],
+    "identical": [3] * 19,
+}
+
+
+@pytest.mark.parametrize("block_m", [4, 16])
+@pytest.mark.parametrize("popularity", list(POPULARITY))
+def test_popularity(
+    popularity: str, block_m: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    mixed = [(8, 16, 40), (64, 8, 8), (16, 16, 16), (1, 4, 33), (0, 24, 0), (16, 0, 8)]
+    group = make_group(QKV, 72, (40, 24, 24), mixed, dtype, device)
+    check(group, POPULARITY[popularity], block_m)
+
+
+@pytest.mark.parametrize("block_m", [1, 8, 64])
+@pytest.mark.parametrize("rank", [8, 16, 40, 64, 256])
+def test_ranks(rank: int, block_m: int, device: torch.device) -> None:
+    group = make_group(GATE_UP, 1032, (136, 136), [(rank, rank), (rank, 0)], torch.float32, device)
+    check(group, [0, 0, 1, None, 1], block_m)
+
+
+@pytest.mark.parametrize("group_index", [OUT, DOWN])
+def test_single_projections(group_index: int, dtype: torch.dtype, device: torch.device) -> None:
+    group = make_group(group_index, 200, (264,), [(16,), (8,)], dtype, device)
+    check(group, [1, None, 0, 0, 1], 4)
+
+
+@pytest.mark.parametrize("block_m", [4, 16])
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [None] * 5,
+        [0, 1, 0, 1, 0],
+        [None, 2, 2, None, 2, 0],
+        [-1, 1, -1],
+        [2],
+        [3, 3],
+    ],
+)
+def test_tile_lists(slots: list[int | None], block_m: int, device: torch.device) -> None:
+    ranks = [(16,), (8,), (40,), (0,)]
+    group = make_group(OUT, 96, (72,), ranks, torch.float32, device)
+    check(group, slots, block_m)
+
+
+def test_fuzzed_tile_lists(device: torch.device) -> None:
+    ranks = [(16, 8), (8, 0), (0, 0), (0, 48), (32, 32)]
+    group = make_group(GATE_UP, 64, (48, 48), ranks, torch.float32, device)
+    generator = random.Random(1)
+    for _ in range(8):
+        runs = [
+            [generator.choice([None, 0, 1, 2, 3, 4])] * generator.randint(1, 9)
+            for _ in range(generator.randint(1, 5))
+        ]
+        check(group, list(itertools.chain(*runs)), generator.choice([4, 16]))
+
+
+def test_a_missing_layer_costs_nothing(device: torch.device) -> None:
+    group = make_group(QKV, 64, (32, 16, 16), [(8, 8, 8)], torch.float32, device)
+    group.table.rank.zero_()
+    x, y = activations(group, 3)
+    before = y.clone()
+    group.add(y, x, tiles_of([0, 0, 0], 4, device))
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("block_m", [4, 16, 64])
+def test_a_row_is_bit_identical_in_any_company(block_m: int, device: torch.device) -> None:
+    if not runs_kernel(torch.empty(0, device=device)):
+        pytest.skip("torch's matrix products on the CPU depend on the number of rows")
+    ranks = [(16, 16, 16), (8, 64, 0), (40, 8, 8)]
+    group = make_group(QKV, 1096, (264, 136, 136), ranks, torch.bfloat16, device)
+    x, y = activations(group, 11)
+    slots = [0, 0, 0, 1, None, 2, 2, 2, 2, 2, 0]
+    crowd = y.clone()
+    group.add(crowd, x, tiles_of(slots, block_m, device))
+    for t, slot in enumerate(slots):
+        alone = y[t : t + 1].clone()
+        group.add(alone, x[t : t + 1], tiles_of([slot], block_m, device))
+        assert torch.equal(alone[0], crowd[t])
+
+
+def test_rows_of_wider_tensors(device: torch.device) -> None:
+    group = make_group(OUT, 64, (48,), [(16,)], torch.float32, device)
+    wide_x, wide_y = torch.randn(2, 5, 128, device=device)
+    x, y = wide_x[:, 16:80], wide_y[:, 32:80]
+    expected, rest = group.truth(y, x, [0] * 5), wide_y[:, 80:].clone()
+    group.add(y, x, tiles_of([0] * 5, 4, device))
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(wide_y[:, 80:], rest)
+
+
+def test_shrink_and_expand_apart_are_add_lora(device: torch.device) -> None:
+    group = make_group(GATE_UP, 1100, (40, 40), [(16, 8)], torch.float32, device)
+    x, y = activations(group, 3)
+    expected = group.truth(y, x, [0, None, 0])
+    tiles = tiles_of([0, None, 0], 4, device)
+    workspace = group.workspace(3, 4)
+    rest = (group.arena, group.table, LAYER, GATE_UP, group.outs, tiles, workspace)
+    lora.shrink(x, *rest)
+    lora.expand(y, group.k, *rest)
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_refusals() -> None:
+    group = make_group(OUT, 64, (48,), [(16,)], torch.float32, torch.device("cpu"))
+    x, y = activations(group, 3)
+    tiles = tiles_of([0, 0, 0], 4, y.device)
+    rest = (group.arena, group.table, LAYER, OUT, group.outs, tiles)
+    with pytest.raises(ValueError, match="x must be"):
+        lora.shrink(x.T.contiguous().T, *rest, group.workspace(3, 4))
+    with pytest.raises(ValueError, match="float32 elements"):
+        lora.shrink(x, *rest, group.workspace(3, 4)[1:])
+    with pytest.raises(ValueError, match="y must be"):
+        lora.expand(y[:, :40], 64, *rest, group.workspace(3, 4))
+    with pytest.raises(ValueError, match="group 1"):
+        lora.shrink(x, group.arena, group.table, LAYER, OUT, (8, 8), tiles, group.workspace(3, 4))
+
+
+def test_group_constants_agree() -> None:
+    assert sum(GROUP_PROJECTIONS) == 7
+    assert [sum(GROUP_PROJECTIONS[:g]) for g in range(4)] == list(FIRST_PROJECTION)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_m", [4, 64])
+def test_graph_replays_other_batches(block_m: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    device = torch.device("cuda")
+    ranks = [(16, 16), (8, 64), (0, 40), (256, 8)]
+    group = make_group(GATE_UP, 1096, (264, 264), ranks, torch.bfloat16, device)
+    x, y = activations(group, 21)
+    tiles = Tiles.allocate(21, block_m, device)
+    tiles.fill(lora.make_tiles([0] * 21, block_m))
+    group.add(y, x, tiles)
+    graph = torch.cuda.CUDAGraph()
+    workspace = group.workspace(21, block_m)
+    with torch.cuda.graph(graph):
+        lora.add_lora(y, x, group.arena, group.table, LAYER, GATE_UP, group.outs, tiles, workspace)
+    for slots in ([1, 2, 3] * 7, [None] * 21, [3] * 21, [2] * 5 + [None] * 5 + [0] * 11):
+        y.normal_()
+        workspace.fill_(torch.nan)
+        expected = group.truth(y, x, slots)
+        tiles.fill(lora.make_tiles(slots, block_m))
+        graph.replay()
+        torch.testing.assert_close(y.double().cpu(), expected, rtol=4e-3, atol=1e-3)
