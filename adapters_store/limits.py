@@ -16,3 +16,6 @@ class Limits:
     max_rank: int = 256
     max_versions: int = 10_000
     """Of all of one tenant's adapters together."""
+
+
+DEFAULT_LIMITS = Limits()

@@ -1,0 +1,244 @@
+"""The adapter store: what tenants upload, what their requests resolve to, what runners fetch."""
+
+import asyncio
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+
+import structlog
+
+from granatum.adapters_store.base_model import BaseModel
+from granatum.adapters_store.blobs import AdapterFiles, Blobs, epoch_of
+from granatum.adapters_store.catalog import Catalog, Version, Visibility
+from granatum.adapters_store.garbage import COMMIT_WITHIN_S, Collected, collect
+from granatum.adapters_store.incoming import UploadHeader, receive
+from granatum.adapters_store.limits import DEFAULT_LIMITS, Limits
+from granatum.adapters_store.location import open_objects
+from granatum.adapters_store.manifest import Manifest, Page
+from granatum.adapters_store.names import AdapterRef, check_name, shown
+from granatum.adapters_store.objects import Objects
+from granatum.adapters_store.tenants import Tenants
+from granatum.adapters_store.validate import Summary, validate
+from granatum.v1.errors import InvalidRequest, NotFound, PreconditionFailed, Unavailable
+
+MAX_PAGE = 1000
+
+log = structlog.get_logger(__name__)
+
+
+class AdapterStore:
+    """Adapters of all tenants. Methods raise Unavailable when the object store is away.
+
+    What belongs to another tenant and is not published does not exist for a tenant: NotFound, with
+    the words that a thing that never was gets.
+    """
+
+    def __init__(
+        self,
+        objects: Objects,
+        base: BaseModel,
+        limits: Limits = DEFAULT_LIMITS,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._objects = objects
+        self._base = base
+        self._limits = limits
+        self._now = now
+        self._blobs = Blobs(objects)
+        self._tenants = Tenants(objects, lambda: epoch_of(now()))
+
+    @classmethod
+    async def open(
+        cls, url: str, base: BaseModel, limits: Limits = DEFAULT_LIMITS
+    ) -> "AdapterStore":
+        """Open the store at `url` (see `open_objects`) for adapters of `base`."""
+        return cls(await asyncio.to_thread(open_objects, url), base, limits)
+
+    async def upload(
+        self, tenant: str, header: UploadHeader, chunks: AsyncIterator[bytes]
+    ) -> tuple[Manifest, bool]:
+        """Store the files as the next version of `header.name`; the version, and if it is new.
+
+        The bytes of the newest version again give that version. Nothing is visible before
+        everything was checked; whatever fails leaves nothing behind.
+        """
+        check_name(tenant, "tenant name")
+        header.check(self._limits)
+        catalog = await self._tenants.read(tenant)
+        catalog.check_name_is_free(header.name, self._limits.max_versions)
+        with _scratch(self._objects.scratch) as directory:
+            files = await receive(header, chunks, directory)
+            summary = await asyncio.to_thread(validate, *files, self._base, self._limits)
+            manifest, created = await self._commit(tenant, header, summary, files)
+        log.info("adapter uploaded", adapter=manifest.full_name, created=created)
+        return manifest, created
+
+    async def _commit(
+        self, tenant: str, header: UploadHeader, summary: Summary, files: tuple[Path, Path]
+    ) -> tuple[Manifest, bool]:
+        begun = self._now()
+        version = Version(
+            version=0,
+            digest=header.digest,
+            size_bytes=header.size_bytes,
+            max_rank=summary.max_rank,
+            target_modules=summary.target_modules,
+            create_time=begun,
+            base_fingerprint=self._base.fingerprint,
+        )
+        await self._blobs.put(header.digest, files, epoch_of(begun))
+
+        def add(catalog: Catalog) -> tuple[Catalog, tuple[Manifest, bool]]:
+            if self._now() - begun > COMMIT_WITHIN_S:
+                raise Unavailable(
+                    "storing the adapter took too long: try again", reason="STORE_SLOW"
+                )
+            newest = catalog.newest(header.name)
+            created = newest is None or newest.digest != header.digest
+            if created:
+                catalog = catalog.add_version(header.name, version, self._limits.max_versions)
+                newest = catalog.newest(header.name)
+            assert newest is not None
+            return catalog, (Manifest.of(catalog, tenant, header.name, newest), created)
+
+        return await self._tenants.change(tenant, add)
+
+    async def get(self, tenant: str, ref: str) -> Manifest:
+        """The version that `ref` stands for; see `AdapterRef.parse`."""
+        check_name(tenant, "tenant name")
+        found = await self._find(tenant, AdapterRef.parse(ref))
+        if found is None:
+            raise NotFound(
+                f"there is no adapter {shown(ref)} that you may use: list your adapters, or give "
+                "tenant/name for one that another tenant published"
+            )
+        return found
+
+    async def resolve(self, tenant: str, ref: str) -> Manifest:
+        """As `get`, for serving: PreconditionFailed if it was made for another base model."""
+        manifest = await self.get(tenant, ref)
+        if manifest.base_fingerprint != self._base.fingerprint:
+            raise PreconditionFailed(
+                f"adapter {manifest.name}@{manifest.version} was uploaded for another base model "
+                f"than {self._base.name}, which is served here: upload one made for it",
+                reason="OTHER_BASE_MODEL",
+            )
+        return manifest
+
+    async def _find(self, tenant: str, ref: AdapterRef) -> Manifest | None:
+        if ref.digest is not None:
+            return await self._find_digest(tenant, ref.digest)
+        assert ref.name is not None
+        owner = ref.tenant or tenant
+        catalog = await self._tenants.read_recent(owner)
+        found = catalog.find(ref.name, ref.version)
+        if found is None:
+            return None
+        manifest = Manifest.of(catalog, owner, *found)
+        # Aliases are their tenant's own; published is the name.
+        shared = manifest.visibility is Visibility.PUBLISHED and manifest.name == ref.name
+        return manifest if owner == tenant or shared else None
+
+    async def _find_digest(self, tenant: str, digest: str) -> Manifest | None:
+        catalog = await self._tenants.read_recent(tenant)
+        found = catalog.find_digest(digest)
+        if found is not None:
+            return Manifest.of(catalog, tenant, *found)
+        for owner in await self._tenants.publishers(digest):
+            catalog = await self._tenants.read_recent(owner)
+            found = catalog.find_digest(digest, published=True)
+            if found is not None:
+                return Manifest.of(catalog, owner, *found)
+        return None
+
+    async def list(self, tenant: str, page_size: int = 0, page_token: str = "") -> Page:
+        """The tenant's own adapters, every version, by name and version."""
+        check_name(tenant, "tenant name")
+        size = min(page_size or MAX_PAGE, MAX_PAGE)
+        catalog = await self._tenants.read(tenant)
+        after = _position(page_token)
+        rest = [(n, v) for n, v in catalog.versions() if after is None or (n, v.version) > after]
+        page = tuple(Manifest.of(catalog, tenant, name, version) for name, version in rest[:size])
+        more = len(rest) > size
+        return Page(page, f"{page[-1].name}@{page[-1].version}" if more else "")
+
+    async def set_alias(self, tenant: str, alias: str, ref: str) -> Manifest:
+        """Point `alias` at one of the tenant's versions: `name` (its newest now), `name@version`."""
+        check_name(alias, "alias")
+        name, version = _own(tenant, ref)
+
+        def point(catalog: Catalog) -> tuple[Catalog, Manifest]:
+            changed = catalog.set_alias(alias, name, version)
+            found = changed.find(alias, None)
+            assert found is not None
+            return changed, Manifest.of(changed, tenant, *found)
+
+        return await self._tenants.change(tenant, point)
+
+    async def delete_alias(self, tenant: str, alias: str) -> None:
+        """Remove an alias."""
+        check_name(alias, "alias")
+        await self._tenants.change(tenant, lambda catalog: (catalog.delete_alias(alias), None))
+
+    async def delete(self, tenant: str, ref: str) -> int:
+        """Delete `name` or `name@version`, and aliases of it; how many versions that were.
+
+        The bytes stay for streams in flight until garbage is collected; the versions' numbers are
+        never given again.
+        """
+        name, version = _own(tenant, ref)
+        now = self._now()
+        deleted = await self._tenants.change(
+            tenant, lambda catalog: catalog.delete(name, version, now)
+        )
+        log.info("adapter deleted", tenant=tenant, adapter=ref, versions=deleted)
+        return deleted
+
+    async def set_visibility(self, tenant: str, name: str, visibility: Visibility) -> None:
+        """Publish all versions of `name` to every tenant, or make them private."""
+        check_name(name)
+        await self._tenants.change(
+            tenant, lambda catalog: (catalog.set_visibility(name, visibility), None)
+        )
+
+    async def fetch(self, digest: str, directory: Path) -> AdapterFiles:
+        """Bring an adapter's files to `directory/<digest>/`, verified; see `Blobs.fetch`."""
+        return await self._blobs.fetch(digest, directory)
+
+    async def collect_garbage(self, grace_s: float = 3600.0) -> Collected:
+        """Delete bytes that nothing refers to and nothing did within `grace_s`."""
+        collected = await collect(self._objects, self._blobs, self._tenants, self._now(), grace_s)
+        log.info("garbage collected", blobs=collected.blobs, bytes=collected.bytes)
+        return collected
+
+
+@contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A directory of its own that goes away, whatever happens."""
+    path = Path(mkdtemp(prefix="upload-", dir=parent))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _own(tenant: str, ref: str) -> tuple[str, int | None]:
+    """The name and version of a reference to one of the tenant's own adapters."""
+    check_name(tenant, "tenant name")
+    parsed = AdapterRef.parse(ref)
+    if parsed.name is None or parsed.tenant not in (None, tenant):
+        raise InvalidRequest(f"{shown(ref)}: name one of your own adapters as name or name@version")
+    return parsed.name, parsed.version
+
+
+def _position(page_token: str) -> tuple[str, int] | None:
+    """The version after which a page begins."""
+    if not page_token:
+        return None
+    ref = AdapterRef.parse(page_token)
+    if ref.name is None or ref.version is None:
+        raise InvalidRequest("page_token must come from the previous response")
+    return ref.name, ref.version
