@@ -14,7 +14,7 @@ on the tensor cores. The two sum in different orders, and may differ in the last
 
 import torch
 
-from granatum.kernels import reference
+from granatum.kernels import reference_lora as reference
 from granatum.kernels.backend import runs_kernel
 from granatum.kernels.expand import expand
 from granatum.kernels.layout import AdapterTable, Tiles, make_tiles

@@ -2,7 +2,7 @@
 
 import torch
 
-from granatum.kernels import reference
+from granatum.kernels import reference_lora as reference
 from granatum.kernels.backend import dot, jit, require, require_rows, runs_kernel, tl
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
 from granatum.kernels.tuning import Config, Shape, config_for, power_of_two
