@@ -49,7 +49,9 @@ class Box:
         self.keys: dict[str, str] = {}
         self._say = say
         self._env = {"GRANATUM_CLUSTER_KEY": secrets.token_urlsafe(32)}
-        self._waves: list[list[Process]] = []
+        self._servers: list[Process] = []
+        self._routers: list[Process] = []
+        self._runners: list[Process] = []
         self._sockets = tempfile.TemporaryDirectory(prefix="granatum-")
 
     async def __aenter__(self) -> Self:
@@ -70,7 +72,7 @@ class Box:
 
     async def watch(self) -> None:
         """Start again what ends, without end; ProcessDied if that is no use."""
-        await _all(self._keep(process) for wave in self._waves for process in wave)
+        await _all(map(self._keep, (*self._servers, *self._routers, *self._runners)))
 
     async def _start(self) -> None:
         self._prepare()
@@ -109,7 +111,7 @@ class Box:
             *("--unixsocketperm", "700", "--save", "", "--dir", self._sockets.name),
         )
         valkey = self._process("valkey", command)
-        self._waves.append([valkey])
+        self._servers.append(valkey)
         await valkey.start()
         await self._alive_until(valkey, valkey.logged("ready to accept connections"))
         self._say(f"valkey    listens on {path}")
@@ -123,7 +125,7 @@ class Box:
             *("--keys", str(self.layout.keys_file)),
         )
         router = self._process("router", command)
-        self._waves.append([router])
+        self._routers.append(router)
         await router.start()
         await self._alive_until(router, until_serving(self.address))
         self._say(f"router    serves on {self.address}")
@@ -131,12 +133,11 @@ class Box:
     async def _start_runners(self) -> None:
         devices = hardware.devices() or ("cpu",)
         number = self.layout.runners or len(devices)
-        runners = [
+        self._runners += [
             self._runner(f"runner-{index}", devices[index % len(devices)], number)
             for index in range(number)
         ]
-        self._waves.append(runners)
-        await _all(map(self._start_runner, runners))
+        await _all(map(self._start_runner, self._runners))
 
     def _runner(self, name: str, device: str, number: int) -> Process:
         command = _python(
@@ -186,8 +187,9 @@ class Box:
             await process.start()
 
     async def _stop(self) -> None:
-        for wave in reversed(self._waves):
-            await asyncio.gather(*(process.stop(_GRACE_S) for process in wave))
+        """The router first, while its streams have runners to end on."""
+        for processes in (self._routers, self._runners, self._servers):
+            await asyncio.gather(*(process.stop(_GRACE_S) for process in processes))
         self._sockets.cleanup()
 
 

@@ -54,6 +54,12 @@ class Process:
         """Whether the child was started and has not ended."""
         return self._child is not None and self._child.returncode is None
 
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        assert self._child is not None
+        return self._child.pid
+
     async def wait(self) -> int:
         """The child's exit status, once it has ended."""
         assert self._child is not None
@@ -62,7 +68,8 @@ class Process:
     async def logged(self, text: str) -> str:
         """The first log line that contains `text`, once it is there."""
         while True:
-            for line in self.log.read_text(errors="replace").splitlines():
+            complete, _, _ = self.log.read_text(errors="replace").rpartition("\n")
+            for line in complete.splitlines():
                 if text in line:
                     return line
             await asyncio.sleep(_POLL_S)

@@ -1,0 +1,93 @@
+"""The command line, as a user runs it: real processes against a server on a real port."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from doubles import KEY, Service
+from grpc_health.v1 import health_pb2
+
+
+async def granatum(*arguments: str, **env: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "granatum.client", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "200", **env},
+    )
+    output, errors = await child.communicate()
+    assert child.returncode is not None
+    return child.returncode, output.decode(), errors.decode()
+
+
+async def test_generate_streams_the_text(service: Service) -> None:
+    status, output, errors = await granatum(
+        "generate",
+        "--address",
+        service.address,
+        "--key",
+        KEY,
+        "--adapter",
+        "style",
+        "abc",
+        "--stats",
+    )
+    assert (status, output) == (0, "abc\n")
+    assert "3 + 3 tokens" in errors
+    assert service.requests[0].adapter == "style"
+
+
+async def test_address_and_key_come_from_the_environment(service: Service) -> None:
+    env = {"GRANATUM_ADDRESS": service.address, "GRANATUM_KEY": KEY}
+    status, output, _ = await granatum("adapters", "list", **env)
+    assert status == 0
+    assert [line.split()[0] for line in output.splitlines()[1:]] == ["a0", "a1", "a2"]
+    status, output, _ = await granatum("runners", **env)
+    assert status == 0
+    assert "runner-0" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("generate", "--key", KEY, "busy"), "the queue is full: try again (retry in 2 s)"),
+        (("generate", "x"), "no such key"),
+        (("adapters", "show", "--key", KEY, "nobody"), "no adapter nobody"),
+        (("adapters", "upload", "--key", KEY, "x", "/nowhere"), "save_pretrained"),
+        (("generate", "--address", "127.0.0.1:1", "x"), "nothing answers on 127.0.0.1:1: start it"),
+        (("generate", "--address", "192.0.2.1:7", "x"), "--insecure"),
+    ],
+)
+async def test_an_error_is_one_clear_line(
+    service: Service, arguments: tuple[str, ...], complaint: str
+) -> None:
+    status, _, errors = await granatum(*arguments, GRANATUM_ADDRESS=service.address)
+    assert status == 1
+    (line,) = errors.splitlines()
+    assert line.startswith("granatum: ")
+    assert complaint in line
+
+
+async def test_health_is_an_exit_status(service: Service) -> None:
+    assert (await granatum("health", service.address))[:2] == (0, "serving\n")
+    await service.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    assert (await granatum("health", service.address))[:2] == (1, "not serving\n")
+    assert (await granatum("health", "127.0.0.1:1"))[0] == 1
+
+
+async def test_up_says_what_a_model_is(tmp_path: Path) -> None:
+    status, _, errors = await granatum("up", "--model", str(tmp_path), "--state", str(tmp_path))
+    assert status == 1
+    assert "no config.json" in errors
+
+
+async def test_services_get_their_arguments_as_they_are(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    status, key, _ = await granatum("keys", "add", "--tenant", "acme", "--file", str(keys))
+    assert status == 0
+    assert key.strip() not in keys.read_text(), "keys stand as digests"
+    _, listed, _ = await granatum("keys", "list", "--file", str(keys))
+    assert "acme" in listed

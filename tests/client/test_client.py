@@ -1,0 +1,176 @@
+"""The client against a server on a real port."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from doubles import KEY, Service
+
+from granatum.client import Client, Message
+from granatum.client.uploads import CHUNK_BYTES
+from granatum.v1.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unauthenticated,
+    Unavailable,
+)
+
+
+@pytest.fixture
+async def client(service: Service) -> AsyncIterator[Client]:
+    async with Client(service.address, key=KEY, timeout=20) as connected:
+        yield connected
+
+
+async def test_tokens_stream_between_start_and_end(client: Client) -> None:
+    generation = client.generate("abc")
+    texts = [token.text async for token in generation]
+    assert texts == ["a", "b", "c"]
+    assert generation.start is not None
+    assert generation.start.runner == "runner-0"
+    assert generation.end is not None
+    assert (generation.end.reason, generation.end.runner) == ("stop", "runner-1")
+
+
+async def test_complete_gathers_a_generation(client: Client) -> None:
+    completion = await client.complete("abc")
+    assert completion.text == "abc"
+    assert completion.end.completion_tokens == 3
+    assert completion.end.first_token_s == pytest.approx(0.2)
+
+
+async def test_leaving_the_loop_cancels_the_request(client: Client, service: Service) -> None:
+    tokens = aiter(client.generate("forever"))
+    assert (await anext(tokens)).text == "f"
+    assert not service.ended.is_set()
+    await tokens.aclose()  # type: ignore[attr-defined]
+    await asyncio.wait_for(service.ended.wait(), 10)
+
+
+async def test_a_deadline_travels_and_ends_the_call(client: Client, service: Service) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await client.complete("forever", timeout=0.5)
+    (remaining,) = service.deadlines
+    assert remaining is not None
+    assert 0 < remaining <= 0.5
+    await asyncio.wait_for(service.ended.wait(), 10)
+
+
+async def test_options_reach_the_wire(client: Client, service: Service) -> None:
+    await client.complete(
+        "x",
+        adapter="style@3",
+        request_id="mine",
+        priority=2,
+        max_tokens=7,
+        min_tokens=1,
+        stop=("\n",),
+        stop_token_ids=(5,),
+        ignore_eos=True,
+        temperature=0.5,
+        top_k=4,
+        seed=0,
+        logprobs=0,
+    )
+    (request,) = service.requests
+    assert (request.adapter, request.request_id, request.priority) == ("style@3", "mine", 2)
+    assert (request.stop.max_tokens, request.stop.min_tokens) == (7, 1)
+    assert (list(request.stop.strings), list(request.stop.token_ids)) == (["\n"], [5])
+    assert request.stop.ignore_eos
+    assert (request.sampling.temperature, request.sampling.top_k) == (0.5, 4)
+    assert request.sampling.HasField("seed"), "a seed of 0 is a seed"
+    assert not request.sampling.HasField("top_p"), "what was not said is not sent"
+    assert request.HasField("logprobs")
+
+
+async def test_prompts_are_text_ids_or_messages(client: Client, service: Service) -> None:
+    await client.complete([1, 2])
+    await client.complete([Message("user", "hello")])
+    ids, chat = service.requests
+    assert list(ids.token_ids.ids) == [1, 2]
+    assert [(m.role, m.content) for m in chat.chat.messages] == [("user", "hello")]
+
+
+async def test_an_unknown_option_is_named(client: Client) -> None:
+    with pytest.raises(TypeError, match="max_tokns"):
+        client.generate("x", max_tokns=3)  # type: ignore[call-arg]
+
+
+async def test_errors_are_the_services_own(client: Client, service: Service) -> None:
+    with pytest.raises(Overloaded, match="the queue is full") as refused:
+        await client.complete("busy")
+    assert refused.value.retry_after_s == 2
+    with pytest.raises(NotFound, match="no adapter nobody"):
+        await client.get("nobody")
+    async with Client(service.address, key="wrong") as stranger:
+        with pytest.raises(Unauthenticated):
+            await stranger.list_adapters()
+
+
+async def test_nobody_listening_is_unavailable() -> None:
+    async with Client("127.0.0.1:1", timeout=10) as client:
+        with pytest.raises(Unavailable):
+            await client.list_adapters()
+
+
+async def test_an_upload_declares_and_sends_both_files(
+    client: Client, service: Service, tmp_path: Path
+) -> None:
+    files = {
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": bytes(range(256)) * 2000,
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    upload = await client.upload("style", tmp_path)
+    assert upload.created
+    assert upload.adapter.full_name == "acme/style@2"
+    ((header, chunks),) = service.uploads
+    assert header.name == "style"
+    assert {file.name: (file.size_bytes, file.sha256) for file in header.files} == {
+        name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()
+    }
+    assert b"".join(chunks) == b"".join(files.values())
+    assert max(map(len, chunks)) == CHUNK_BYTES
+
+
+async def test_an_upload_of_something_else_says_what_it_needs(
+    client: Client, service: Service, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InvalidRequest, match=r"adapter_model\.safetensors.*save_pretrained"):
+        await client.upload("style", tmp_path)
+    assert not service.uploads
+
+
+async def test_lists_are_read_to_their_last_page(client: Client) -> None:
+    adapters = await client.list_adapters()
+    assert [adapter.name for adapter in adapters] == ["a0", "a1", "a2"]
+    assert adapters[0].aliases == ("prod",)
+    assert not adapters[0].published
+
+
+async def test_runners_are_listed_and_drained(client: Client) -> None:
+    (runner,) = await client.runners()
+    assert (runner.id, runner.max_batch, runner.reserved) == ("runner-0", 8, 1)
+    await client.drain("runner-0")
+    assert (await client.runners())[0].draining
+    await client.resume("runner-0")
+    assert not (await client.runners())[0].draining
+
+
+async def test_adapters_are_aliased_published_and_deleted(client: Client, service: Service) -> None:
+    assert (await client.set_alias("best", "a1")).name == "a1"
+    assert service.aliases == {"best": "a1"}
+    await client.delete_alias("best")
+    assert not service.aliases
+    await client.publish("a1")
+    assert (await client.get("a1")).published
+    await client.unpublish("a1")
+    assert not (await client.get("a1")).published
+    assert await client.delete("a1") == 1
+    assert [adapter.name for adapter in await client.list_adapters()] == ["a0", "a2"]
