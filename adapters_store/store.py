@@ -55,7 +55,7 @@ class AdapterStore:
         cls, url: str, base: BaseModel, limits: Limits = DEFAULT_LIMITS
     ) -> "AdapterStore":
         """Open the store at `url` (see `open_objects`) for adapters of `base`."""
-        return cls(await asyncio.to_thread(open_objects, url), base, limits)
+        return cls(open_objects(url), base, limits)
 
     async def upload(
         self, tenant: str, header: UploadHeader, chunks: AsyncIterator[bytes]
@@ -133,7 +133,7 @@ class AdapterStore:
             return await self._find_digest(tenant, ref.digest)
         assert ref.name is not None
         owner = ref.tenant or tenant
-        catalog = await self._tenants.read_recent(owner)
+        catalog = await self._tenants.read(owner)
         found = catalog.find(ref.name, ref.version)
         if found is None:
             return None
@@ -143,12 +143,12 @@ class AdapterStore:
         return manifest if owner == tenant or shared else None
 
     async def _find_digest(self, tenant: str, digest: str) -> Manifest | None:
-        catalog = await self._tenants.read_recent(tenant)
+        catalog = await self._tenants.read(tenant)
         found = catalog.find_digest(digest)
         if found is not None:
             return Manifest.of(catalog, tenant, *found)
         for owner in await self._tenants.publishers(digest):
-            catalog = await self._tenants.read_recent(owner)
+            catalog = await self._tenants.read(owner)
             found = catalog.find_digest(digest, published=True)
             if found is not None:
                 return Manifest.of(catalog, owner, *found)
@@ -166,7 +166,7 @@ class AdapterStore:
         return Page(page, f"{page[-1].name}@{page[-1].version}" if more else "")
 
     async def set_alias(self, tenant: str, alias: str, ref: str) -> Manifest:
-        """Point `alias` at one of the tenant's versions: `name` (its newest now), `name@version`."""
+        """Point `alias` at a version of the tenant's: `name` (its newest now), `name@version`."""
         check_name(alias, "alias")
         name, version = _own(tenant, ref)
 

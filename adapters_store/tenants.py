@@ -6,15 +6,12 @@ published/<digest>/<tenant>/<epoch>     who published these bytes: a hint, the c
 
 import asyncio
 import random
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
-
-import structlog
 
 from granatum.adapters_store.catalog import Catalog
 from granatum.adapters_store.catalog_json import decode, encode
@@ -25,22 +22,16 @@ PREFIX = "tenants"
 PUBLISHED_PREFIX = "published"
 _CACHED_TENANTS = 4096
 _SWAP_ATTEMPTS = 64
-# While the store is slow or away, requests go on with what was last known of their tenant.
-_PATIENCE_S = 2.0
-_AWAY_S = 5.0
-_MAX_STALE_S = 3600.0
 
 T = TypeVar("T")
-log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What was last read of a tenant, and when (monotonic seconds)."""
+    """What was last read of a tenant."""
 
     stored: Stored | None
     catalog: Catalog
-    read_at: float
 
 
 class Tenants:
@@ -51,26 +42,10 @@ class Tenants:
         self._epoch = epoch
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._away_until = 0.0
 
     async def read(self, tenant: str) -> Catalog:
         """The tenant's catalog as it is now; empty for a tenant that has none."""
         return (await self._read(tenant)).catalog
-
-    async def read_recent(self, tenant: str) -> Catalog:
-        """The tenant's catalog; while the store is away, as it was within the last hour."""
-        known = self._known.get(tenant)
-        if known is None or time.monotonic() - known.read_at > _MAX_STALE_S:
-            return await self.read(tenant)
-        if time.monotonic() < self._away_until:
-            return known.catalog
-        try:
-            async with asyncio.timeout(_PATIENCE_S):
-                return await self.read(tenant)
-        except (TimeoutError, Unavailable):
-            log.warning("adapter store is away: going on with what is known")
-            self._away_until = time.monotonic() + _AWAY_S
-            return known.catalog
 
     async def change(self, tenant: str, change: Callable[[Catalog], tuple[Catalog, T]]) -> T:
         """Apply `change` to the newest catalog, again if another router was faster; its result."""
@@ -100,12 +75,12 @@ class Tenants:
         if stored is None:
             # Not remembered, so that names of tenants that never were fill no memory.
             self._known.pop(tenant, None)
-            return _Known(None, Catalog(), time.monotonic())
+            return _Known(None, Catalog())
         if known is not None and stored is known.stored:
             catalog = known.catalog
         else:
             catalog, _ = decode(stored.data, key)
-        return self._remember(tenant, _Known(stored, catalog, time.monotonic()))
+        return self._remember(tenant, _Known(stored, catalog))
 
     async def _swap(self, tenant: str, known: _Known, changed: Catalog, revision: str) -> bool:
         # Hints first: a published digest must never be without one.
@@ -119,7 +94,7 @@ class Tenants:
             stored = await self._objects.get(_key(tenant))
             if stored is None or decode(stored.data, _key(tenant))[1] != revision:
                 return False
-        self._remember(tenant, _Known(stored, changed, time.monotonic()))
+        self._remember(tenant, _Known(stored, changed))
         return True
 
     def _remember(self, tenant: str, known: _Known) -> _Known:
