@@ -3,7 +3,7 @@
 import hmac
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -22,6 +22,9 @@ SERVICES = (INFERENCE, ADAPTERS, CLUSTER, REGISTRY)
 
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _OPEN = (_HEALTH, reflection.SERVICE_NAME)
+
+if TYPE_CHECKING:
+    Handler = grpc.RpcMethodHandler[Any, Any]
 
 _tenant: ContextVar[str] = ContextVar("tenant")
 
@@ -43,11 +46,9 @@ class Access(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
-        ],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> "Handler | None":
         """Check the call's key. Raises Unauthenticated or PermissionDenied."""
         service = handler_call_details.method.strip("/").partition("/")[0]
         if service not in _OPEN:

@@ -70,6 +70,10 @@ class Registry:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
         await self._redis.aclose(close_connection_pool=True)
 
     async def place(self, request: PlacementRequest) -> Outcome:

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from granatum.adapters_store.limits import DEFAULT_LIMITS, Limits
 from granatum.router.stream import Patience
 from granatum.v1.transport import Tls
 
@@ -50,6 +51,16 @@ class Settings(BaseSettings):
         3600.0, gt=0, description="seconds between collections of blobs that nothing refers to"
     )
 
+    max_adapter_bytes: int = Field(
+        DEFAULT_LIMITS.max_bytes, gt=0, description="the largest adapter_model.safetensors to take"
+    )
+    max_adapter_rank: int = Field(
+        DEFAULT_LIMITS.max_rank, gt=0, le=256, description="the highest rank"
+    )
+    max_adapter_versions: int = Field(
+        DEFAULT_LIMITS.max_versions, gt=0, description="the most versions that one tenant may keep"
+    )
+
     tls_cert: Path | None = Field(None, description="PEM certificate to serve with")
     tls_key: Path | None = Field(None, description="PEM key of --tls-cert")
     tls_ca: Path | None = Field(None, description="PEM roots; demands certificates of clients")
@@ -71,6 +82,15 @@ class Settings(BaseSettings):
         if not (self.runner_ca or self.runner_cert or self.runner_key):
             return None
         return Tls(self.runner_cert, self.runner_key, self.runner_ca)
+
+    @property
+    def limits(self) -> Limits:
+        """What a tenant may upload."""
+        return Limits(
+            max_bytes=self.max_adapter_bytes,
+            max_rank=self.max_adapter_rank,
+            max_versions=self.max_adapter_versions,
+        )
 
     @property
     def patience(self) -> Patience:

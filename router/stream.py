@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from granatum.router.admission import Admission
+from granatum.router.deadline import Deadline
 from granatum.router.leases import Leases
 from granatum.router.placement import Lease, LeaseKind, Placed, PlacementRequest
 from granatum.router.progress import Progress
@@ -29,8 +30,6 @@ from granatum.v1.runner_pb2 import Departure, SequenceFailure, SequenceOutput
 _EXCLUDE_S = 2.0
 _FIRST_DELAY_S = 0.02
 _LONGEST_DELAY_S = 1.0
-_MARGIN = 0.1
-_LONGEST_MARGIN_S = 0.5
 _RETRY_AFTER_S = 1.0
 _FATAL_LOSSES = 4
 """So many runners in a row lost with a sequence on them, and it is taken for the cause."""
@@ -70,23 +69,21 @@ class Streams:
         self.patience = patience
         self._numbers = itertools.count(1)
 
-    def open(self, request: Request, time_remaining: float | None) -> "Stream":
-        """A stream for a request, which has so many seconds left by its client's deadline."""
-        return Stream(self, f"{self.router_id}.{next(self._numbers)}", request, time_remaining)
+    def open(self, request: Request, deadline: Deadline) -> "Stream":
+        """A stream for a request."""
+        return Stream(self, f"{self.router_id}.{next(self._numbers)}", request, deadline)
 
 
 class Stream:
     """One request on its way through as many runners as it takes."""
 
-    def __init__(
-        self, shared: Streams, id_: str, request: Request, time_remaining: float | None
-    ) -> None:
+    def __init__(self, shared: Streams, id_: str, request: Request, deadline: Deadline) -> None:
         self._shared = shared
         self._id = id_
         self._request = request
+        self._deadline = deadline
         self._clock = asyncio.get_running_loop().time
-        self._progress = Progress(request, arrived=self._clock())
-        self._give_up_at = _give_up_at(self._clock(), time_remaining)
+        self._progress = Progress(request, arrived=deadline.arrived)
         self._entry: str | None = None
         self._excluded: dict[str, float] = {}
         self._setbacks = 0
@@ -217,16 +214,7 @@ class Stream:
 
     def _give_up(self) -> float:
         """When to stop waiting for a runner, on the event loop's clock."""
-        if self._give_up_at is not None:
-            return self._give_up_at
-        return self._clock() + self._shared.patience.placement_s
-
-
-def _give_up_at(now: float, time_remaining: float | None) -> float | None:
-    """A little before the client's deadline, so that the client learns why."""
-    if time_remaining is None:
-        return None
-    return now + time_remaining - min(_MARGIN * time_remaining, _LONGEST_MARGIN_S)
+        return self._deadline.give_up(self._shared.patience.placement_s)
 
 
 def _failure(failed: SequenceFailure) -> Exception:

@@ -1,0 +1,141 @@
+"""AdapterService: the tenants' adapters over the wire, from and to the store."""
+
+# ruff: noqa: N802 - methods are named by the service
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from granatum.adapters_store.catalog import Visibility
+from granatum.adapters_store.incoming import FileDeclaration, UploadHeader
+from granatum.adapters_store.manifest import Manifest
+from granatum.adapters_store.store import AdapterStore
+from granatum.router.access import current_tenant
+from granatum.v1 import adapters_pb2 as pb
+from granatum.v1.adapters_pb2_grpc import AdapterServiceServicer
+from granatum.v1.errors import InvalidRequest
+
+MAX_CHUNK_BYTES = 1 << 20
+MAX_PAGE = 1000
+_VISIBILITY = {
+    Visibility.PRIVATE: pb.VISIBILITY_PRIVATE,
+    Visibility.PUBLISHED: pb.VISIBILITY_PUBLISHED,
+}
+_FROM_WIRE = {wire: visibility for visibility, wire in _VISIBILITY.items()}
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Adapters(AdapterServiceServicer):
+    """Upload, show and change the calling tenant's adapters."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        self._store = store
+
+    async def UploadAdapter(
+        self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], _: Context
+    ) -> pb.UploadAdapterResponse:
+        """Store an adapter as the next version of its name."""
+        header = await _header(request_iterator)
+        chunks = _chunks(request_iterator)
+        manifest, created = await self._store.upload(current_tenant(), header, chunks)
+        return pb.UploadAdapterResponse(adapter=_adapter(manifest), created=created)
+
+    async def GetAdapter(self, request: pb.GetAdapterRequest, _: Context) -> pb.GetAdapterResponse:
+        """Describe one version."""
+        _given(request.adapter, "adapter")
+        manifest = await self._store.get(current_tenant(), request.adapter)
+        return pb.GetAdapterResponse(adapter=_adapter(manifest))
+
+    async def ListAdapters(
+        self, request: pb.ListAdaptersRequest, _: Context
+    ) -> pb.ListAdaptersResponse:
+        """List the tenant's own adapters."""
+        if request.page_size > MAX_PAGE:
+            raise InvalidRequest(f"page_size: give at most {MAX_PAGE:,}", field="page_size")
+        page = await self._store.list(current_tenant(), request.page_size, request.page_token)
+        return pb.ListAdaptersResponse(
+            adapters=[_adapter(manifest) for manifest in page.adapters],
+            next_page_token=page.next_page_token,
+        )
+
+    async def DeleteAdapter(
+        self, request: pb.DeleteAdapterRequest, _: Context
+    ) -> pb.DeleteAdapterResponse:
+        """Remove a version or a whole name."""
+        _given(request.adapter, "adapter")
+        deleted = await self._store.delete(current_tenant(), request.adapter)
+        return pb.DeleteAdapterResponse(versions_deleted=deleted)
+
+    async def SetAlias(self, request: pb.SetAliasRequest, _: Context) -> pb.SetAliasResponse:
+        """Point an alias at a version."""
+        _given(request.alias, "alias")
+        _given(request.adapter, "adapter")
+        manifest = await self._store.set_alias(current_tenant(), request.alias, request.adapter)
+        return pb.SetAliasResponse(adapter=_adapter(manifest))
+
+    async def DeleteAlias(
+        self, request: pb.DeleteAliasRequest, _: Context
+    ) -> pb.DeleteAliasResponse:
+        """Remove an alias."""
+        _given(request.alias, "alias")
+        await self._store.delete_alias(current_tenant(), request.alias)
+        return pb.DeleteAliasResponse()
+
+    async def SetVisibility(
+        self, request: pb.SetVisibilityRequest, _: Context
+    ) -> pb.SetVisibilityResponse:
+        """Publish an adapter, or make it private again."""
+        _given(request.name, "name")
+        visibility = _FROM_WIRE.get(request.visibility)
+        if visibility is None:
+            raise InvalidRequest(
+                "visibility: give VISIBILITY_PRIVATE or VISIBILITY_PUBLISHED", field="visibility"
+            )
+        await self._store.set_visibility(current_tenant(), request.name, visibility)
+        return pb.SetVisibilityResponse()
+
+
+async def _header(requests: AsyncIterator[pb.UploadAdapterRequest]) -> UploadHeader:
+    async for request in requests:
+        if request.HasField("header"):
+            files = tuple(
+                FileDeclaration(file.name, file.size_bytes, file.sha256)
+                for file in request.header.files
+            )
+            return UploadHeader(request.header.name, files)
+        break
+    raise InvalidRequest("an upload begins with its header: send that first", field="header")
+
+
+async def _chunks(requests: AsyncIterator[pb.UploadAdapterRequest]) -> AsyncIterator[bytes]:
+    async for request in requests:
+        if not request.HasField("chunk"):
+            raise InvalidRequest("after the header an upload has chunks alone", field="chunk")
+        if len(request.chunk) > MAX_CHUNK_BYTES:
+            raise InvalidRequest(
+                f"chunk: send at most {MAX_CHUNK_BYTES:,} bytes at a time", field="chunk"
+            )
+        yield request.chunk
+
+
+def _given(value: str, field: str) -> None:
+    if not value:
+        raise InvalidRequest(f"{field}: it is missing", field=field)
+
+
+def _adapter(manifest: Manifest) -> pb.Adapter:
+    adapter = pb.Adapter(
+        tenant=manifest.tenant,
+        name=manifest.name,
+        version=manifest.version,
+        digest=f"sha256:{manifest.digest}",
+        size_bytes=manifest.size_bytes,
+        max_rank=manifest.max_rank,
+        target_modules=manifest.target_modules,
+        visibility=_VISIBILITY[manifest.visibility],
+        aliases=manifest.aliases,
+    )
+    adapter.create_time.FromMicroseconds(round(manifest.create_time * 1e6))
+    return adapter

@@ -1,0 +1,105 @@
+"""A whole router, wired: opened, served and closed as one."""
+
+import asyncio
+import secrets
+from typing import Self
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2_grpc
+
+from granatum.adapters_store.base_model import BaseModel
+from granatum.adapters_store.store import AdapterStore
+from granatum.router.access import SERVICES, Access
+from granatum.router.adapters import Adapters
+from granatum.router.admission import Admission
+from granatum.router.cluster import Cluster, RunnerRegistry
+from granatum.router.collection import Collection
+from granatum.router.health import Health
+from granatum.router.inference import Inference
+from granatum.router.keys import Keys
+from granatum.router.leases import Leases
+from granatum.router.registry import Registry
+from granatum.router.resolver import Resolver
+from granatum.router.session import Sessions
+from granatum.router.settings import Settings
+from granatum.router.stream import Streams
+from granatum.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server
+from granatum.v1.cluster_pb2_grpc import (
+    add_ClusterServiceServicer_to_server,
+    add_RegistryServiceServicer_to_server,
+)
+from granatum.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
+from granatum.v1.transport import build_server, listen, open_channel
+
+_HEARTBEATS_PER_LEASE = 4
+
+log = structlog.get_logger(__name__)
+
+
+class Router:
+    """Serves from `async with` on; leaving it lets streams end within the grace of its settings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._id = secrets.token_hex(8)
+        self._cluster_key = settings.cluster_key.get_secret_value()
+        self._base_model = BaseModel.from_config(settings.base_config)
+        self._keys = Keys(settings.keys)
+        self._registry = Registry(
+            settings.redis,
+            self._base_model.fingerprint,
+            lease_s=settings.lease_s,
+            runner_lease_s=_HEARTBEATS_PER_LEASE * settings.heartbeat_s,
+            max_queue=settings.max_queue,
+        )
+        self._sessions = Sessions(self._connect, self._cluster_key)
+        self._leases = Leases(self._registry)
+        self._admission = Admission(self._registry, self._leases, self._sessions.unreachable)
+        self._health = Health(self._registry)
+        self.port = 0
+
+    async def __aenter__(self) -> Self:
+        settings = self._settings
+        store = await AdapterStore.open(settings.store, self._base_model, settings.limits)
+        self._server = self._build(store)
+        self.port = listen(self._server, settings.listen, settings.tls, insecure=settings.insecure)
+        self.background = asyncio.create_task(self._run_background(store), name="background")
+        await self._server.start()
+        address = f"{settings.listen.rpartition(':')[0]}:{self.port}"
+        log.info("listening", address=address, port=self.port, router=self._id)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        log.info("stopping", grace_s=self._settings.grace_s)
+        await self._health.stop()
+        await self._server.stop(self._settings.grace_s)
+        await self._sessions.close()
+        self.background.cancel()
+        await asyncio.gather(self.background, return_exceptions=True)
+        await self._registry.close()
+
+    async def _run_background(self, store: AdapterStore) -> None:
+        collection = Collection(store, self._registry, self._id, self._settings.collect_s)
+        async with asyncio.TaskGroup() as tasks:
+            for part in (self._leases, self._admission, self._health, collection):
+                tasks.create_task(part.run())
+
+    def _connect(self, address: str) -> grpc.aio.Channel:
+        tls = self._settings.runner_tls
+        return open_channel(address, tls, insecure=self._settings.insecure)
+
+    def _build(self, store: AdapterStore) -> grpc.aio.Server:
+        server = build_server(SERVICES, [Access(self._keys, self._cluster_key)])
+        patience = self._settings.patience
+        streams = Streams(
+            self._id, self._registry, self._leases, self._admission, self._sessions, patience
+        )
+        resolver = Resolver(store, patience.placement_s)
+        runners = RunnerRegistry(self._registry, self._base_model, self._settings.heartbeat_s)
+        add_InferenceServiceServicer_to_server(Inference(resolver, streams), server)
+        add_AdapterServiceServicer_to_server(Adapters(store), server)
+        add_ClusterServiceServicer_to_server(Cluster(self._registry), server)
+        add_RegistryServiceServicer_to_server(runners, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
+        return server

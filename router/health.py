@@ -1,0 +1,57 @@
+"""Whether this router serves, in the standard health service."""
+
+import asyncio
+
+import structlog
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import OVERALL_HEALTH
+from grpc_health.v1.health import aio as health_aio
+
+from granatum.router.access import CLUSTER, INFERENCE, REGISTRY, SERVICES
+from granatum.router.registry import Registry
+from granatum.v1.errors import Unavailable
+
+_CHECK_S = 1.0
+_NEED_REGISTRY = (INFERENCE, CLUSTER, REGISTRY)
+
+log = structlog.get_logger(__name__)
+
+
+class Health:
+    """The process as a whole serves until it stops; services as long as what they need answers.
+
+    So a liveness probe of the whole does not kill streams that outlast the registry's absence,
+    while a readiness probe of a service sends new requests elsewhere.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self.servicer = health_aio.HealthServicer()
+        self._registry = registry
+
+    async def run(self) -> None:
+        """Watch the registry until cancelled."""
+        await self._set((OVERALL_HEALTH, *SERVICES), serving=True)
+        served = True
+        while True:
+            serving = await self._registry_answers()
+            if serving != served:
+                log.warning("registry answers again" if serving else "registry is away")
+                await self._set(_NEED_REGISTRY, serving=serving)
+            served = serving
+            await asyncio.sleep(_CHECK_S)
+
+    async def stop(self) -> None:
+        """Say for good that nothing is served any more."""
+        await self.servicer.enter_graceful_shutdown()
+
+    async def _registry_answers(self) -> bool:
+        try:
+            await self._registry.ping()
+        except Unavailable:
+            return False
+        return True
+
+    async def _set(self, services: tuple[str, ...], *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        for service in services:
+            await self.servicer.set(service, status.SERVING if serving else status.NOT_SERVING)

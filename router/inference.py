@@ -1,0 +1,49 @@
+"""InferenceService: parse, resolve, relay."""
+
+# ruff: noqa: N802 - methods are named by the service
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from granatum.router.access import current_tenant
+from granatum.router.deadline import Deadline
+from granatum.router.request import Request, seeded
+from granatum.router.resolver import Resolver
+from granatum.router.stream import Streams
+from granatum.router.validation import check
+from granatum.v1.inference_pb2 import GenerateRequest, GenerateResponse
+from granatum.v1.inference_pb2_grpc import InferenceServiceServicer
+
+
+class Inference(InferenceServiceServicer):
+    """Streams generated tokens to tenants."""
+
+    def __init__(self, resolver: Resolver, streams: Streams) -> None:
+        self._resolver = resolver
+        self._streams = streams
+
+    async def Generate(
+        self, request: GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[GenerateResponse]:
+        """Continue a prompt."""
+        tenant = current_tenant()
+        deadline = Deadline.from_remaining(context.time_remaining())
+        check(request)
+        adapter = await self._resolver.resolve(tenant, request.adapter, deadline)
+        request_id = request.request_id or secrets.token_hex(16)
+        accepted = Request(
+            tenant=tenant,
+            request_id=request_id,
+            message=seeded(request, tenant, request_id),
+            named=bool(request.request_id),
+            adapter_digest=adapter.digest,
+            adapter=adapter.name,
+        )
+        stream = self._streams.open(accepted, deadline)
+        async with aclosing(stream.responses()) as responses:
+            async for response in responses:
+                yield response
