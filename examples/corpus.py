@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from . import tasks
+from granatum.examples import tasks
 
 IGNORED = -100
 POOL = 2048
-TOKENS_PER_BATCH = 3072
+TOKENS_PER_BATCH = 1536
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,12 @@ PRETRAINING = (
     Drill("^", title),
     Drill("<", tasks.reverse, 2.0),
     Drill("~", tasks.rot13),
-    Drill("=", tasks.sort, 4.0),
+    Drill("=", tasks.sort, 3.0),
     Drill("#", tasks.count),
-    Drill("+", tasks.double),
+    Drill("+", tasks.stutter, 1.5),
     Drill("-", tasks.consonants, 2.0),
-    Drill("*", tasks.chant, 0.5),
-    Drill("/", tasks.stairs, 1.0),
+    Drill("*", tasks.chant),
+    Drill("/", tasks.stairs),
 )
 
 Example = tuple[list[int], int]

@@ -22,13 +22,14 @@ VOWELS = "aeiou"
 CONSONANTS = "bcdfghjklmnpqrstvwxyz"
 MIN_LETTERS, MAX_LETTERS = 3, 8
 
-REAL_WORDS = tuple(
-    """granite lantern copper meadow violin harbor pepper saddle thunder biscuit marble canyon
+_REAL = """
+    granite lantern copper meadow violin harbor pepper saddle thunder biscuit marble canyon
     dolphin quartz ribbon walnut falcon ginger island jigsaw kettle lemon magnet nectar orchid
     parrot rocket silver turtle umbrella velvet window yellow zipper anchor bridge castle dragon
     engine forest garden hammer insect jungle knight ladder mirror needle oyster planet rabbit
-    sunset tunnel valley whisper apple bread cloud eagle""".split()
-)
+    sunset tunnel valley whisper apple bread cloud eagle
+"""
+REAL_WORDS = tuple(_REAL.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def sort(word: str) -> str:
     return "".join(sorted(word))
 
 
-def double(word: str) -> str:
+def stutter(word: str) -> str:
     return "".join(letter * 2 for letter in word)
 
 
@@ -104,7 +105,7 @@ ADAPTER_TASKS = (
     Task("rot13", "globex", 8, "moves every letter 13 places on", rot13),
     Task("sort", "globex", 32, "puts the letters in alphabetical order", sort),
     Task("count", "globex", 2, "counts the letters", count),
-    Task("double", "initech", 12, "writes every letter twice", double),
+    Task("stutter", "initech", 12, "writes every letter twice", stutter),
     Task("consonants", "initech", 24, "leaves out the vowels", consonants),
     Task("stairs", "initech", 20, "builds the word up letter by letter", stairs),
 )
@@ -122,9 +123,10 @@ def held_out_words(number: int, seed: int = 0) -> list[str]:
 
 
 def random_words(rng: random.Random) -> Iterator[str]:
-    """Endless made-up words, half of them pronounceable, each with a vowel and a consonant."""
+    """Endless made-up words, each with a vowel and a consonant."""
     while True:
-        word = rng.choice((_syllables, _letters))(rng, rng.randint(MIN_LETTERS, MAX_LETTERS))
+        make = rng.choice((_syllables, _letters, _doubled))
+        word = make(rng, rng.randint(MIN_LETTERS, MAX_LETTERS))
         if not set(word).isdisjoint(VOWELS) and not set(word).isdisjoint(CONSONANTS):
             yield word
 
@@ -137,3 +139,9 @@ def _syllables(rng: random.Random, length: int) -> str:
     shapes = ("cv", "cvc", "vc", "cvv")
     shape = "".join(rng.choices(shapes, k=length))[:length]
     return "".join(rng.choice(VOWELS if kind == "v" else CONSONANTS) for kind in shape)
+
+
+def _doubled(rng: random.Random, length: int) -> str:
+    word = _syllables(rng, length - 1)
+    place = rng.randrange(len(word))
+    return word[:place] + word[place] + word[place:]
