@@ -51,9 +51,7 @@ class AdapterStore:
         self._tenants = Tenants(objects, lambda: epoch_of(now()))
 
     @classmethod
-    async def open(
-        cls, url: str, base: BaseModel, limits: Limits = DEFAULT_LIMITS
-    ) -> "AdapterStore":
+    def open(cls, url: str, base: BaseModel, limits: Limits = DEFAULT_LIMITS) -> "AdapterStore":
         """Open the store at `url` (see `open_objects`) for adapters of `base`."""
         return cls(open_objects(url), base, limits)
 
