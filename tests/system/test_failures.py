@@ -139,7 +139,7 @@ async def test_only_runner_gone_is_unavailable_with_a_hint(cluster: Cluster) -> 
     runner = cluster.start_runner()
     await cluster.runners_alive(admin, 1)
     async with cluster.client(key) as client:
-        generation = client.generate("granite>", max_tokens=400, ignore_eos=True, timeout=8)
+        generation = client.generate("granite>", max_tokens=220, ignore_eos=True, timeout=8)
         (task,) = await begun([generation], 3)
         runner.kill()
         with pytest.raises(Unavailable) as gone:
@@ -161,7 +161,7 @@ async def test_killed_router_ends_its_streams_and_frees_what_they_held(cluster: 
     ):
         await upload_mine(second)
         undisturbed = await all_of(second, wanted)
-        lost = await begun([long(first, request, 400) for request in wanted], 3)
+        lost = await begun([long(first, request, 220) for request in wanted], 3)
         kept = await begun([long(second, request) for request in wanted], 3)
         doomed.kill()
         for task in lost:
@@ -240,7 +240,7 @@ async def test_leaving_client_frees_what_it_held(cluster: Cluster) -> None:
     await cluster.runners_alive(admin, 1)
     async with cluster.client(key) as client, cluster.client(admin) as operator:
         idle = (await figures(operator))["runner-0"]
-        base = [long(client, (prompt, ""), 400) for prompt, _ in requests(6)]
+        base = [long(client, (prompt, ""), 220) for prompt, _ in requests(6)]
         tasks = await begun(base, 2)
         for generation in base:
             generation.cancel()
