@@ -146,8 +146,8 @@ def _expand_tiles_kernel(
 ):
     """One block as in `_expand_rows_kernel`, on the tensor cores.
 
-    For a bfloat16 B the float32 intermediate is multiplied as the sum of two bfloat16, for a
-    float16 B by three tf32 products, so that it keeps its precision.
+    For a bfloat16 B the float32 intermediate is multiplied as the sum of two bfloat16, for
+    others as float32, so that it keeps its precision.
     """
     pid = tl.program_id(0)
     blocks: tl.constexpr = (
@@ -193,10 +193,8 @@ def _expand_tiles_kernel(
                     low = (v - high.to(tl.float32)).to(tl.bfloat16)
                     delta = dot(high, b, delta)
                     delta = dot(low, b, delta)
-                elif b.dtype == tl.float16:
-                    delta = tl.dot(v, b.to(tl.float32), delta, input_precision="tf32x3")
                 else:
-                    delta = dot(v, b, delta)
+                    delta = dot(v, b.to(tl.float32), delta)
             tl.store(y_at, base + scale * delta, mask=kept)
 
 
