@@ -46,6 +46,7 @@ class Router:
         self._cluster_key = settings.cluster_key.get_secret_value()
         self._base_model = BaseModel.from_config(settings.base_config)
         self._keys = Keys(settings.keys)
+        self._store = AdapterStore.open(settings.store, self._base_model, settings.limits)
         self._registry = Registry(
             settings.redis,
             self._base_model.fingerprint,
@@ -61,10 +62,9 @@ class Router:
 
     async def __aenter__(self) -> Self:
         settings = self._settings
-        store = await AdapterStore.open(settings.store, self._base_model, settings.limits)
-        self._server = self._build(store)
+        self._server = self._build()
         self.port = listen(self._server, settings.listen, settings.tls, insecure=settings.insecure)
-        self.background = asyncio.create_task(self._run_background(store), name="background")
+        self.background = asyncio.create_task(self._run_background(), name="background")
         await self._server.start()
         address = f"{settings.listen.rpartition(':')[0]}:{self.port}"
         log.info("listening", address=address, port=self.port, router=self._id)
@@ -79,8 +79,8 @@ class Router:
         await asyncio.gather(self.background, return_exceptions=True)
         await self._registry.close()
 
-    async def _run_background(self, store: AdapterStore) -> None:
-        collection = Collection(store, self._registry, self._id, self._settings.collect_s)
+    async def _run_background(self) -> None:
+        collection = Collection(self._store, self._registry, self._id, self._settings.collect_s)
         async with asyncio.TaskGroup() as tasks:
             for part in (self._leases, self._admission, self._health, collection):
                 tasks.create_task(part.run())
@@ -89,16 +89,16 @@ class Router:
         tls = self._settings.runner_tls
         return open_channel(address, tls, insecure=self._settings.insecure)
 
-    def _build(self, store: AdapterStore) -> grpc.aio.Server:
+    def _build(self) -> grpc.aio.Server:
         server = build_server(SERVICES, [Access(self._keys, self._cluster_key)])
         patience = self._settings.patience
         streams = Streams(
             self._id, self._registry, self._leases, self._admission, self._sessions, patience
         )
-        resolver = Resolver(store, patience.placement_s)
+        resolver = Resolver(self._store, patience.placement_s)
         runners = RunnerRegistry(self._registry, self._base_model, self._settings.heartbeat_s)
         add_InferenceServiceServicer_to_server(Inference(resolver, streams), server)
-        add_AdapterServiceServicer_to_server(Adapters(store), server)
+        add_AdapterServiceServicer_to_server(Adapters(self._store), server)
         add_ClusterServiceServicer_to_server(Cluster(self._registry), server)
         add_RegistryServiceServicer_to_server(runners, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)

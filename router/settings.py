@@ -39,6 +39,9 @@ class Settings(BaseSettings):
     patience_s: float = Field(
         60.0, gt=0, description="seconds that a request without a deadline waits for a runner"
     )
+    stall_s: float = Field(
+        5.0, gt=0, description="seconds without a token after which a runner is looked after"
+    )
     idle_s: float = Field(
         600.0, gt=0, description="seconds without a token after which a stream is given up"
     )
@@ -95,4 +98,4 @@ class Settings(BaseSettings):
     @property
     def patience(self) -> Patience:
         """How long streams wait."""
-        return Patience(placement_s=self.patience_s, idle_s=self.idle_s)
+        return Patience(self.patience_s, self.stall_s, self.idle_s)

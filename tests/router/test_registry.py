@@ -177,7 +177,7 @@ async def test_the_queue_is_first_come_first_served_within_a_priority_across_rou
             }
             (id_,) = (id_ for id_, outcome in outcomes.items() if isinstance(outcome, Placed))
             order.append(id_)
-            held = outcomes[id_]  # type: ignore[assignment]
+            held = outcomes[id_]
             del entries[id_]
         assert order == ["4", "1", "3", "5", "2"]
 
