@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+from granatum.adapters_store.blobs import AdapterFiles
 from granatum.runner.adapter_image import (
     DamagedImage,
     ImageShape,
@@ -26,8 +27,8 @@ _STALE_S = 3600.0
 
 log = structlog.get_logger(__name__)
 
-Fetch = Callable[[str, Path], None]
-"""Brings an adapter's two files, named by its digest, into a directory; blocks."""
+Fetch = Callable[[str, Path], AdapterFiles]
+"""Brings an adapter's two files, by its digest, into a directory; blocks, raises GranatumError."""
 
 
 class DiskImages:
@@ -71,9 +72,8 @@ class DiskImages:
 
     def _make(self, digest: str) -> int:
         """Bring the files and pack them; they are gone afterwards."""
-        with tempfile.TemporaryDirectory(dir=self._directory, prefix=".files-") as files:
-            self._fetch(digest, Path(files))
-            image = build_image(Path(files), self._shape)
+        with tempfile.TemporaryDirectory(dir=self._directory, prefix=".files-") as directory:
+            image = build_image(self._fetch(digest, Path(directory)), self._shape)
         pages = int(image.pages.shape[0])
         write_image(self._path(digest), digest, self._shape, image)
         with self._lock:

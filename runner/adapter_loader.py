@@ -18,6 +18,8 @@ from granatum.v1.errors import GranatumError, Internal
 CHUNK_BYTES = 256 << 20
 """Host memory is pinned in pieces of this size: torch rounds each up to a power of two."""
 THREADS = 4
+"""For each of two pools: an object store that hangs must not keep images on disk from being read.
+"""
 
 log = structlog.get_logger(__name__)
 
@@ -95,7 +97,8 @@ class AdapterLoader:
         self._stage = _Stage(table, pin=self._stream is not None)
         self._flights: list[_Flight] = []
         self._ended: SimpleQueue[Event] = SimpleQueue()
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="adapter-loader")
+        self._fetchers = ThreadPoolExecutor(THREADS, thread_name_prefix="adapter-fetch")
+        self._readers = ThreadPoolExecutor(THREADS, thread_name_prefix="adapter-read")
 
     @property
     def host_pages(self) -> int:
@@ -108,7 +111,7 @@ class AdapterLoader:
 
     def measure(self, digest: str) -> None:
         """Find how many pages the adapter takes, in a thread."""
-        self._begin(digest, lambda: Measured(digest, self._source.measure(digest)))
+        self._begin(self._fetchers, digest, lambda: Measured(digest, self._source.measure(digest)))
 
     def read(self, digest: str, host_pages: tuple[int, ...]) -> None:
         """Bring the image into host pages, in a thread."""
@@ -118,7 +121,7 @@ class AdapterLoader:
             self._rows[host_pages[0]] = self._source.read(digest, buffers)
             return Read(digest)
 
-        self._begin(digest, bring)
+        self._begin(self._readers, digest, bring)
 
     def copy(
         self, digest: str, slot: int, host_pages: tuple[int, ...], pages: tuple[int, ...]
@@ -148,7 +151,8 @@ class AdapterLoader:
 
     def close(self) -> None:
         """End the threads, after what they are doing now."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._fetchers, self._readers):
+            threads.shutdown(wait=True, cancel_futures=True)
 
     def _launch(
         self, slot: int, row: TableRow, host_pages: tuple[int, ...], pages: tuple[int, ...]
@@ -157,8 +161,8 @@ class AdapterLoader:
             self._arena[page].copy_(self._host[host_page], non_blocking=True)
         self._stage.write(slot, row, pages, self._arena.shape[1])
 
-    def _begin(self, digest: str, work: Callable[[], Event]) -> None:
-        self._threads.submit(lambda: self._ended.put(_outcome(digest, work)))
+    def _begin(self, threads: ThreadPoolExecutor, digest: str, work: Callable[[], Event]) -> None:
+        threads.submit(lambda: self._ended.put(_outcome(digest, work)))
 
 
 class _Stage:
