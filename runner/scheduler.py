@@ -70,6 +70,11 @@ class Plan:
         return tuple(span for span in self.spans if span.samples)
 
     @property
+    def lora(self) -> bool:
+        """Whether any row has an adapter."""
+        return any(span.sequence.slot >= 0 for span in self.spans)
+
+    @property
     def rows(self) -> int:
         """Rows of all spans."""
         return len(self.decodes) + sum(span.rows for span in self.chunks)

@@ -1,0 +1,283 @@
+"""Decoding with an adapter per request, in the real engine, with random weights.
+
+    python benchmarks/decode.py --models 7b,8b --out benchmarks/results/h200/decode.json
+
+* step_ms: milliseconds from step to step while `batch` sequences decode, over 128 steps from a
+  context of about 528 tokens to 656; median of `--repeats` after a discarded one.
+* textgen: (prompt + output) tokens per second of Punica's requests, at most `--max-batch` at a
+  time, from the first prefill to the last token.
+* --profile: where one step's time goes on the GPU, by kernel, and for how long it is idle.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from random_adapters import RandomAdapters
+from workload import (
+    MAX_LENGTH,
+    POPULARITIES,
+    SHAPES,
+    adapter_ids,
+    resident_adapters,
+    textgen_lengths,
+)
+
+from granatum.kernels.layout import AdapterTable
+from granatum.runner.arena import allocate_arena, page_tokens, pages_that_fit
+from granatum.runner.config import ModelConfig
+from granatum.runner.engine import Engine
+from granatum.runner.executor import Executor
+from granatum.runner.model import Model
+from granatum.runner.pages import PagePool
+from granatum.runner.records import Submit
+from granatum.runner.scheduler import Limits
+from granatum.runner.weights import random_weights
+
+Adapters = list[str | None]
+BACKBONE = "backbone"
+"""No adapter at all."""
+WINDOW = 128
+"""Steps over which a step is timed."""
+SETTLE = 16
+"""Tokens that every sequence makes before that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """An engine and its model's vocabulary."""
+
+    engine: Engine
+    vocab: int
+
+    def submit(self, prompts: list[int], outputs: list[int], adapters: Adapters) -> None:
+        """Requests of `prompts[i]` random tokens that make `outputs[i]` with `adapters[i]`."""
+        rng = np.random.default_rng(0)
+        for i, (prompt, tokens, adapter) in enumerate(zip(prompts, outputs, adapters, strict=True)):
+            ids = tuple(rng.integers(3, self.vocab, prompt).tolist())
+            self.engine.submit(Submit(i, ids, adapter=adapter, max_tokens=tokens))
+
+    def run(self) -> int:
+        """Steps until nothing is left; tokens made."""
+        made = 0
+        while self.engine.busy:
+            made += sum(len(news.tokens) for news in self.engine.step())
+        return made
+
+    def settle(self, sequences: int) -> None:
+        """Step until every sequence has made `SETTLE` tokens."""
+        made = dict.fromkeys(range(sequences), 0)
+        while min(made.values()) < SETTLE:
+            for news in self.engine.step():
+                made[news.sequence_id] += len(news.tokens)
+
+    def cancel(self, sequences: int) -> None:
+        """End every sequence."""
+        for i in range(sequences):
+            self.engine.cancel(i)
+        self.run()
+
+
+def build(args: argparse.Namespace, config: ModelConfig) -> Bench:
+    """An engine with `max_batch` resident adapters."""
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    weights = random_weights(config, dtype, device)
+    tokens = page_tokens(config, args.rank)
+    longest = args.context + SETTLE + WINDOW + 2 * args.max_batch + 64
+    limits = Limits(
+        max_batch=args.max_batch,
+        max_waiting=1 << 20,
+        step_tokens=max(args.step_tokens, args.max_batch),
+        page_tokens=tokens,
+        max_context=max(longest, MAX_LENGTH),
+    )
+    pages = args.pages or pages_that_fit(config, tokens, dtype, device, 0.9)
+    arena = allocate_arena(config, tokens, pages, dtype, device)
+    table = AdapterTable.allocate(args.max_batch, config.layers, device, args.rank)
+    pool = PagePool(pages)
+    adapters = RandomAdapters(config, arena, table, pool, args.max_batch)
+    started = time.perf_counter()
+    executor = Executor(Model(config, weights, arena, table, limits), limits)
+    print(f"engine ready in {time.perf_counter() - started:.1f} s, {pages} pages", flush=True)
+    return Bench(Engine(executor, limits, pool, adapters), config.vocab)
+
+
+def adapters_of(popularity: str, *assign: Any) -> Adapters:
+    """The digest of each request's adapter: `assign` is a function of workload.py and the rest."""
+    draw, *arguments = assign
+    if popularity == BACKBONE:
+        return [None] * len(draw("identical", *arguments))
+    return [str(i) for i in draw(popularity, *arguments)]
+
+
+def step_ms(bench: Bench, adapters: Adapters, args: argparse.Namespace) -> dict[str, float]:
+    """The time from step to step, median over windows, and that of the slowest steps."""
+    batch = len(adapters)
+    means, slow = [], []
+    for _ in range(1 + args.repeats):
+        outputs = [SETTLE + WINDOW + 2 * batch + 64] * batch
+        bench.submit([args.context] * batch, outputs, adapters)
+        bench.settle(batch)
+        times = [time.perf_counter()]
+        for _ in range(WINDOW):
+            news = bench.engine.step()
+            assert len(news) == batch
+            times.append(time.perf_counter())
+        bench.cancel(batch)
+        means.append((times[-1] - times[0]) / WINDOW * 1e3)
+        slow.append(float(np.quantile(np.diff(times), 0.99)) * 1e3)
+    return {
+        "step_ms": round(statistics.median(means[1:]), 3),
+        "p99_ms": round(statistics.median(slow[1:]), 3),
+    }
+
+
+def textgen(bench: Bench, popularity: str, args: argparse.Namespace) -> dict[str, float]:
+    """Punica's text generation."""
+    prompts, outputs = textgen_lengths(args.requests)
+    adapters = adapters_of(popularity, resident_adapters, outputs, args.max_batch)
+    bench.submit(prompts.tolist(), outputs.tolist(), adapters)
+    started = time.perf_counter()
+    made = bench.run()
+    seconds = time.perf_counter() - started
+    assert made == outputs.sum()
+    total = int(prompts.sum() + outputs.sum())
+    return {"seconds": round(seconds, 3), "tokens_per_s": round(total / seconds, 1)}
+
+
+def profile(bench: Bench, adapters: Adapters, args: argparse.Namespace) -> dict[str, Any]:
+    """GPU milliseconds per step by kernel, and the share of time in which no kernel ran."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    batch, steps = len(adapters), 20
+    bench.submit([args.context] * batch, [SETTLE + 4 * WINDOW] * batch, adapters)
+    bench.settle(batch)
+    with record(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(steps):
+            bench.engine.step()
+        torch.cuda.synchronize()
+    bench.cancel(batch)
+    spans = sorted(
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in recorded.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    )
+    by_name: dict[str, float] = {}
+    busy, reached = 0.0, spans[0][0]
+    for start, end, name in spans:
+        by_name[name] = by_name.get(name, 0.0) + (end - start)
+        busy += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    parts = sorted(by_name.items(), key=lambda item: -item[1])[:40]
+    return {
+        "idle": round(1 - busy / (reached - spans[0][0]), 4),
+        "step_ms": round((reached - spans[0][0]) / steps / 1e3, 3),
+        "kernels_ms": {name[:100]: round(us / steps / 1e3, 4) for name, us in parts},
+    }
+
+
+def bench_model(args: argparse.Namespace, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row of one model: (kind of row, row)."""
+    bench = build(args, SHAPES[name])
+    for popularity in args.popularities:
+        rank = 0 if popularity == BACKBONE else args.rank
+        common = {"model": name, "popularity": popularity, "rank": rank}
+        for batch in args.batches:
+            adapters = adapters_of(popularity, adapter_ids, batch)
+            row = {**common, "batch": batch, **step_ms(bench, adapters, args)}
+            yield "rows", {**row, "tokens_per_s": round(batch / row["step_ms"] * 1e3, 1)}
+            if args.profile:
+                yield "profiles", {**common, "batch": batch, **profile(bench, adapters, args)}
+        if args.requests:
+            row = {**common, "batch": args.max_batch}
+            yield "textgen", {**row, **textgen(bench, popularity, args)}
+
+
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    """What the results were made with."""
+    on_gpu = args.device == "cuda"
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": args.commit or _commit(),
+        "gpu": torch.cuda.get_device_name() if on_gpu else "none",
+        "versions": {name: _version(name) for name in ("torch", "triton")},
+        "context": args.context,
+        "step_tokens": args.step_tokens,
+    }
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",") if part]
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--models", type=names, default=["7b", "8b"], help=", ".join(SHAPES))
+    option("--device", choices=("cuda", "cpu"), default="cuda")
+    option("--rank", type=int, default=16, help="of every projection")
+    option("--max-batch", type=int, default=32, help="sequences, and adapters, at a time")
+    option("--batches", type=numbers, default=[1, 8, 32], help="of step_ms")
+    option("--popularities", type=names, default=[BACKBONE, *POPULARITIES])
+    option("--context", type=int, default=512, help="prompt tokens of step_ms")
+    option("--step-tokens", type=int, default=2048, help="rows of a step at most")
+    option("--requests", type=int, default=128, help="of textgen; 0: none")
+    option("--pages", type=int, help="of the arena; else as many as fit the GPU")
+    option("--repeats", type=int, default=3)
+    option("--profile", action="store_true", help="break a step down by kernel")
+    option("--commit", help="of the code measured, where git cannot tell")
+    option("--out", type=Path, help="JSON file of the results")
+    args = parser.parse_args()
+    if args.device == "cpu" and not args.pages:
+        parser.error("--device cpu needs --pages")
+    if max(args.batches, default=0) > args.max_batch:
+        parser.error("--batches must not exceed --max-batch")
+    return args
+
+
+def main() -> None:
+    """Measure, print, and write after each row, so that an interrupted run keeps its results."""
+    args = parse_args()
+    results = {**environment(args), "rows": [], "textgen": [], "profiles": []}
+    for model in args.models:
+        for kind, row in bench_model(args, model):
+            print(kind, json.dumps(row, indent=1 if kind == "profiles" else None), flush=True)
+            results[kind].append(row)
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Runs plans on the device: prepare the inputs, launch, and wait for the tokens when asked."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from granatum.kernels.sampling import greedy, greedy_workspace_elements
+from granatum.runner.graphs import Graphs
+from granatum.runner.inputs import (
+    DeviceInputs,
+    HostInputs,
+    Step,
+    StepShape,
+    decode_shape,
+    mixed_shape,
+)
+from granatum.runner.model import Model
+from granatum.runner.records import TokenLogprobs
+from granatum.runner.sampler import PendingLogprobs, Sampler
+from granatum.runner.scheduler import Limits, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was launched."""
+
+    plan: Plan
+    _tokens: torch.Tensor
+    _logprobs: PendingLogprobs | None
+    _done: torch.cuda.Event | None
+
+    def wait(self) -> tuple[list[int], dict[int, TokenLogprobs]]:
+        """Its tokens, one per sampling span, and log probabilities by sequence id."""
+        if self._done is not None:
+            self._done.synchronize()
+        tokens: list[int] = self._tokens[: len(self.plan.sampling)].tolist()
+        return tokens, {} if self._logprobs is None else self._logprobs.read()
+
+
+class Executor:
+    """Computes steps of `model`.
+
+    On a GPU, steps of common shapes run as CUDA graphs, captured here. The two host buffers
+    alternate: when one is filled again, the step that was copied from it has been collected.
+    """
+
+    def __init__(self, model: Model, limits: Limits) -> None:
+        self._model, self._limits = model, limits
+        device = model.device
+        self._cuda = device.type == "cuda"
+        self._hosts = [HostInputs(limits, self._cuda) for _ in range(2)]
+        self._inputs = DeviceInputs(limits, device)
+        seats = limits.max_batch + 1  # one more, for padding
+        self._last = torch.zeros(seats, dtype=torch.int32, device=device)
+        self._drawn = torch.zeros(limits.max_batch, dtype=torch.int32, device=device)
+        elements = greedy_workspace_elements(limits.max_batch, model.config.vocab)
+        self._best = torch.zeros(elements, dtype=torch.int64, device=device)
+        self._sampler = Sampler(model.config.vocab, seats, device)
+        self._tokens = [
+            torch.zeros(limits.max_batch, dtype=torch.int32, pin_memory=self._cuda)
+            for _ in range(2)
+        ]
+        self._turn = 0
+        self._graphs = Graphs(self._compute, self._inputs) if self._cuda else None
+        if self._graphs is not None:
+            self._graphs.capture(_shapes(limits))
+
+    def launch(self, plan: Plan) -> Flight:
+        """Start a step; nothing here waits for the device."""
+        shape = self._shape(plan)
+        host, out = self._hosts[self._turn], self._tokens[self._turn]
+        self._turn = 1 - self._turn
+        general = Sampler.is_needed(plan)
+        self._inputs.copy(host, host.fill(plan, shape, sampling=general))
+        logits = self._run(shape)
+        count = len(plan.sampling)
+        tokens, logprobs = self._drawn[:count], None
+        if general:
+            step = self._inputs.view(replace(shape, samples=count))
+            logprobs = self._sampler.sample(plan, logits[:count], step, tokens)
+            self._feed(step.seats, tokens)
+        out[:count].copy_(tokens, non_blocking=True)
+        return Flight(plan, out, logprobs, self._mark())
+
+    def probe(self) -> None:
+        """Compute a step of padding, to its end."""
+        shape = self._shape(Plan())
+        host = self._hosts[self._turn]
+        self._inputs.copy(host, host.fill(Plan(), shape, sampling=False))
+        self._run(shape)
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def _shape(self, plan: Plan) -> StepShape:
+        """The smallest captured shape that holds `plan`; without graphs, what it needs."""
+        if self._graphs is not None:
+            return next(s for s in _shapes(self._limits) if _holds(s, plan))
+        if plan.chunks:
+            sampling = max(len(plan.sampling), 1)
+            return mixed_shape(plan.rows, len(plan.decodes), sampling, len(plan.spans))
+        return decode_shape(max(plan.rows, 1), lora=plan.lora)
+
+    def _run(self, shape: StepShape) -> torch.Tensor:
+        if self._graphs is not None:
+            return self._graphs.replay(shape)
+        return self._compute(self._inputs.view(shape))
+
+    def _compute(self, step: Step) -> torch.Tensor:
+        """Logits [samples, vocab]; the most likely tokens are drawn and feed the next step."""
+        fed = step.tokens < 0
+        last = self._last.index_select(0, torch.where(fed, -1 - step.tokens, 0))
+        logits = self._model.forward(step, torch.where(fed, last, step.tokens))
+        drawn = self._drawn[: step.shape.samples]
+        greedy(logits, drawn, self._best)
+        self._feed(step.seats, drawn)
+        return logits
+
+    def _feed(self, seats: torch.Tensor, tokens: torch.Tensor) -> None:
+        self._last.index_copy_(0, seats.long(), tokens)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if not self._cuda:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+
+def _holds(shape: StepShape, plan: Plan) -> bool:
+    serves = bool(shape.query_tiles) >= bool(plan.chunks) and bool(shape.tiles) >= plan.lora
+    return serves and shape.rows >= plan.rows
+
+
+def _shapes(limits: Limits) -> tuple[StepShape, ...]:
+    """The shapes with a graph: those of decodes, then mixed ones, smallest first."""
+    batch = limits.max_batch
+    decodes = {min(n, batch) for n in (1, 2, 4, *range(8, batch + 8, 8))}
+    rows = {limits.step_tokens}
+    while (half := min(rows) // 2) >= max(batch, 32):
+        rows.add(half)
+    mixed = (mixed_shape(n, batch, batch, batch) for n in sorted(rows))
+    alone = (decode_shape(n, lora=lora) for n in sorted(decodes) for lora in (False, True))
+    return (*alone, *mixed)

@@ -1,0 +1,247 @@
+"""What a step needs on the device, in one pinned buffer and one copy.
+
+Sections, all of 4-byte elements; R rows, B sequences, P pages of a sequence, C tiles at most:
+
+    tokens, positions          [R]
+    kv_slots                   [R]   page * page_tokens + place of the row's KV; -1: padding
+    lengths                    [B]   tokens of each decode row's sequence, its own included; 0: none
+    seats, sample_rows         [B]   of the rows that make a token: sequence's seat, row
+    tiles, query_tiles   [C, 4] [1]  with their counts
+    ...                        [B]   sampling parameters
+    page_table              [B, P]   last, so that a small batch copies little
+
+A token of -1 - seat means: the last token of that seat, which the device alone knows.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from granatum.kernels.layout import Tiles, make_query_tiles, make_tiles
+from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
+from granatum.runner.sampling import uniform
+from granatum.runner.scheduler import Limits, Plan, Span
+
+QUERY_TILE_ROWS = 64
+"""Rows of a prompt chunk that attend together."""
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The sizes that grids depend on; one CUDA graph serves every step of a shape."""
+
+    rows: int
+    decodes: int
+    """Leading rows that attend one query each; those beyond the batch have length 0."""
+    samples: int
+    tiles: int
+    """0: every row is the base model's."""
+    query_tiles: int
+    """0: a step of decodes alone."""
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a LoRA tile."""
+        return PREFILL_BLOCK_M if self.query_tiles else DECODE_BLOCK_M
+
+
+def decode_shape(rows: int, *, lora: bool) -> StepShape:
+    """A step of `rows` decodes, of which some have an adapter or none has."""
+    return StepShape(rows, rows, rows, rows if lora else 0, 0)
+
+
+def mixed_shape(rows: int, decodes: int, samples: int, sequences: int) -> StepShape:
+    """A step of `rows` rows, prompt chunks among them, of up to `sequences` sequences."""
+    tiles = rows // PREFILL_BLOCK_M + sequences
+    query_tiles = rows // QUERY_TILE_ROWS + sequences
+    return StepShape(rows, min(rows, decodes), samples, tiles, query_tiles)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingInputs:
+    """Of each row that makes a token; what they mean is in records.Sampling."""
+
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    top_k: torch.Tensor
+    uniform: torch.Tensor
+    repetition: torch.Tensor
+    presence: torch.Tensor
+    frequency: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The device's view of a step of one shape."""
+
+    shape: StepShape
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    kv_slots: torch.Tensor
+    page_table: torch.Tensor
+    lengths: torch.Tensor
+    seats: torch.Tensor
+    sample_rows: torch.Tensor
+    tiles: Tiles
+    query_tiles: Tiles
+    sampling: SamplingInputs
+
+
+_SAMPLING = ("temperature", "top_p", "min_p", "uniform", "repetition", "presence", "frequency")
+
+
+def _sections(limits: Limits) -> dict[str, tuple[int, ...]]:
+    rows, batch = limits.step_tokens, limits.max_batch
+    largest = mixed_shape(rows, batch, batch, batch)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("tokens", "positions", "kv_slots"), (rows,))
+    shapes |= dict.fromkeys(("lengths", "seats", "sample_rows", "top_k", *_SAMPLING), (batch,))
+    shapes |= {"tiles": (largest.tiles, 4), "query_tiles": (largest.query_tiles, 4)}
+    shapes |= {"counts": (2,)}
+    return {**shapes, "page_table": (batch, limits.pages_for(limits.max_context))}
+
+
+class HostInputs:
+    """A pinned buffer as numpy arrays by section."""
+
+    def __init__(self, limits: Limits, pinned: bool) -> None:
+        self.limits = limits
+        sections = _sections(limits)
+        size = sum(prod(shape) for shape in sections.values())
+        self.buffer = torch.zeros(size, dtype=torch.int32, pin_memory=pinned)
+        self._arrays: dict[str, Ints] = {}
+        offset = 0
+        for name, shape in sections.items():
+            part = self.buffer[offset : offset + prod(shape)]
+            self._arrays[name] = part.numpy().reshape(shape)
+            offset += prod(shape)
+        self._head = offset - prod(sections["page_table"])
+
+    def fill(self, plan: Plan, shape: StepShape, *, sampling: bool) -> int:
+        """Write `plan`, padded to `shape`; the buffer's elements that have to be copied.
+
+        `sampling`: whether the sampling parameters are needed.
+        """
+        self._fill_rows(plan, shape)
+        self._fill_sequences(plan, shape)
+        self._fill_tiles(plan, shape)
+        if sampling:
+            self._fill_sampling(plan.sampling)
+        width: int = self._arrays["page_table"].shape[1]
+        return self._head + max(len(plan.spans), shape.decodes) * width
+
+    def _fill_rows(self, plan: Plan, shape: StepShape) -> None:
+        page_tokens = self.limits.page_tokens
+        tokens: list[int] = []
+        positions: list[int] = []
+        kv_slots: list[int] = []
+        for span in plan.spans:
+            sequence, end = span.sequence, span.start + span.rows
+            assert sequence.seat is not None
+            tokens += [-1 - sequence.seat] if span.fed else sequence.tokens[span.start : end]
+            positions += range(span.start, end)
+            for position in range(span.start, end):
+                page = sequence.pages[position // page_tokens]
+                kv_slots.append(page * page_tokens + position % page_tokens)
+        self._put("tokens", tokens, shape.rows, 0)
+        self._put("positions", positions, shape.rows, 0)
+        self._put("kv_slots", kv_slots, shape.rows, -1)
+
+    def _fill_sequences(self, plan: Plan, shape: StepShape) -> None:
+        self._put("lengths", [s.start + 1 for s in plan.decodes], shape.decodes, 0)
+        ends = np.cumsum([s.rows for s in plan.spans])
+        rows = [int(end) - 1 for end, s in zip(ends, plan.spans, strict=True) if s.samples]
+        self._put("sample_rows", rows, shape.samples, 0)
+        seats = [span.sequence.seat or 0 for span in plan.sampling]
+        self._put("seats", seats, shape.samples, self.limits.max_batch)
+        table = self._arrays["page_table"]
+        for index, span in enumerate(plan.spans):
+            table[index, : len(span.sequence.pages)] = span.sequence.pages
+
+    def _fill_tiles(self, plan: Plan, shape: StepShape) -> None:
+        slots: list[int | None] = []
+        for span in plan.spans:
+            slots += [span.sequence.slot] * span.rows
+        self._put_tiles("tiles", 0, [(*tile, 0) for tile in make_tiles(slots, shape.tile_rows)])
+        if shape.query_tiles:
+            chunks, first = [], len(plan.decodes)
+            for index, span in enumerate(plan.chunks):
+                chunks.append((len(plan.decodes) + index, first, span.rows, span.start))
+                first += span.rows
+            self._put_tiles("query_tiles", 1, make_query_tiles(chunks, QUERY_TILE_ROWS))
+
+    def _fill_sampling(self, spans: tuple[Span, ...]) -> None:
+        all_params = [span.sequence.submit.sampling for span in spans]
+        drawn = [uniform(p.seed, s.start + s.rows) for p, s in zip(all_params, spans, strict=True)]
+        self._put("top_k", [p.top_k for p in all_params], len(spans), 0)
+        columns: dict[str, list[float]] = {
+            "temperature": [p.temperature for p in all_params],
+            "top_p": [p.top_p for p in all_params],
+            "min_p": [p.min_p for p in all_params],
+            "uniform": drawn,
+            "repetition": [p.repetition_penalty for p in all_params],
+            "presence": [p.presence_penalty for p in all_params],
+            "frequency": [p.frequency_penalty for p in all_params],
+        }
+        for name, values in columns.items():
+            self._arrays[name].view(np.float32)[: len(values)] = values
+
+    def _put(self, name: str, values: list[int], padded: int, padding: int) -> None:
+        array = self._arrays[name]
+        array[: len(values)] = values
+        array[len(values) : padded] = padding
+
+    def _put_tiles(self, name: str, index: int, tiles: list[tuple[int, int, int, int]]) -> None:
+        if tiles:
+            self._arrays[name][: len(tiles)] = tiles
+        self._arrays["counts"][index] = len(tiles)
+
+
+class DeviceInputs:
+    """The buffer on the device, at a fixed address, and its views by shape."""
+
+    def __init__(self, limits: Limits, device: torch.device) -> None:
+        sections = _sections(limits)
+        size = sum(prod(shape) for shape in sections.values())
+        self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
+        self._tensors: dict[str, torch.Tensor] = {}
+        offset = 0
+        for name, shape in sections.items():
+            part = self._buffer[offset : offset + prod(shape)].view(shape)
+            self._tensors[name] = part.view(torch.float32) if name in _SAMPLING else part
+            offset += prod(shape)
+
+    def copy(self, host: HostInputs, elements: int) -> None:
+        """Take over the first `elements` elements; asynchronous where the host's are pinned."""
+        self._buffer[:elements].copy_(host.buffer[:elements], non_blocking=True)
+
+    def view(self, shape: StepShape) -> Step:
+        """The tensors of a step of `shape`."""
+        part = self._tensors
+        counts = part["counts"]
+        return Step(
+            shape=shape,
+            tokens=part["tokens"][: shape.rows],
+            positions=part["positions"][: shape.rows],
+            kv_slots=part["kv_slots"][: shape.rows],
+            page_table=part["page_table"],
+            lengths=part["lengths"][: shape.decodes],
+            seats=part["seats"][: shape.samples],
+            sample_rows=part["sample_rows"][: shape.samples],
+            tiles=Tiles(part["tiles"][: shape.tiles], counts[:1], shape.tile_rows),
+            query_tiles=Tiles(
+                part["query_tiles"][: shape.query_tiles], counts[1:], QUERY_TILE_ROWS
+            ),
+            sampling=self.sampling(shape.samples),
+        )
+
+    def sampling(self, samples: int) -> SamplingInputs:
+        """The sampling parameters of the first `samples` rows that make a token."""
+        names = ("top_k", *_SAMPLING)
+        return SamplingInputs(**{name: self._tensors[name][:samples] for name in names})

@@ -1,0 +1,131 @@
+"""The decoder, one page for every family: what differs is data in the config and the weights."""
+
+import torch
+from torch.nn.functional import embedding, linear
+
+from granatum.kernels.activation import silu_mul
+from granatum.kernels.attention import (
+    decode_attention,
+    decode_workspace_elements,
+    prefill_attention,
+)
+from granatum.kernels.layout import AdapterTable
+from granatum.kernels.lora import add_lora, workspace_elements
+from granatum.kernels.norm import add_rms_norm, rms_norm
+from granatum.kernels.rope import rope_and_write_kv
+from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
+from granatum.runner.arena import Arena
+from granatum.runner.config import GROUPS, ModelConfig
+from granatum.runner.inputs import Step
+from granatum.runner.scheduler import Limits
+from granatum.runner.weights import Linear, Weights
+
+
+class Model:
+    """A base model on a device, with the arena of its KV and adapters.
+
+    `limits` bound a step's decodes and its rows.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        arena: Arena,
+        table: AdapterTable,
+        limits: Limits,
+    ) -> None:
+        self.config = config
+        self.device = weights.device
+        self._weights, self._arena, self._table = weights, arena, table
+        self._cos, self._sin = _angles(config, weights.device)
+        self._partials = self._allocate_partials(limits)
+        self._splits = self._allocate_splits(limits)
+
+    def forward(self, step: Step, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [samples, vocab] of the step's sampling rows; KV of all its rows is written.
+
+        tokens int [rows]: the step's, with those that only the device knew filled in.
+        """
+        weights, eps = self._weights, self.config.rms_eps
+        residual = embedding(tokens, weights.embedding)
+        x = torch.empty_like(residual)
+        rms_norm(residual, weights.layers[0].input_norm, eps, x)
+        for index, layer in enumerate(weights.layers):
+            if index:
+                add_rms_norm(x, residual, layer.input_norm, eps)
+            x = self._linear(step, index, "o", layer.o, self._attend(step, index, x))
+            add_rms_norm(x, residual, layer.post_norm, eps)
+            gate_up = self._linear(step, index, "gate_up", layer.gate_up, x)
+            inner = gate_up.new_empty(gate_up.shape[0], self.config.intermediate)
+            silu_mul(gate_up, inner)
+            x = self._linear(step, index, "down", layer.down, inner)
+        x, residual = (part.index_select(0, step.sample_rows) for part in (x, residual))
+        add_rms_norm(x, residual, weights.norm, eps)
+        return linear(x, weights.head)
+
+    def _attend(self, step: Step, index: int, x: torch.Tensor) -> torch.Tensor:
+        """Attention's output [rows, heads * head_dim] before the output projection."""
+        layer, config, arena = self._weights.layers[index], self.config, self._arena
+        qkv = self._linear(step, index, "qkv", layer.qkv, x)
+        q, k, v = torch.split(qkv, list(config.out_features["qkv"]), dim=1)
+        rope_and_write_kv(
+            q, k, v, step.positions, self._cos, self._sin, arena.pages, arena.kv, index,
+            step.kv_slots, layer.q_norm, layer.k_norm, config.rms_eps,
+        )  # fmt: skip
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        scale = config.head_dim**-0.5
+        decodes = step.shape.decodes
+        if decodes:
+            decode_attention(
+                q[:decodes], arena.pages, arena.kv, index, step.page_table[:decodes],
+                step.lengths, scale, out[:decodes], self._splits,
+            )  # fmt: skip
+        if step.shape.query_tiles:  # after the decodes, which clear the rows beyond theirs
+            prefill_attention(
+                q, arena.pages, arena.kv, index, step.page_table, step.query_tiles, scale, out
+            )
+        return out
+
+    def _linear(
+        self, step: Step, index: int, group: str, base: Linear, x: torch.Tensor
+    ) -> torch.Tensor:
+        """A fused linear [rows, out], with what each row's adapter adds."""
+        y = linear(x, base.weight, base.bias)
+        if step.shape.tiles:
+            outs = self.config.out_features[group]
+            add_lora(
+                y, x, self._arena.pages, self._table, index, GROUPS.index(group), outs,
+                step.tiles, self._partials,
+            )  # fmt: skip
+        return y
+
+    def _allocate_partials(self, limits: Limits) -> torch.Tensor:
+        """Room for the LoRA kernels' partial sums in the largest step."""
+        config, rank = self.config, self._table.max_rank
+        sizes = ((limits.max_batch, DECODE_BLOCK_M), (limits.step_tokens, PREFILL_BLOCK_M))
+        elements = max(
+            workspace_elements(
+                rows, config.in_features[g], config.out_features[g], block_m, rank, self.device
+            )
+            for g in GROUPS
+            for rows, block_m in sizes
+        )
+        return torch.empty(elements, dtype=torch.float32, device=self.device)
+
+    def _allocate_splits(self, limits: Limits) -> torch.Tensor:
+        """Room for attention's partial results in the batch that needs the most."""
+        kv, heads = self._arena.kv, self.config.heads
+        tokens = limits.pages_for(limits.max_context) * limits.page_tokens
+        elements = max(
+            decode_workspace_elements(rows, heads, kv, tokens)
+            for rows in range(1, limits.max_batch + 1)
+        )
+        return torch.empty(elements, dtype=torch.float32, device=self.device)
+
+
+def _angles(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [max_positions, head_dim / 2] of every position, in float32."""
+    frequencies = torch.tensor(config.rope.frequencies(config.head_dim), dtype=torch.float64)
+    angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float64), frequencies)
+    return angles.cos().float().to(device), angles.sin().float().to(device)

@@ -1,0 +1,137 @@
+"""Choosing tokens where the most likely one will not do."""
+
+from dataclasses import dataclass
+
+import torch
+
+from granatum.kernels.sampling import count_tokens, penalize, sample, start_counts
+from granatum.runner.inputs import Step
+from granatum.runner.records import TokenLogprobs
+from granatum.runner.scheduler import Plan, Span
+from granatum.runner.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PendingLogprobs:
+    """Log probabilities on their way to the host, which have arrived when their step is done.
+
+    chosen [n], top and top_ids [n, k] of the n sequences that asked; k: the most that one wants.
+    """
+
+    spans: tuple[Span, ...]
+    chosen: torch.Tensor
+    top: torch.Tensor
+    top_ids: torch.Tensor
+
+    def read(self) -> dict[int, TokenLogprobs]:
+        """By sequence id."""
+        columns = (self.chosen.tolist(), self.top.tolist(), self.top_ids.tolist())
+        found = {}
+        for span, chosen, values, ids in zip(self.spans, *columns, strict=True):
+            submit = span.sequence.submit
+            top = tuple(zip(ids, values, strict=True))[: submit.top_logprobs or 0]
+            found[submit.sequence_id] = TokenLogprobs(chosen, top)
+        return found
+
+
+class Sampler:
+    """Samples by temperature, filters and penalties, and reports log probabilities.
+
+    Penalties need to know what each sequence has generated, which the host learns late: counts
+    int32 [seats, vocab] live on the device, from the first penalized request on.
+    """
+
+    def __init__(self, vocab: int, seats: int, device: torch.device) -> None:
+        self._shape = (seats, vocab)
+        self._device = device
+        self._counts: torch.Tensor | None = None
+        self._counted: dict[int, Sequence] = {}
+
+    @staticmethod
+    def is_needed(plan: Plan) -> bool:
+        """Whether some row of the step needs more than its most likely token."""
+        return any(_needs_sampler(span) for span in plan.sampling)
+
+    def sample(
+        self, plan: Plan, logits: torch.Tensor, step: Step, tokens: torch.Tensor
+    ) -> PendingLogprobs | None:
+        """Draw the tokens int32 [n] of the step's n sampling spans; log probabilities if wanted.
+
+        logits [n, vocab] stay as they are.
+        """
+        spans = plan.sampling
+        adjusted = logits.float()
+        if adjusted is logits:
+            adjusted = logits.clone()
+        penalized = any(span.sequence.submit.sampling.penalized for span in spans)
+        seats, p = step.seats, step.sampling
+        if penalized:
+            counts = self._started(spans)
+            penalize(adjusted, counts, seats, p.repetition, p.presence, p.frequency)
+        _mask_stops(spans, adjusted)
+        sample(adjusted, p.temperature, p.top_k, p.top_p, p.min_p, p.uniform, tokens)
+        if penalized:
+            count_tokens(counts, seats, tokens)
+        return _logprobs(spans, logits, tokens)
+
+    def _started(self, spans: tuple[Span, ...]) -> torch.Tensor:
+        """The counts, those of new sequences begun; their tokens are all known to the host."""
+        if self._counts is None:
+            self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+        for span in spans:
+            sequence, seat = span.sequence, span.sequence.seat
+            assert seat is not None
+            if self._counted.get(seat) is not sequence and sequence.submit.sampling.penalized:
+                self._counted[seat] = sequence
+                tokens = torch.tensor(sequence.tokens).to(self._device)
+                prompt = len(sequence.submit.prompt)
+                start_counts(self._counts, seat, tokens[:prompt], tokens[prompt:])
+        return self._counts
+
+
+def _needs_sampler(span: Span) -> bool:
+    submit = span.sequence.submit
+    greedy = submit.sampling.greedy and not submit.sampling.penalized
+    return not greedy or submit.top_logprobs is not None or _stops_masked(span)
+
+
+def _stops_masked(span: Span) -> bool:
+    """Whether the token it makes must not end it."""
+    submit = span.sequence.submit
+    made = span.start + span.rows - len(submit.prompt)
+    return bool(submit.stop_ids) and made < submit.min_tokens
+
+
+def _mask_stops(spans: tuple[Span, ...], logits: torch.Tensor) -> None:
+    """Make the stop ids of sequences below their least length impossible."""
+    pairs = [
+        (row, stop)
+        for row, span in enumerate(spans)
+        if _stops_masked(span)
+        for stop in span.sequence.submit.stop_ids
+    ]
+    if pairs:
+        rows, stops = torch.tensor(pairs).to(logits.device, non_blocking=True).unbind(1)
+        logits[rows, stops] = -torch.inf
+
+
+def _logprobs(
+    spans: tuple[Span, ...], logits: torch.Tensor, tokens: torch.Tensor
+) -> PendingLogprobs | None:
+    """Start bringing what the sequences asked for to the host."""
+    asked = [i for i, s in enumerate(spans) if s.sequence.submit.top_logprobs is not None]
+    if not asked:
+        return None
+    rows = torch.tensor(asked).to(logits.device, non_blocking=True)
+    values = torch.log_softmax(logits[rows], dim=-1)
+    most = max(spans[i].sequence.submit.top_logprobs or 0 for i in asked)
+    top, ids = values.topk(most, dim=-1)
+    chosen = values.gather(1, tokens[rows].long()[:, None])[:, 0]
+    on_host = (_to_host(x) for x in (chosen, top, ids))
+    return PendingLogprobs(tuple(spans[i] for i in asked), *on_host)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is there when the stream has come to it."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return pinned.copy_(tensor, non_blocking=True)
