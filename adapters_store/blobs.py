@@ -20,6 +20,7 @@ from uuid import uuid4
 import structlog
 
 from granatum.adapters_store.incoming import FILES, adapter_digest
+from granatum.adapters_store.names import check_digest
 from granatum.adapters_store.objects import Listed, Objects
 from granatum.adapters_store.peft_config import CONFIG_FILE
 from granatum.adapters_store.safetensors_file import WEIGHTS_FILE
@@ -95,7 +96,7 @@ class Blobs:
         Raises NotFound if the store has no such bytes, Unavailable (reason ADAPTER_CORRUPTED) if it
         has damaged ones only, or is away.
         """
-        target = directory / digest
+        target = directory / check_digest(digest)
         if not target.is_dir():
             await self._fetch_into(digest, directory, target)
         return AdapterFiles(target / CONFIG_FILE, target / WEIGHTS_FILE)

@@ -41,6 +41,11 @@ class LocalObjects(Objects):
         """A directory on the file system of the objects."""
         return self._root / ".scratch"
 
+    async def clear_scratch(self, before: float) -> None:
+        """Remove what killed processes left in `scratch` before that Unix time."""
+        with translated("clear", self.scratch.name):
+            await asyncio.to_thread(self._clear_scratch, before)
+
     async def swap(self, key: str, data: bytes, known: Stored | None) -> Stored | None:
         """Write the object if it is still `known` (None: absent); None if it is not."""
         with translated("write", key):
@@ -55,6 +60,16 @@ class LocalObjects(Objects):
         """Write a file's bytes. `path` should lie in `scratch`: it is linked, not copied."""
         with translated("write", key):
             await asyncio.to_thread(self._link, key, path)
+
+    def _clear_scratch(self, before: float) -> None:
+        for path in self.scratch.iterdir():
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime >= before:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     def _swap(self, key: str, data: bytes, known: Stored | None) -> Stored | None:
         with self._locked(key):

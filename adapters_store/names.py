@@ -20,6 +20,13 @@ def check_name(text: str, what: str = "adapter name") -> str:
     return text
 
 
+def check_digest(text: str) -> str:
+    """`text`, if it is a digest (64 hexadecimal digits); InvalidRequest if not."""
+    if _DIGEST.fullmatch(text) is None:
+        raise InvalidRequest(f"{shown(text)} is no digest: give 64 of 0-9, a-f")
+    return text
+
+
 def shown(text: str) -> str:
     """`text` quoted for a message, shortened and with nothing unprintable in it."""
     return ascii(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
@@ -44,7 +51,7 @@ class AdapterRef:
         Raises InvalidRequest for anything else.
         """
         if text.startswith("sha256:"):
-            return cls(digest=_digest(text))
+            return cls(digest=check_digest(text.removeprefix("sha256:")))
         tenant, slash, rest = text.rpartition("/")
         name, at, version = rest.partition("@")
         return cls(
@@ -58,13 +65,6 @@ class AdapterRef:
             return f"sha256:{self.digest}"
         prefix = "" if self.tenant is None else f"{self.tenant}/"
         return f"{prefix}{self.name}" + ("" if self.version is None else f"@{self.version}")
-
-
-def _digest(text: str) -> str:
-    digest = text.removeprefix("sha256:")
-    if _DIGEST.fullmatch(digest) is None:
-        raise InvalidRequest(f"{shown(text)}: a digest is sha256: and 64 of 0-9, a-f")
-    return digest
 
 
 def _version(version: str, text: str) -> int:

@@ -56,6 +56,12 @@ class Objects:
         """A local directory for files on their way into the store."""
         return Path(tempfile.gettempdir())
 
+    async def clear_scratch(self, before: float) -> None:
+        """Remove what killed processes left in `scratch` before that Unix time.
+
+        The system's temporary directory is the system's to clear.
+        """
+
     async def get(self, key: str, known: Stored | None = None) -> Stored | None:
         """The object, None if there is none; `known` itself, without a transfer, if unchanged."""
         etag = known.version.get("e_tag") if known else None

@@ -25,6 +25,7 @@ from granatum.adapters_store.validate import Summary, validate
 from granatum.v1.errors import InvalidRequest, NotFound, PreconditionFailed, Unavailable
 
 MAX_PAGE = 1000
+_UPLOAD_WITHIN_S = 86_400.0
 
 log = structlog.get_logger(__name__)
 
@@ -63,7 +64,6 @@ class AdapterStore:
         The bytes of the newest version again give that version. Nothing is visible before
         everything was checked; whatever fails leaves nothing behind.
         """
-        check_name(tenant, "tenant name")
         header.check(self._limits)
         catalog = await self._tenants.read(tenant)
         catalog.check_name_is_free(header.name, self._limits.max_versions)
@@ -106,7 +106,6 @@ class AdapterStore:
 
     async def get(self, tenant: str, ref: str) -> Manifest:
         """The version that `ref` stands for; see `AdapterRef.parse`."""
-        check_name(tenant, "tenant name")
         found = await self._find(tenant, AdapterRef.parse(ref))
         if found is None:
             raise NotFound(
@@ -154,7 +153,6 @@ class AdapterStore:
 
     async def list(self, tenant: str, page_size: int = 0, page_token: str = "") -> Page:
         """The tenant's own adapters, every version, by name and version."""
-        check_name(tenant, "tenant name")
         size = min(page_size or MAX_PAGE, MAX_PAGE)
         catalog = await self._tenants.read(tenant)
         after = _position(page_token)
@@ -208,6 +206,7 @@ class AdapterStore:
 
     async def collect_garbage(self, grace_s: float = 3600.0) -> Collected:
         """Delete bytes that nothing refers to and nothing did within `grace_s`."""
+        await self._objects.clear_scratch(self._now() - _UPLOAD_WITHIN_S)
         collected = await collect(self._objects, self._blobs, self._tenants, self._now(), grace_s)
         log.info("garbage collected", blobs=collected.blobs, bytes=collected.bytes)
         return collected
@@ -225,7 +224,6 @@ def _scratch(parent: Path) -> Iterator[Path]:
 
 def _own(tenant: str, ref: str) -> tuple[str, int | None]:
     """The name and version of a reference to one of the tenant's own adapters."""
-    check_name(tenant, "tenant name")
     parsed = AdapterRef.parse(ref)
     if parsed.name is None or parsed.tenant not in (None, tenant):
         raise InvalidRequest(f"{shown(ref)}: name one of your own adapters as name or name@version")

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 from granatum.adapters_store.catalog import Catalog
 from granatum.adapters_store.catalog_json import decode, encode
+from granatum.adapters_store.names import check_name
 from granatum.adapters_store.objects import Objects, Stored
 from granatum.v1.errors import Unavailable
 
@@ -106,4 +107,5 @@ class Tenants:
 
 
 def _key(tenant: str) -> str:
+    check_name(tenant, "tenant name")
     return f"{PREFIX}/{tenant}.json"

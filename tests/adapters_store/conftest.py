@@ -1,61 +1,15 @@
 """A real S3 server, and the three kinds of store."""
 
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
-from uploading import BASE
+from s3_server import S3Server
+from uploading import BASE, Clock
 
 from granatum.adapters_store.location import open_objects
 from granatum.adapters_store.objects import Objects
 from granatum.adapters_store.store import AdapterStore
-
-
-class S3Server:
-    """A process that speaks S3 on a port of its own."""
-
-    def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        self._wait()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def make_bucket(self) -> str:
-        name = f"bucket-{uuid4().hex}"
-        request = urllib.request.Request(f"{self.url}/{name}", method="PUT")
-        urllib.request.urlopen(request).close()
-        return name
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait()
-
-    def _wait(self) -> None:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.url}/moto-api/").close()
-            except OSError:
-                assert time.monotonic() < deadline, "the S3 server did not start"
-                assert self._process.poll() is None, "the S3 server ended"
-                time.sleep(0.05)
-            else:
-                return
 
 
 @pytest.fixture(scope="session")
@@ -95,19 +49,6 @@ def objects(
     server = request.getfixturevalue("s3")
     s3_environment(server)
     return open_objects(f"s3://{server.make_bucket()}/some/prefix")
-
-
-class Clock:
-    """A time that moves when told to."""
-
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def pass_hours(self, hours: float) -> None:
-        self.now += hours * 3600
 
 
 @pytest.fixture

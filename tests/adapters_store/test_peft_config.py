@@ -29,7 +29,10 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 def _model(family: str) -> torch.nn.Module:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE))
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **SHAPE)
+        )
+    return model
 
 
 def _base(tmp_path: Path, family: str) -> BaseModel:

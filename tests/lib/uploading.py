@@ -28,6 +28,19 @@ BASE = BaseModel(
 SHAPE = Shape(BASE.num_layers, BASE.features)
 
 
+class Clock:
+    """A time that moves when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_hours(self, hours: float) -> None:
+        self.now += hours * 3600
+
+
 def header_of(upload: Upload) -> UploadHeader:
     """The upload's header as the store takes it."""
     files = tuple(FileDeclaration(f.name, f.size_bytes, f.sha256) for f in upload.files)
