@@ -96,6 +96,8 @@ class Script:
     fail: SequenceFailure | None = None
     """Every submission fails so."""
     step_s: float = 0.001
+    burst: int = 1
+    """So many steps come up in one message."""
 
 
 @dataclass
@@ -189,7 +191,8 @@ class ScriptedRunner(RunnerServiceServicer):
                 outputs = immediate[:]
                 immediate.clear()
                 if not self.script.stalled:
-                    outputs += self._step(session)
+                    for _ in range(self.script.burst):
+                        outputs += self._step(session)
                 if outputs:
                     yield SessionResponse(outputs=outputs)
         finally:

@@ -1,0 +1,123 @@
+"""The keys file and its command."""
+
+import json
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from granatum.router import keys
+from granatum.router.keys import Identity, Keys
+from granatum.v1.errors import InvalidRequest, NotFound
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "keys.json"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at the file every time."""
+    monkeypatch.setattr(keys, "_CHECK_S", 0.0)
+
+
+def test_a_key_names_its_tenant_and_is_not_in_the_file(file: Path) -> None:
+    acme = keys.add(file, Identity("acme"))
+    admin = keys.add(file, Identity(None))
+    known = Keys(file)
+    assert known.identify(acme) == Identity("acme")
+    assert known.identify(admin) == Identity(None)
+    assert known.identify(acme + "x") is None
+    assert known.identify("") is None
+    text = file.read_text()
+    assert acme not in text
+    assert admin not in text
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@pytest.mark.usefixtures("impatient")
+def test_changes_count_without_a_restart(file: Path) -> None:
+    acme = keys.add(file, Identity("acme"))
+    known = Keys(file)
+    globex = keys.add(file, Identity("globex"))
+    assert known.identify(globex) == Identity("globex")
+    keys.revoke(file, keys.digest_of(acme)[:12])
+    assert known.identify(acme) is None
+    assert known.identify(globex) == Identity("globex")
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    "broken",
+    ["", "{", "[]", '{"keys": [{"sha256": "12", "tenant": "acme"}]}', '{"keys": 7}', None],
+)
+def test_a_broken_file_leaves_the_keys_as_they_were(file: Path, broken: str | None) -> None:
+    acme = keys.add(file, Identity("acme"))
+    known = Keys(file)
+    whole = file.read_text()
+    if broken is None:
+        file.unlink()
+    else:
+        file.write_text(broken)
+    assert known.identify(acme) == Identity("acme")
+    with pytest.raises(InvalidRequest, match="keys file"):
+        Keys(file)
+    file.write_text(whole)
+    keys.add(file, Identity("globex"))
+    assert known.identify(acme) == Identity("acme")
+
+
+def test_the_file_is_looked_at_once_a_second_at_most(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys.add(file, Identity("acme"))
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    known = Keys(file)
+    globex = keys.add(file, Identity("globex"))
+    assert known.identify(globex) is None
+    now = 101.1
+    assert known.identify(globex) == Identity("globex")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"tenant": "acme", "admin": True},
+        {"tenant": "../acme"},
+        {"tenant": 7},
+        {"admin": "yes"},
+    ],
+)
+def test_a_key_is_either_a_tenants_or_an_operators(file: Path, record: dict[str, object]) -> None:
+    file.write_text(json.dumps({"keys": [{"sha256": "0" * 64, **record}]}))
+    with pytest.raises(InvalidRequest):
+        keys.read(file)
+
+
+def test_revoking_takes_a_digest_of_one_key(file: Path) -> None:
+    keys.add(file, Identity("acme"))
+    for digest in ("", "0" * 64):
+        with pytest.raises(NotFound):
+            keys.revoke(file, digest)
+    assert len(keys.read(file)) == 1
+
+
+def test_the_command_adds_lists_and_revokes(file: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "granatum.router.keys", *arguments, "--file", str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    key = run("add", "--tenant", "acme").stdout.strip()
+    assert Keys(file).identify(key) == Identity("acme")
+    assert run("list").stdout == f"{keys.digest_of(key)[:16]} tenant acme\n"
+    assert run("revoke", keys.digest_of(key)[:16]).returncode == 0
+    assert run("list").stdout == ""
+    refused = run("add", "--tenant", "../etc")
+    assert refused.returncode == 1
+    assert "tenant name" in refused.stderr
