@@ -12,7 +12,6 @@ from pathlib import Path
 
 import structlog
 
-from granatum.adapters_store.blobs import AdapterFiles
 from granatum.runner.adapter_image import (
     DamagedImage,
     ImageShape,
@@ -27,8 +26,11 @@ _STALE_S = 3600.0
 
 log = structlog.get_logger(__name__)
 
-Fetch = Callable[[str, Path], AdapterFiles]
-"""Brings an adapter's two files, by its digest, into a directory; blocks, raises GranatumError."""
+Fetch = Callable[[str, Path], Path]
+"""Brings an adapter, by its digest, below a directory, and says where its two files are.
+
+Blocks; raises GranatumError.
+"""
 
 
 class DiskImages:

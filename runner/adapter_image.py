@@ -22,8 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from granatum.adapters_store.base_model import GROUPS, PROJECTIONS, BaseModel
-from granatum.adapters_store.blobs import AdapterFiles
-from granatum.adapters_store.peft_config import ModuleSpec, PeftConfig, tensor_name
+from granatum.adapters_store.peft_config import CONFIG_FILE, ModuleSpec, PeftConfig, tensor_name
 from granatum.adapters_store.safetensors_file import WEIGHTS_FILE
 from granatum.runner.adapter_layout import (
     RANK_STEP,
@@ -82,14 +81,14 @@ class AdapterImage:
     row: TableRow
 
 
-def build_image(files: AdapterFiles, shape: ImageShape) -> AdapterImage:
+def build_image(directory: Path, shape: ImageShape) -> AdapterImage:
     """Pack PEFT's two files. Raises InvalidAdapter if they are not what the store validated."""
-    config = PeftConfig.parse(files.config.read_bytes())
+    config = PeftConfig.parse((directory / CONFIG_FILE).read_bytes())
     modules = config.modules(shape.base)
     layout = lay_out(shape.base, modules, shape.page_elements)
     pages = torch.zeros(layout.pages, shape.page_elements, dtype=shape.dtype)
     try:
-        with safe_open(str(files.weights), framework="pt") as weights:
+        with safe_open(str(directory / WEIGHTS_FILE), framework="pt") as weights:
             for place in layout.places:
                 _fill(_view(pages, place), weights, shape.base, modules, place)
     except (OSError, SafetensorError, RuntimeError) as error:

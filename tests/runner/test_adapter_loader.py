@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from granatum.adapters_store.base_model import GROUPS, PROJECTIONS, BaseModel
-from granatum.adapters_store.blobs import AdapterFiles
 from granatum.kernels.layout import AdapterTable
 from granatum.runner.adapter_cache import AdapterCache
 from granatum.runner.adapter_disk import DiskImages
@@ -62,10 +61,6 @@ def write_adapter(directory: Path, seed: int, rank: int, targets: list[str]) -> 
     return tensors
 
 
-def files(directory: Path) -> AdapterFiles:
-    return AdapterFiles(directory / "adapter_config.json", directory / "adapter_model.safetensors")
-
-
 class Store:
     """Directories of adapters, as the object store would bring them; counts and can be away."""
 
@@ -74,12 +69,12 @@ class Store:
         self.fetched: list[str] = []
         self.away = False
 
-    def fetch(self, digest: str, directory: Path) -> AdapterFiles:
+    def fetch(self, digest: str, directory: Path) -> Path:
         if self.away:
             raise Unavailable("the object store does not answer: try again")
         self.fetched.append(digest)
         shutil.copytree(self.root / digest, directory / digest)
-        return files(directory / digest)
+        return directory / digest
 
 
 class Bench:
@@ -238,7 +233,7 @@ def test_scan_removes_what_is_no_image_and_ignores_another_layout(
 def test_disk_keeps_to_its_limit_and_the_latest_used(tmp_path: Path, store: Store) -> None:
     for number in range(4):
         write_adapter(store.root / digest_of(number), number, 16, ["q_proj"])
-    pages = build_image(files(store.root / digest_of(0)), SHAPE).pages.shape[0]
+    pages = build_image(store.root / digest_of(0), SHAPE).pages.shape[0]
     limit = 3 * pages * SHAPE.page_bytes
     disk = DiskImages(tmp_path / "cache", limit, SHAPE, store.fetch)
     buffers = [memoryview(bytearray(SHAPE.page_bytes)) for _ in range(pages)]
