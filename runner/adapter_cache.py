@@ -198,6 +198,10 @@ class AdapterCache:
         if not entry.users:
             self._idle[digest] = entry
 
+    def pages_of(self, digest: str) -> int:
+        """Pages that an acquired adapter takes."""
+        return self._entries[digest].size
+
     def poll(self) -> None:
         """Once per step: take in what has ended and begin what has become possible."""
         self._round += 1
