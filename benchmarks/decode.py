@@ -102,7 +102,8 @@ def build(args: argparse.Namespace, config: ModelConfig) -> Bench:
         page_tokens=tokens,
         max_context=max(longest, MAX_LENGTH),
     )
-    pages = args.pages or pages_that_fit(config, tokens, dtype, device, 0.9)
+    page_bytes = tokens * config.kv_elements * dtype.itemsize
+    pages = args.pages or pages_that_fit(page_bytes, device, 0.9)
     arena = allocate_arena(config, tokens, pages, dtype, device)
     table = AdapterTable.allocate(args.max_batch, config.layers, device, args.rank)
     pool = PagePool(pages)

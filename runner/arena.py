@@ -44,13 +44,10 @@ def allocate_arena(
     return Arena(torch.zeros(pages, elements, dtype=dtype, device=device), layout)
 
 
-def pages_that_fit(
-    config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, share: float
-) -> int:
+def pages_that_fit(page_bytes: int, device: torch.device, share: float) -> int:
     """Pages with which a GPU's memory, the weights already in it, is used up to `share`.
 
     The rest is for activations and graphs.
     """
     free, total = torch.cuda.mem_get_info(device)
-    left = int(total * share) - (total - free)
-    return max(left // (tokens * config.kv_elements * dtype.itemsize), 0)
+    return max((int(total * share) - (total - free)) // page_bytes, 0)

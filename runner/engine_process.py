@@ -3,12 +3,28 @@
 drain commands -> step -> report; when idle: wait for a command, probe the device, report
 """
 
+import signal
+import socket
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
+import torch
 
-from granatum.runner.channel import Channel
+from granatum.adapters_store.base_model import BaseModel
+from granatum.kernels.layout import AdapterTable
+from granatum.runner.adapter_cache import AdapterCache
+from granatum.runner.adapter_image import ImageShape
+from granatum.runner.adapter_loader import AdapterLoader, ImageSource
+from granatum.runner.arena import allocate_arena, page_tokens, pages_that_fit
+from granatum.runner.channel import Channel, ChannelClosed
+from granatum.runner.config import ModelConfig, read_config
 from granatum.runner.engine import Engine
+from granatum.runner.executor import Executor
+from granatum.runner.model import Model
+from granatum.runner.pages import PagePool
 from granatum.runner.records import (
     Cancel,
     Command,
@@ -19,16 +35,126 @@ from granatum.runner.records import (
     Stop,
     Submit,
 )
+from granatum.runner.scheduler import Limits
+from granatum.runner.weights import load_weights
+from granatum.v1.errors import InvalidRequest
 
 PROBE_S = 0.4
 """Seconds between reports of an idle engine."""
 POLL_S = 0.001
 """Seconds between looks at adapters on their way while nothing else is to do."""
 
+CPU_ARENA_BYTES = 256 << 20
+"""The arena of an engine on a CPU, where no size is given."""
+
 log = structlog.get_logger(__name__)
 
+OpenSource = Callable[[ImageShape], ImageSource]
+"""Where the engine's adapters come from, once the shape of their images is known."""
 
-def serve(engine: Engine, channel: "Channel[Report, Command]") -> None:
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to build an engine; everything can be pickled."""
+
+    model: Path
+    """A Hugging Face directory."""
+    device: str = "cuda"
+    """`cuda`, `cuda:1`, ..., computing in bfloat16; `cpu`, in float32."""
+    max_batch: int = 64
+    max_waiting: int = 64
+    step_tokens: int = 512
+    """Rows of a step, decodes and prompt chunks together; at least `max_batch`."""
+    max_context: int | None = None
+    """Tokens of a sequence; None: as many as the model and the arena allow."""
+    max_rank: int = 64
+    """The largest rank of an adapter."""
+    adapter_slots: int = 512
+    """Adapters on the device at a time, as far as there are pages for them."""
+    host_bytes: int = 4 << 30
+    """Pinned host memory for adapters."""
+    arena_bytes: int | None = None
+    """Memory for KV and adapters; None: what the GPU has left, up to `memory_share`."""
+    memory_share: float = 0.9
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, KV and adapters."""
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+
+def run(options: EngineOptions, open_source: OpenSource, end: socket.socket) -> None:
+    """The process's main: build the engine, serve until Stop. An error ends the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front ends us, after its streams
+    channel: Channel[Report, Command] = Channel(end)
+    try:
+        serve(build_engine(options, open_source), channel)
+    except ChannelClosed:
+        log.info("the front is gone")
+    except Exception:
+        log.exception("the engine failed")
+        raise
+
+
+def build_engine(options: EngineOptions, open_source: OpenSource) -> Engine:
+    """Load the model, take the memory, capture the graphs.
+
+    Raises:
+        InvalidRequest: what the model directory or an option should be instead.
+    """
+    started = time.monotonic()
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # tiny models, several runners on a machine
+    else:
+        torch.cuda.set_device(device)
+    config = read_config(options.model)
+    weights = load_weights(config, options.model, options.dtype, device)
+    log.info("weights loaded", seconds=round(time.monotonic() - started, 1))
+    tokens = page_tokens(config, options.max_rank)
+    pages = _pages(options, config, tokens, device)
+    limits = _limits(options, config, tokens, pages)
+    arena = allocate_arena(config, tokens, pages, options.dtype, device)
+    table = AdapterTable.allocate(options.adapter_slots, config.layers, device, options.max_rank)
+    base = BaseModel.from_config(options.model)
+    source = open_source(ImageShape(base, options.dtype, arena.kv.page_elements))
+    loader = AdapterLoader(arena.pages, table, source, options.host_bytes)
+    pool = PagePool(pages)
+    executor = Executor(Model(config, weights, arena, table, limits), limits)
+    log.info("engine ready", pages=pages, seconds=round(time.monotonic() - started, 1))
+    return Engine(executor, limits, pool, AdapterCache(pool, loader, options.adapter_slots))
+
+
+def _pages(options: EngineOptions, config: ModelConfig, tokens: int, device: torch.device) -> int:
+    """Pages of the arena."""
+    page_bytes = tokens * config.kv_elements * options.dtype.itemsize
+    arena_bytes = options.arena_bytes
+    if arena_bytes is None and device.type == "cpu":
+        arena_bytes = CPU_ARENA_BYTES
+    if arena_bytes is None:
+        pages = pages_that_fit(page_bytes, device, options.memory_share)
+    else:
+        pages = arena_bytes // page_bytes
+    if pages < 2:
+        raise InvalidRequest(
+            f"the arena for KV and adapters has room for {pages} pages of {page_bytes} bytes: "
+            "give it more memory, or choose a smaller model or a smaller largest rank"
+        )
+    return pages
+
+
+def _limits(options: EngineOptions, config: ModelConfig, tokens: int, pages: int) -> Limits:
+    context = min(config.max_positions, pages * tokens)
+    return Limits(
+        max_batch=options.max_batch,
+        max_waiting=options.max_waiting,
+        step_tokens=max(options.step_tokens, options.max_batch),
+        page_tokens=tokens,
+        max_context=min(options.max_context or context, context),
+    )
+
+
+def serve(engine: Engine, channel: Channel[Report, Command]) -> None:
     """Run `engine` until the front sends Stop or is gone; an exception of a step goes up."""
     channel.send(
         Ready(
@@ -48,7 +174,7 @@ def serve(engine: Engine, channel: "Channel[Report, Command]") -> None:
         overdue = time.monotonic() - reported >= PROBE_S
         if overdue and not engine.in_flight:
             engine.probe()
-        if news or engine.in_flight or overdue:
+        if news or overdue:
             channel.send(StepReport(tuple(news), engine.figures))
             reported = time.monotonic()
 
