@@ -5,6 +5,7 @@ import torch
 from granatum.kernels import reference_lora as reference
 from granatum.kernels.backend import dot, jit, require, require_rows, runs_kernel, tl, triton
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
+from granatum.kernels.shrink import source_rows
 from granatum.kernels.tuning import Config, Shape, config_for, power_of_two
 
 
@@ -43,6 +44,7 @@ def _expand_rows_kernel(
     scales,
     entries,
     count,
+    order,
     partials,
     y_stride,
     rows_total,
@@ -92,10 +94,10 @@ def _expand_rows_kernel(
         c = tl.arange(0, triton.next_power_of_2(CHUNKS))
         b_at = b_start + r[:, None] * width + n[None, :]
         b = tl.load(b_at, mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
+        row = (first + m).to(tl.int64)
+        y_at = y + source_rows(order, first, rows, m)[:, None] * y_stride + start + n[None, :]
         if PDL:
             tl.extra.cuda.gdc_wait()
-        row = (first + m).to(tl.int64)
-        y_at = y + row[:, None] * y_stride + start + n[None, :]
         kept = (m < tl.where(rank > 0, rows, 0))[:, None] & (n < width)[None, :]
         base = tl.load(y_at, mask=kept, other=0.0).to(tl.float32)
         chunk_row = c.to(tl.int64)[:, None] * rows_total + row[None, :]
@@ -127,6 +129,7 @@ def _expand_tiles_kernel(
     scales,
     entries,
     count,
+    order,
     partials,
     y_stride,
     rows_total,
@@ -173,7 +176,7 @@ def _expand_tiles_kernel(
             m = tl.arange(0, BLOCK_M)
             n = column + tl.arange(0, BLOCK_N)
             row = (first + m).to(tl.int64)
-            y_at = y + row[:, None] * y_stride + start + n[None, :]
+            y_at = y + source_rows(order, first, rows, m)[:, None] * y_stride + start + n[None, :]
             kept = (m < rows)[:, None] & (n < width)[None, :]
             base = tl.load(y_at, mask=kept, other=0.0).to(tl.float32)
             v_at = partials + row[:, None] * (PROJECTIONS * MAX_RANK) + stacked_row
@@ -251,6 +254,7 @@ def launch_expand(
         table.scale,
         tiles.entries,
         tiles.count,
+        tiles.order,
         workspace,
         y.stride(0),
         y.shape[0],

@@ -64,12 +64,15 @@ class Tiles:
     entries: int32 [capacity, 4], beyond `count` never read as tiles,
              for LoRA (adapter slot, first row, rows, 0), base-model rows in none;
              for prefill attention (row of the page table, first row, rows, position of that row);
-    count:   int32 [1].
+    count:   int32 [1];
+    order:   int32 [T] or None: LoRA's tiles count rows in this order, order[i] being the i-th, so
+             that rows of one adapter need not be adjacent; None: as they are.
     """
 
     entries: torch.Tensor
     count: torch.Tensor
     block_m: int
+    order: torch.Tensor | None = None
 
     @classmethod
     def allocate(cls, capacity: int, block_m: int, device: torch.device | str) -> "Tiles":

@@ -27,8 +27,14 @@ def add_lora(
     """As `lora.add_lora`, without partial sums and so without their workspace."""
     for slot, rows in _tile_rows(tiles):
         ranks = _ranks(table, slot, layer, group)
-        inner = x[rows].float() @ _stacked_a(arena, table, slot, layer, group, x.shape[1]).T
-        _add_expanded(y[rows], inner, ranks, arena, table, slot, layer, group, out_features)
+        inner = (
+            x[_source_rows(tiles, rows)].float()
+            @ _stacked_a(arena, table, slot, layer, group, x.shape[1]).T
+        )
+        mine = _source_rows(tiles, rows)
+        changed = y[mine]
+        _add_expanded(changed, inner, ranks, arena, table, slot, layer, group, out_features)
+        y[mine] = changed
 
 
 def shrink(
@@ -47,9 +53,10 @@ def shrink(
     )
     for slot, rows in _tile_rows(tiles):
         a = _stacked_a(arena, table, slot, layer, group, x.shape[1])
+        source = x[_source_rows(tiles, rows)].float()
         for chunk, partial in enumerate(partials):
             k = slice(chunk * chunk_k, (chunk + 1) * chunk_k)
-            partial[rows, : a.shape[0]] = x[rows, k].float() @ a[:, k].T
+            partial[rows, : a.shape[0]] = source[:, k] @ a[:, k].T
 
 
 def expand(
@@ -70,13 +77,21 @@ def expand(
     for slot, rows in _tile_rows(tiles):
         ranks = _ranks(table, slot, layer, group)
         inner = partials[:, rows, : sum(ranks)].sum(0)
-        _add_expanded(y[rows], inner, ranks, arena, table, slot, layer, group, out_features)
+        mine = _source_rows(tiles, rows)
+        changed = y[mine]
+        _add_expanded(changed, inner, ranks, arena, table, slot, layer, group, out_features)
+        y[mine] = changed
 
 
 def _tile_rows(tiles: Tiles) -> list[tuple[int, slice]]:
     """Each tile's slot and rows."""
     entries: list[list[int]] = tiles.entries[: int(tiles.count)].tolist()
     return [(slot, slice(first, first + rows)) for slot, first, rows, _ in entries]
+
+
+def _source_rows(tiles: Tiles, rows: slice) -> slice | torch.Tensor:
+    """The rows of x and y that are these rows of the tiles' order."""
+    return rows if tiles.order is None else tiles.order[rows].long()
 
 
 def _ranks(table: AdapterTable, slot: int, layer: int, group: int) -> list[int]:

@@ -8,6 +8,15 @@ from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, Adapter
 from granatum.kernels.tuning import Config, Shape, config_for, power_of_two
 
 
+@jit()
+def source_rows(order, first, rows, m):
+    """The rows of x and y that are a tile's m-th rows."""
+    row = first + m
+    if order is not None:
+        row = tl.load(order + row, mask=m < rows, other=0)
+    return row.to(tl.int64)
+
+
 @jit("rows_total", "layers", "layer")
 def _shrink_rows_kernel(
     x,
@@ -16,6 +25,7 @@ def _shrink_rows_kernel(
     ranks,
     entries,
     count,
+    order,
     partials,
     x_stride,
     rows_total,
@@ -62,9 +72,9 @@ def _shrink_rows_kernel(
         rank = rank_block * BLOCK_R + r
         inside = (rank < stacked)[:, None] & (k < K)[None, :]
         a = tl.load(a_start + rank[:, None] * K + k[None, :], mask=inside, other=0.0)
+        x_rows = x + source_rows(order, first, rows, m)[:, None] * x_stride
         if PDL:
             tl.extra.cuda.gdc_wait()
-        x_rows = x + (first + m).to(tl.int64)[:, None] * x_stride
         present = (m < rows)[:, None] & (k < K)[None, :]
         xs = tl.load(x_rows + k[None, :], mask=present, other=0.0).to(tl.float32)
         out = partials + (chunk * rows_total + first + m).to(tl.int64) * (PROJECTIONS * MAX_RANK)
@@ -89,6 +99,7 @@ def _shrink_tiles_kernel(
     ranks,
     entries,
     count,
+    order,
     partials,
     x_stride,
     rows_total,
@@ -126,7 +137,7 @@ def _shrink_tiles_kernel(
             stacked += tl.load(ranks + place * 7 + PROJECTION + p)
         a_start = arena + tl.multiple_of(offset, 32)
         m = tl.arange(0, BLOCK_M)
-        x_rows = x + (first + m).to(tl.int64)[:, None] * x_stride
+        x_rows = x + source_rows(order, first, rows, m)[:, None] * x_stride
         out = partials + (chunk * rows_total + first + m).to(tl.int64) * (PROJECTIONS * MAX_RANK)
         for start in range(rank_block * BLOCK_R, stacked, RANK_BLOCKS * BLOCK_R):
             rank = start + tl.arange(0, BLOCK_R)
@@ -193,6 +204,7 @@ def launch_shrink(
         table.rank,
         tiles.entries,
         tiles.count,
+        tiles.order,
         workspace,
         x.stride(0),
         x.shape[0],

@@ -1,5 +1,6 @@
 """SGMV against float64 arithmetic on the adapters' own matrices."""
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Sequence
@@ -244,6 +245,19 @@ def test_rows_of_wider_tensors(device: torch.device) -> None:
     group.add(y, x, tiles_of([0] * 5, 4, device))
     torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(wide_y[:, 80:], rest)
+
+
+@pytest.mark.parametrize("block_m", [4, 16])
+def test_rows_in_another_order(block_m: int, device: torch.device) -> None:
+    group = make_group(QKV, 72, (40, 24, 24), [(8, 16, 40), (16, 0, 8)], torch.float32, device)
+    slots = [1, 0, None, 1, 0, 1, 1, 0, 1]
+    x, y = activations(group, len(slots))
+    expected = group.truth(y, x, slots)
+    order = sorted(range(len(slots)), key=lambda t: slots[t] or 0)
+    tiles = tiles_of([slots[t] for t in order], block_m, device)
+    indices = torch.tensor(order, dtype=torch.int32, device=device)
+    group.add(y, x, dataclasses.replace(tiles, order=indices))
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_shrink_and_expand_apart_are_add_lora(device: torch.device) -> None:
