@@ -125,12 +125,16 @@ def _sliding_window(config: Mapping[str, Any]) -> int | None:
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary settings, the same whether transformers 4 or 5 wrote them."""
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope = {key: value for key, value in settings.items() if value is not None}
+    rope = {key: _number(value) for key, value in settings.items() if value is not None}
     kind = rope.pop("type", None)
     rope.setdefault("rope_type", kind or "default")
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10_000.0)
-    rope["rope_theta"] = float(rope["rope_theta"])
+    rope.setdefault("rope_theta", _number(config.get("rope_theta") or 10_000.0))
     return rope
+
+
+def _number(value: object) -> object:
+    """A number as a float: 8 and 8.0 are one setting."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _features(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

@@ -77,7 +77,12 @@ async def receive(
     """
     with _Receiver(header.files, directory) as receiver:
         async for chunk in chunks:
-            await asyncio.to_thread(receiver.write, chunk)
+            write = asyncio.ensure_future(asyncio.to_thread(receiver.write, chunk))
+            try:
+                await asyncio.shield(write)
+            finally:
+                # A cancelled upload must not leave a thread behind that makes files.
+                await asyncio.wait({write})
         receiver.finish()
     return directory / CONFIG_FILE, directory / WEIGHTS_FILE
 

@@ -53,7 +53,7 @@ class Objects:
 
     @property
     def scratch(self) -> Path:
-        """A local directory for files on their way into the store."""
+        """A local directory for files on their way into the store; TMPDIR moves it."""
         return Path(tempfile.gettempdir())
 
     async def clear_scratch(self, before: float) -> None:

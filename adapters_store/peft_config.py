@@ -14,6 +14,7 @@ from granatum.v1.errors import InvalidAdapter
 
 CONFIG_FILE = "adapter_config.json"
 _ALL_LINEAR = "all-linear"
+_MAX_ALPHA = 1e30  # scales are applied in float32
 T = TypeVar("T")
 # What PEFT targets in each of our families when target_modules is null.
 _DEFAULT_TARGETS = ["q_proj", "v_proj"]
@@ -211,8 +212,8 @@ def _number(value: object, field: str) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise _invalid(f"{field} must be a finite number")
+    if not abs(number) <= _MAX_ALPHA:
+        raise _invalid(f"{field} must be a finite number, at most {_MAX_ALPHA:g}")
     return number
 
 

@@ -176,6 +176,10 @@ def test_fingerprint_follows_the_shape(tmp_path: Path) -> None:
 
     older = {"rope_parameters": None, "rope_theta": 10000.0, "rope_scaling": None}
     assert fingerprint(**older, torch_dtype="float16") == first.fingerprint
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1}
+    assert fingerprint(rope_parameters={**llama3, "rope_theta": 5e5}) == fingerprint(
+        rope_parameters=None, rope_theta=500000, rope_scaling={**llama3, "factor": 8}
+    )
     assert fingerprint(rms_norm_eps=1e-3) != first.fingerprint
     assert fingerprint(**{**older, "rope_theta": 5e5}) != first.fingerprint
     assert first.name == tmp_path.name
@@ -230,6 +234,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "lora_alpha must be a number": {"lora_alpha": "16"},
     "lora_alpha must be a finite": {"lora_alpha": float("nan")},
     "lora_alpha must be a finite ": {"lora_alpha": 10**400},
+    "lora_alpha must be a finite  ?": {"lora_alpha": -1e31},
     "use_rslora must be true or false": {"use_rslora": 1},
     "rank_pattern must be an object": {"rank_pattern": ["q_proj"]},
     r"rank_pattern\['q_proj'\] must be": {"rank_pattern": {"q_proj": -1}},

@@ -12,7 +12,7 @@ from uploading import BASE, SHAPE, chunks_of, files_under, header_of, put, send
 
 from granatum.adapters_store.catalog import Visibility
 from granatum.adapters_store.limits import Limits
-from granatum.adapters_store.objects import Objects
+from granatum.adapters_store.objects import Objects, Stored
 from granatum.adapters_store.store import AdapterStore
 from granatum.v1.errors import (
     AlreadyExists,
@@ -116,6 +116,23 @@ async def test_concurrent_uploads_of_the_same_bytes_are_one(objects: Objects) ->
     sent = await asyncio.gather(*(send(s, "acme", good_upload(SHAPE, "bot")) for s in stores))
     assert [manifest.version for manifest, _ in sent] == [1] * 4
     assert sorted(created for _, created in sent) == [False, False, False, True]
+
+
+async def test_a_change_whose_answer_got_lost_is_made_once(
+    objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store made the change, and what came back was the refusal of its repetition."""
+    swap = objects.swap
+
+    async def loses_answer(key: str, data: bytes, known: Stored | None) -> None:
+        assert await swap(key, data, known) is not None
+
+    store = AdapterStore(objects, BASE)
+    monkeypatch.setattr(objects, "swap", loses_answer)
+    manifest, created = await send(store, "acme", good_upload(SHAPE, "bot"))
+    assert (manifest.version, created) == (1, True)
+    assert await store.delete("acme", "bot") == 1
+    assert (await put(AdapterStore(objects, BASE), "acme", "bot")).version == 2
 
 
 async def test_a_name_is_an_adapter_or_an_alias_even_in_a_race(objects: Objects) -> None:
