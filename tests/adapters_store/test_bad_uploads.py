@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_uploads import BAD_UPLOADS, Upload, config, good_upload, pack, tensors, upload, weights
+from adapter_files import Upload, config, good_upload, pack, tensors, upload, weights
+from bad_uploads import BAD_UPLOADS
 from uploading import BASE, SHAPE, files_under, send
 
 from granatum.adapters_store.store import AdapterStore

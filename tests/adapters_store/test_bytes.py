@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_uploads import config, tensors, upload, weights
+from adapter_files import config, tensors, upload, weights
 from peft import LoraConfig, get_peft_model
 from s3_server import S3Server
 from transformers import AutoConfig, AutoModelForCausalLM

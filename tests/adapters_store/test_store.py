@@ -2,33 +2,22 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bad_uploads import Upload, config, good_upload, tensors, upload, weights
-from uploading import BASE, SHAPE, chunks_of, files_under, header_of, put, send
+from adapter_files import good_upload
+from uploading import BASE, SHAPE, files_under, put, send
 
 from granatum.adapters_store.catalog import Visibility
-from granatum.adapters_store.limits import Limits
 from granatum.adapters_store.objects import Objects, Stored
 from granatum.adapters_store.store import AdapterStore
 from granatum.v1.errors import (
     AlreadyExists,
-    InvalidAdapter,
     InvalidRequest,
     NotFound,
-    Overloaded,
     PreconditionFailed,
 )
-
-
-async def _keys(objects: Objects) -> list[str]:
-    found = []
-    for prefix in ("tenants", "blobs", "published"):
-        found += [listed.key for listed in await objects.listing(prefix)]
-    return found
 
 
 async def _names(store: AdapterStore, tenant: str) -> list[str]:
@@ -220,167 +209,9 @@ async def test_listing_in_pages(store: AdapterStore) -> None:
         await store.list("acme", 2, "b")
 
 
-class _Isolation:
-    """Everything that `other` may try on `acme`'s private adapter, and on one that never was."""
-
-    def __init__(self, store: AdapterStore, name: str, digest: str) -> None:
-        self.attempts = {
-            "get": store.get("other", name),
-            "get version": store.get("other", f"{name}@1"),
-            "get by tenant": store.get("other", f"acme/{name}"),
-            "get by tenant and version": store.get("other", f"acme/{name}@1"),
-            "get by digest": store.get("other", f"sha256:{digest}"),
-            "get by alias": store.get("other", "live"),
-            "get by tenant and alias": store.get("other", "acme/live"),
-            "resolve": store.resolve("other", f"acme/{name}"),
-            "alias": store.set_alias("other", "mine", name),
-            "alias of a version": store.set_alias("other", "mine", f"{name}@1"),
-            "delete alias": store.delete_alias("other", "live"),
-            "delete": store.delete("other", name),
-            "delete version": store.delete("other", f"{name}@1"),
-            "publish": store.set_visibility("other", name, Visibility.PUBLISHED),
-        }
-
-
-async def test_tenants_are_apart(store: AdapterStore) -> None:
-    manifest = await put(store, "acme", "secret")
-    await store.set_alias("acme", "live", "secret")
-    before = await store.list("acme")
-    existing = _Isolation(store, "secret", manifest.digest).attempts
-    missing = _Isolation(store, "absent", "0" * 64).attempts
-    for attempt in existing:
-        messages = []
-        for call, name, digest in (
-            (existing[attempt], "secret", manifest.digest),
-            (missing[attempt], "absent", "0" * 64),
-        ):
-            with pytest.raises(NotFound) as error:
-                await call
-            messages.append(error.value.message.replace(name, "NAME").replace(digest, "DIGEST"))
-        assert messages[0] == messages[1], attempt
-    for ref in ("acme/secret", "acme/secret@1", f"sha256:{manifest.digest}"):
-        for call in (store.delete("other", ref), store.set_alias("other", "mine", ref)):
-            with pytest.raises(InvalidRequest):
-                await call
-    assert (await store.list("other")).adapters == ()
-    assert await store.list("acme") == before
-
-
-async def test_the_same_name_and_bytes_of_two_tenants(store: AdapterStore) -> None:
-    ours, theirs = await put(store, "acme", "bot"), await put(store, "other", "bot")
-    assert ours.digest == theirs.digest
-    assert (await store.get("other", f"sha256:{ours.digest}")).tenant == "other"
-    await store.delete("other", "bot")
-    assert (await store.get("acme", "bot")).digest == ours.digest
-    with pytest.raises(NotFound):
-        await store.get("other", f"sha256:{ours.digest}")
-
-
-async def test_published_adapters(store: AdapterStore) -> None:
-    first = await put(store, "acme", "bot", 1)
-    await put(store, "acme", "private", 3)
-    await store.set_alias("acme", "live", "bot")
-    await store.set_visibility("acme", "bot", Visibility.PUBLISHED)
-    second = await put(store, "acme", "bot", 2)
-    assert second.visibility is Visibility.PUBLISHED
-    for ref, version in (
-        ("acme/bot", 2),
-        ("acme/bot@1", 1),
-        (f"sha256:{first.digest}", 1),
-        (f"sha256:{second.digest}", 2),
-    ):
-        assert (await store.resolve("other", ref)).version == version
-    for ref in ("bot", "acme/private", "acme/live"):
-        with pytest.raises(NotFound):
-            await store.resolve("other", ref)
-    assert (await store.list("other")).adapters == ()
-    await store.set_visibility("acme", "bot", Visibility.PRIVATE)
-    for ref in ("acme/bot", f"sha256:{first.digest}"):
-        with pytest.raises(NotFound):
-            await store.resolve("other", ref)
-    with pytest.raises(NotFound):
-        await store.set_visibility("acme", "bat", Visibility.PUBLISHED)
-
-
 async def test_another_base_model_s_adapters_are_not_served(objects: Objects) -> None:
     await put(AdapterStore(objects, BASE), "acme", "bot")
     store = AdapterStore(objects, replace(BASE, name="new", fingerprint="1" * 64))
     assert (await store.get("acme", "bot")).version == 1
     with pytest.raises(PreconditionFailed, match="uploaded for another base model"):
         await store.resolve("acme", "bot")
-
-
-async def test_limits(objects: Objects) -> None:
-    limits = Limits(max_bytes=4000, max_rank=8, max_versions=2)
-    store = AdapterStore(objects, BASE, limits)
-    with pytest.raises(InvalidAdapter, match="more than the 4000 allowed"):
-        await send(store, "acme", good_upload(SHAPE, rank=8))
-    wide = upload(config(9, ("k_proj",)), weights(tensors(SHAPE, 9, ("k_proj",))))
-    with pytest.raises(InvalidAdapter, match=r"rank 9 of .* above the limit of 8"):
-        await send(store, "acme", wide)
-    store = AdapterStore(objects, BASE, Limits(max_versions=2))
-    await put(store, "acme", "a")
-    await put(store, "acme", "b")
-    with pytest.raises(Overloaded, match="delete old ones"):
-        await put(store, "acme", "c")
-    await store.delete("acme", "a")
-    await put(store, "acme", "c")
-
-
-async def _breaks_off(upload: Upload, error: BaseException) -> AsyncIterator[bytes]:
-    """Half of an upload, then `error`."""
-    yield upload.data[: len(upload.data) // 2]
-    raise error
-
-
-@pytest.mark.parametrize("error", [RuntimeError("connection reset"), asyncio.CancelledError()])
-async def test_an_aborted_upload_leaves_nothing(
-    error: BaseException, store: AdapterStore, objects: Objects, tmp_path: Path
-) -> None:
-    good = good_upload(SHAPE)
-    with pytest.raises(type(error)):
-        await store.upload("acme", header_of(good), _breaks_off(good, error))
-    assert await _keys(objects) == []
-    assert files_under(tmp_path) == []
-
-
-async def test_a_stalled_upload_can_be_cancelled(
-    store: AdapterStore, objects: Objects, tmp_path: Path
-) -> None:
-    good, stalled = good_upload(SHAPE), asyncio.Event()
-
-    async def stall() -> AsyncIterator[bytes]:
-        yield good.data[:700]
-        stalled.set()
-        await asyncio.Event().wait()
-
-    task = asyncio.create_task(store.upload("acme", header_of(good), stall()))
-    await stalled.wait()
-    assert files_under(tmp_path) != []
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert await _keys(objects) == []
-    assert files_under(tmp_path) == []
-
-
-async def test_bad_tenant_names(store: AdapterStore) -> None:
-    for tenant in ("", "../acme", "Acme", "a" * 65):
-        for call in (
-            put(store, tenant, "bot"),
-            store.get(tenant, "bot"),
-            store.list(tenant),
-            store.set_alias(tenant, "live", "bot"),
-            store.delete_alias(tenant, "live"),
-            store.delete(tenant, "bot"),
-            store.set_visibility(tenant, "bot", Visibility.PUBLISHED),
-        ):
-            with pytest.raises(InvalidRequest, match="tenant name"):
-                await call
-
-
-async def test_chunks_of_any_size(store: AdapterStore) -> None:
-    good = good_upload(SHAPE, "bot")
-    for size in (1, 7, 10**6):
-        small = good if size > 1 else good_upload(SHAPE, "bot", rank=1)
-        await store.upload("acme", header_of(small), chunks_of(small, size))

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from bad_uploads import Shape, Upload, good_upload
+from adapter_files import Shape, Upload, good_upload
 
 from granatum.adapters_store.base_model import BaseModel
 from granatum.adapters_store.incoming import FileDeclaration, UploadHeader
