@@ -59,6 +59,8 @@ class Box:
             await self._start()
         except BaseException:
             await self._stop()
+            if self.keys:  # nobody has seen them
+                self.layout.keys_file.unlink(missing_ok=True)
             raise
         return self
 
@@ -113,7 +115,7 @@ class Box:
         valkey = self._process("valkey", command)
         self._servers.append(valkey)
         await valkey.start()
-        await self._alive_until(valkey, valkey.logged("ready to accept connections"))
+        await self._alive_until(valkey, valkey.logged("Ready to accept connections"))
         self._say(f"valkey    listens on {path}")
         return f"unix://{path}"
 
@@ -144,7 +146,8 @@ class Box:
             "runner",
             *("--model", str(self.layout.model), "--listen", "127.0.0.1:0"),
             *("--router", self.address, "--store", self.layout.store_url),
-            *("--cache-dir", str(self.layout.state / "cache" / name), "--device", device),
+            *("--cache-dir", str(self.layout.state / "cache"), "--device", device),
+            *("--runner-id", name),
             *self.layout.runner_arguments,
         )
         threads = (

@@ -27,6 +27,7 @@ RUNNERS = 2
 WORDS = 6  # per adapter, and for the base model
 MAX_TOKENS = 64
 TIMEOUT_S = 120.0
+ARENA_BYTES = 256 << 20  # two runners may share one GPU
 
 TENANTS = tuple(dict.fromkeys(task.tenant for task in tasks.ADAPTER_TASKS))
 TASKS = (tasks.BASE, *tasks.ADAPTER_TASKS)
@@ -41,7 +42,10 @@ async def run(console: Console) -> int:
             state=Path(state),
             runners=RUNNERS,
             tenants=TENANTS,
-            runner_arguments=("--max-batch", str(len(requests) // RUNNERS)),
+            runner_arguments=(
+                *("--max-batch", str(len(requests) // RUNNERS)),
+                *("--arena-bytes", str(ARENA_BYTES)),
+            ),
         )
         async with AsyncExitStack() as exits:
             box = await exits.enter_async_context(Box(layout, console.print))
