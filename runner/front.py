@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -36,29 +37,38 @@ class Front:
         self._channel = channel
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
-        self._bounds: Bounds | None = None
         self._sessions: dict[int, Session] = {}  # by the engine's sequence id
         self._open: set[Session] = set()
         self._last_id = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self.ready: Ready | None = None
-        self.figures: EngineFigures | None = None
+        self._ready: Ready | None = None
+        self._figures: EngineFigures | None = None
+        self._reported: float | None = None
+        self.loaded = asyncio.Event()
+        """Set when the engine is ready; what is read of it before raises Unavailable."""
         self.draining = False
-        self.reported = 0.0
-        """The loop's time when the engine last gave a sign."""
+
+    @property
+    def ready(self) -> Ready:
+        """What the engine said of itself when it was ready."""
+        if self._ready is None:
+            raise Unavailable("the runner is loading its model: try again", retry_after_s=1.0)
+        return self._ready
 
     @property
     def bounds(self) -> Bounds:
-        """What this runner can hold. Raises Unavailable while the engine loads."""
-        if self._bounds is None:
-            raise Unavailable("the runner is loading its model: try again", retry_after_s=1.0)
-        return self._bounds
+        """What this runner can hold."""
+        return Bounds.of(self.ready, self._vocabulary)
 
     @property
-    def age_s(self) -> float:
-        """Seconds since the engine's last sign of life."""
-        return asyncio.get_running_loop().time() - self.reported
+    def figures(self) -> EngineFigures:
+        """The engine's latest."""
+        return self._figures or self.ready.figures
+
+    def age_s(self) -> float | None:
+        """Seconds since the engine's last sign of life; None before the first."""
+        return None if self._reported is None else time.monotonic() - self._reported
 
     async def run(self) -> None:
         """Take in reports until the engine is gone."""
@@ -70,7 +80,7 @@ class Front:
 
     def open(self) -> Session:
         """A session for one router. Raises Unavailable while the engine loads."""
-        assert self.bounds
+        assert self.ready
         session = Session(self)
         self._open.add(session)
         return session
@@ -122,11 +132,11 @@ class Front:
             self.close(session)
 
     def _take(self, report: Report) -> None:
-        self.reported = asyncio.get_running_loop().time()
-        self.figures = report.figures
+        self._reported = time.monotonic()
+        self._figures = report.figures
         if isinstance(report, Ready):
-            self.ready = report
-            self._bounds = Bounds.of(report, self._vocabulary)
+            self._ready = report
+            self.loaded.set()
             return
         for news in report.news:
             session = self._sessions.get(news.sequence_id)

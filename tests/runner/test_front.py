@@ -114,8 +114,7 @@ async def started(tokenizer: Tokenizer) -> AsyncIterator[Runner]:
 async def runner(tokenizer: Tokenizer) -> AsyncIterator[Runner]:
     async with started(tokenizer) as runner:
         runner.engine.send(READY)
-        while runner.front.ready is None:
-            await asyncio.sleep(0)
+        await runner.front.loaded.wait()
         yield runner
 
 
@@ -180,8 +179,7 @@ async def test_news_merge_while_a_write_is_in_flight(tokenizer: Tokenizer) -> No
     """Played without a server: what is taken between two responses comes as one."""
     async with started(tokenizer) as runner:
         runner.engine.send(READY)
-        while runner.front.ready is None:
-            await asyncio.sleep(0)
+        await runner.front.loaded.wait()
         session = runner.front.open()
         commands: asyncio.Queue[SessionRequest] = asyncio.Queue()
 

@@ -1,0 +1,56 @@
+"""`python -m granatum.runner`: serve until SIGTERM or SIGINT."""
+
+import asyncio
+import signal
+import sys
+
+import structlog
+from pydantic import ValidationError
+
+from granatum.runner.app import Runner
+from granatum.runner.logs import log_as_json
+from granatum.runner.settings import Settings
+from granatum.v1.errors import GranatumError
+
+log = structlog.get_logger("granatum.runner")
+
+
+def main() -> int:
+    """Run a runner; the exit status, not 0 if its engine died."""
+    log_as_json()
+    try:
+        asyncio.run(serve(read_settings()))
+    except GranatumError as error:
+        log.error("cannot serve", error=error.message)
+        return 1
+    return 0
+
+
+def read_settings() -> Settings:
+    """From the command line and the environment; ends the process if they are not right."""
+    try:
+        return Settings(_cli_parse_args=True)  # type: ignore[call-arg]
+    except ValidationError as error:
+        wrong = [f"--{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        log.error("the settings are not right", wrong=wrong)
+        sys.exit(2)
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until a signal asks to stop, or a part of the runner fails, which it raises."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    async with Runner(settings) as runner:
+        stopping = asyncio.create_task(stopped.wait())
+        failing = asyncio.create_task(runner.fail())
+        await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if failing.done():
+            await failing
+        failing.cancel()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""A whole runner, wired: started, served, and stopped so that no stream is lost."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import Self
+
+import grpc
+import structlog
+
+from granatum.adapters_store.base_model import BaseModel
+from granatum.runner.channel import ChannelClosed
+from granatum.runner.config import read_config
+from granatum.runner.engine_child import EngineChild
+from granatum.runner.front import Front, RunnerService
+from granatum.runner.health import Health
+from granatum.runner.heartbeat import Heartbeat
+from granatum.runner.settings import Settings
+from granatum.runner.tokenizer import Tokenizer
+from granatum.v1.cluster_pb2 import Runner as Figures
+from granatum.v1.errors import Unavailable
+from granatum.v1.runner_pb2_grpc import add_RunnerServiceServicer_to_server
+from granatum.v1.transport import build_server, listen, open_channel
+
+SERVICE = "granatum.v1.RunnerService"
+_FLUSH_S = 1.0
+_ENGINE_S = 5.0
+
+log = structlog.get_logger(__name__)
+
+
+class Runner:
+    """Serves from `async with` on, once its engine is ready; `fail` returns only by an error.
+
+    Leaving it takes the runner out of the routers' sight, gives its streams back to them, and ends
+    the engine.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._key = settings.cluster_key.get_secret_value()
+        self._base = BaseModel.from_config(settings.model)
+        self._vocabulary = read_config(settings.model).vocab
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        self._child = EngineChild(self._settings)
+        tokenizer = Tokenizer(self._settings.model)
+        self._front = Front(await self._child.connect(), tokenizer, self._vocabulary)
+        self._health = Health(self._front.age_s)
+        self._server = self._build_server()
+        port = self._listen()
+        self._heartbeat = Heartbeat(
+            [await self._stack.enter_async_context(channel) for channel in self._routers()],
+            self._key,
+            self._figures,
+            self._front.set_draining,
+        )
+        await self._server.start()
+        log.info("listening", address=self._address, port=port, runner=self._id)
+        self._relay = asyncio.create_task(self._front.run(), name="relay")
+        self._checks = asyncio.create_task(self._health.run(), name="health")
+        self._reports = asyncio.create_task(self._report(), name="heartbeat")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Out of sight first, then the streams, then the engine."""
+        log.info("stopping", grace_s=self._settings.grace_s)
+        await _cancelled(self._checks, self._reports)
+        await self._health.stop()
+        if self._front.loaded.is_set():
+            await self._heartbeat.deregister()
+        if not self._relay.done():
+            await self._front.drain(self._settings.grace_s)
+            self._front.stop()
+        await self._server.stop(_FLUSH_S)
+        await _cancelled(self._relay)
+        status = await self._child.stopped(_ENGINE_S)
+        await self._stack.aclose()
+        log.info("stopped", engine_status=status)
+
+    async def fail(self) -> None:
+        """Wait until a part of the runner fails, and raise its error."""
+        tasks = (self._relay, self._checks, self._reports)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await done.pop()
+        except ChannelClosed as error:
+            raise Unavailable("the engine process has ended: its log says why") from error
+
+    async def _report(self) -> None:
+        await self._front.loaded.wait()
+        log.info("serving", runner=self._id)
+        await self._heartbeat.run()
+
+    def _build_server(self) -> grpc.aio.Server:
+        server = build_server([SERVICE])
+        add_RunnerServiceServicer_to_server(RunnerService(self._front, self._key), server)
+        self._health.add_to(server)
+        return server
+
+    def _listen(self) -> int:
+        settings = self._settings
+        port = listen(self._server, settings.listen, settings.tls, insecure=settings.insecure)
+        self._address = settings.address(port)
+        self._id = settings.runner_id or self._address
+        return port
+
+    def _routers(self) -> list[grpc.aio.Channel]:
+        settings = self._settings
+        return [
+            open_channel(address, settings.router_tls, insecure=settings.insecure)
+            for address in settings.router
+        ]
+
+    def _figures(self) -> Figures:
+        """The runner as its heartbeats describe it."""
+        front = self._front
+        ready, figures = front.ready, front.figures
+        return Figures(
+            id=self._id,
+            address=self._address,
+            model=self._base.name,
+            model_fingerprint=self._base.fingerprint,
+            max_batch=ready.max_batch,
+            total_pages=figures.total_pages,
+            free_pages=figures.free_pages,
+            reclaimable_pages=figures.reclaimable_pages,
+            page_tokens=ready.page_tokens,
+            sequences=figures.sequences,
+            resident_adapters=figures.resident_adapters,
+            decode_steps=figures.decode_steps,
+            decode_sequences=figures.decode_sequences,
+            decode_adapters=figures.decode_adapters,
+            adapter_loads=figures.adapter_loads,
+            draining=front.draining,
+            max_context=front.bounds.context,
+        )
+
+
+async def _cancelled(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

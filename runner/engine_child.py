@@ -1,0 +1,69 @@
+"""The engine as a child process of the front."""
+
+import asyncio
+import dataclasses
+import multiprocessing
+import socket
+
+import torch
+
+from granatum.runner.adapter_source import AdapterSource
+from granatum.runner.channel import AsyncChannel, socket_pair
+from granatum.runner.engine_process import EngineOptions, run
+from granatum.runner.logs import log_as_json
+from granatum.runner.records import Command, Report
+from granatum.runner.settings import Settings
+
+_CPU_BATCH = 8
+_CPU_HOST_BYTES = 64 << 20
+
+
+class EngineChild:
+    """The engine's process. It ends when the front does, because its channel then closes."""
+
+    def __init__(self, settings: Settings) -> None:
+        ours, theirs = socket_pair()
+        source = AdapterSource(settings.store, settings.cache_dir, settings.disk_cache_bytes)
+        self._end = ours
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=_main, args=(settings, source, theirs), name="engine", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    async def connect(self) -> AsyncChannel[Command, Report]:
+        """The front's end of the channel."""
+        return await AsyncChannel.open(self._end)
+
+    async def stopped(self, grace_s: float) -> int | None:
+        """Its exit status; it is killed if it does not end within the grace."""
+        await asyncio.to_thread(self._process.join, grace_s)
+        if self._process.is_alive():
+            self._process.kill()
+            await asyncio.to_thread(self._process.join)
+        return self._process.exitcode
+
+
+def engine_options(settings: Settings, device: str) -> EngineOptions:
+    """What the engine is built with on `device`."""
+    options = EngineOptions(
+        model=settings.model,
+        device=device,
+        step_tokens=settings.prefill_tokens,
+        max_context=settings.max_context,
+        max_rank=settings.max_rank,
+        arena_bytes=settings.arena_bytes,
+        memory_share=settings.memory_fraction,
+    )
+    on_cpu = device == "cpu"
+    max_batch = settings.max_batch or (_CPU_BATCH if on_cpu else options.max_batch)
+    host = settings.host_cache_bytes or (_CPU_HOST_BYTES if on_cpu else options.host_bytes)
+    return dataclasses.replace(options, max_batch=max_batch, host_bytes=host)
+
+
+def _main(settings: Settings, source: AdapterSource, end: socket.socket) -> None:
+    log_as_json()
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    run(engine_options(settings, device), source, end)

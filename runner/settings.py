@@ -1,0 +1,128 @@
+"""Everything a runner can be told, by flags or by `GRANATUM_RUNNER_*` in the environment."""
+
+import socket
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from granatum.v1.transport import Tls
+
+_ANY_HOST = ("", "0.0.0.0", "::", "*")  # noqa: S104 - recognised, not bound
+
+
+class Settings(BaseSettings):
+    """A runner's settings, validated once."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="GRANATUM_RUNNER_",
+        cli_prog_name="granatum runner",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        frozen=True,
+    )
+
+    model: Path = Field(description="the base model: a Hugging Face directory")
+    store: str = Field(description="the adapters' store, such as file:///path or s3://bucket/path")
+    router: Annotated[tuple[str, ...], NoDecode] = Field(
+        description="host:port of a router to report to; several with commas or repeated"
+    )
+    cache_dir: Path = Field(description="local directory for adapters, ready to be loaded")
+    cluster_key: SecretStr = Field(
+        validation_alias=AliasChoices("cluster-key", "GRANATUM_CLUSTER_KEY"),
+        description="the secret that routers and runners share; rather set GRANATUM_CLUSTER_KEY",
+    )
+    listen: str = Field("127.0.0.1:7071", description="host:port to serve on; port 0: any free one")
+    advertise: str | None = Field(
+        None, description="host:port where routers reach it; absent: from --listen"
+    )
+    runner_id: str | None = Field(
+        None, description="unique in the fleet; absent: the address that it advertises"
+    )
+
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<n>"
+    )
+    max_batch: int | None = Field(
+        None, ge=1, le=1024, description="sequences at a time; absent: 64, on a CPU 8"
+    )
+    max_rank: int = Field(64, ge=1, le=256, description="the largest rank of an adapter")
+    max_context: int | None = Field(
+        None, ge=2, description="tokens of a sequence; absent: as many as the model allows"
+    )
+    prefill_tokens: int = Field(
+        512, ge=16, description="rows of one step, decodes and prompt chunks together"
+    )
+    arena_bytes: int | None = Field(
+        None, gt=0, description="memory for KV and adapters; absent: what the device has left"
+    )
+    memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="share of the GPU's memory to use, weights included"
+    )
+    host_cache_bytes: int | None = Field(
+        None, gt=0, description="pinned host memory for adapters; absent: 4 GiB, on a CPU 64 MiB"
+    )
+    disk_cache_bytes: int = Field(
+        64 << 30, gt=0, description="the most that --cache-dir holds; the oldest use goes first"
+    )
+    grace_s: float = Field(10.0, ge=0, description="seconds to hand streams back at a stop")
+
+    tls_cert: Path | None = Field(None, description="PEM certificate to serve with")
+    tls_key: Path | None = Field(None, description="PEM key of --tls-cert")
+    tls_ca: Path | None = Field(None, description="PEM roots; demands certificates of routers")
+    router_ca: Path | None = Field(None, description="PEM roots of the routers' certificates")
+    router_cert: Path | None = Field(None, description="PEM certificate to show to routers")
+    router_key: Path | None = Field(None, description="PEM key of --router-cert")
+    insecure: bool = Field(False, description="plaintext beyond this machine, without TLS")
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        parts = [value] if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            return value
+        return tuple(a.strip() for part in parts for a in str(part).split(",") if a.strip())
+
+    @field_validator("router")
+    @classmethod
+    def _check_routers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("name at least one router, host:port")
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, value: Path) -> Path:
+        if not (value / "config.json").is_file():
+            raise ValueError(f"{value} holds no config.json: give a Hugging Face model directory")
+        return value
+
+    @field_validator("cluster_key")
+    @classmethod
+    def _check_key(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().strip():
+            raise ValueError("the cluster key is empty: set GRANATUM_CLUSTER_KEY")
+        return value
+
+    @property
+    def tls(self) -> Tls | None:
+        """Of the listening port."""
+        if not (self.tls_cert or self.tls_key or self.tls_ca):
+            return None
+        return Tls(self.tls_cert, self.tls_key, self.tls_ca)
+
+    @property
+    def router_tls(self) -> Tls | None:
+        """Of the channels to routers."""
+        if not (self.router_ca or self.router_cert or self.router_key):
+            return None
+        return Tls(self.router_cert, self.router_key, self.router_ca)
+
+    def address(self, port: int) -> str:
+        """Where routers reach the runner, which listens on `port`."""
+        if self.advertise is not None:
+            return self.advertise
+        host = self.listen.rpartition(":")[0]
+        return f"{socket.gethostname() if host.strip('[]') in _ANY_HOST else host}:{port}"
