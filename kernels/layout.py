@@ -51,6 +51,12 @@ class AdapterTable:
             max_rank=max_rank,
         )
 
+    def to(self, device: torch.device | str) -> "AdapterTable":
+        """A copy on another device."""
+        tensors = (self.a, self.b, self.rank, self.scale)
+        a, b, rank, scale = (tensor.to(device) for tensor in tensors)
+        return AdapterTable(a, b, rank, scale, self.max_rank)
+
     @property
     def layers(self) -> int:
         """Layers of the model."""

@@ -81,9 +81,8 @@ class Group:
                 table.b[slot, LAYER, first + p] = put(pad8(b.T))
                 table.rank[slot, LAYER, first + p] = padded[p].shape[0]
                 table.scale[slot, LAYER, first + p] = adapter.scale[p]
-        on_device = [t.to(device) for t in (table.a, table.b, table.rank, table.scale)]
         arena = torch.cat(pieces).to(device)
-        return cls(group, k, outs, adapters, arena, AdapterTable(*on_device, max_rank))
+        return cls(group, k, outs, adapters, arena, table.to(device))
 
     def truth(self, y: torch.Tensor, x: torch.Tensor, slots: Sequence[int | None]) -> torch.Tensor:
         """What add_lora shall make of y, in float64."""
