@@ -80,7 +80,9 @@ class Router:
         await self._registry.close()
 
     async def _run_background(self) -> None:
-        collection = Collection(self._store, self._registry, self._id, self._settings.collect_s)
+        collection = Collection(
+            self._store.collect_garbage, self._registry, self._id, self._settings.collect_s
+        )
         async with asyncio.TaskGroup() as tasks:
             for part in (self._leases, self._admission, self._health, collection):
                 tasks.create_task(part.run())

@@ -1,10 +1,10 @@
 """Removing blobs that no adapter refers to, by one router at a time."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import structlog
 
-from granatum.adapters_store.store import AdapterStore
 from granatum.router.placement import Lease, LeaseKind
 from granatum.router.registry import Registry
 from granatum.v1.errors import GranatumError
@@ -13,12 +13,16 @@ log = structlog.get_logger(__name__)
 
 
 class Collection:
-    """Collects every `interval_s`, if no other router is at it."""
+    """Calls `collect_garbage` every `interval_s`, unless another router is at it."""
 
     def __init__(
-        self, store: AdapterStore, registry: Registry, router_id: str, interval_s: float
+        self,
+        collect_garbage: Callable[[], Awaitable[object]],
+        registry: Registry,
+        router_id: str,
+        interval_s: float,
     ) -> None:
-        self._store = store
+        self._collect_garbage = collect_garbage
         self._registry = registry
         self._turn = Lease(LeaseKind.CLAIM, "task:collection", router_id)
         self._interval_s = interval_s
@@ -36,12 +40,12 @@ class Collection:
         """Collect once, unless another router does."""
         if not await self._registry.claim(self._turn):
             return
-        collecting = asyncio.create_task(self._store.collect_garbage())
+        collecting = asyncio.ensure_future(self._collect_garbage())
         try:
             while not collecting.done():
                 await asyncio.wait({collecting}, timeout=self._registry.lease_s / 3)
                 await self._registry.renew([self._turn])
-            log.info("blobs collected", removed=await collecting)
+            await collecting
         finally:
             collecting.cancel()
             await self._registry.release([self._turn])

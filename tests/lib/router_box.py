@@ -86,7 +86,7 @@ class Box:
         return keys.add(self.keys, Identity(name))
 
     def settings(self, **changes: Any) -> Settings:
-        usual = {
+        usual: dict[str, Any] = {
             "listen": "127.0.0.1:0",
             "redis": self.redis_url,
             "store": (self.folder / "store").as_uri(),

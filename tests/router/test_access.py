@@ -66,7 +66,7 @@ async def test_only_the_right_key_opens_a_method(box: Box, method: Any) -> None:
 
 async def test_an_unknown_method_is_not_told_from_a_forbidden_one(box: Box) -> None:
     await box.router()
-    call = box.channel().unary_unary("/granatum.v1.SecretService/Do")
+    call: Any = box.channel().unary_unary("/granatum.v1.SecretService/Do")
     assert await call(b"", timeout=5).code() is grpc.StatusCode.UNAUTHENTICATED
     call = box.channel().unary_unary("/granatum.v1.SecretService/Do")
     metadata = bearer(box.admin)

@@ -22,6 +22,11 @@ from granatum.v1.inference_pb2 import (
 )
 from granatum.v1.transport import bearer
 
+
+def _sampling(name: str, value: Any) -> SamplingParams:
+    return SamplingParams(**{name: value})
+
+
 BAD: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {"prompt": None}),
     ("prompt", {"prompt": ""}),
@@ -34,7 +39,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("request_id", {"request_id": "ü"}),
     ("adapter", {"adapter": "x" * 257}),
     *(
-        (f"sampling.{name}", {"sampling": SamplingParams(**{name: value})})
+        (f"sampling.{name}", {"sampling": _sampling(name, value)})
         for name, values in {
             "temperature": (-0.1, math.nan, math.inf, 101),
             "top_p": (0, -1, 1.1, math.nan),
