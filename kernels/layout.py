@@ -10,8 +10,10 @@ from itertools import groupby
 
 import torch
 
+GROUPS = ("qkv", "o", "gate_up", "down")
+"""The fused linears of a layer, in the order of their indices."""
 GROUP_PROJECTIONS = (3, 1, 2, 1)
-"""Projections of each group: qkv, o, gate_up, down."""
+"""Projections of each group."""
 FIRST_PROJECTION = (0, 3, 4, 6)
 """Index of each group's first projection among a layer's seven."""
 MAX_RANK = 256
