@@ -76,6 +76,10 @@ class Box:
         """Start again what ends, without end; ProcessDied if that is no use."""
         await _all(map(self._keep, (*self._servers, *self._routers, *self._runners)))
 
+    async def during(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """What `work` returns; ProcessDied if the box breaks meanwhile."""
+        return await _guarded(work, self.watch())
+
     async def _start(self) -> None:
         self._prepare()
         await self._make_keys()
@@ -115,7 +119,7 @@ class Box:
         valkey = self._process("valkey", command)
         self._servers.append(valkey)
         await valkey.start()
-        await self._alive_until(valkey, valkey.logged("Ready to accept connections"))
+        await _guarded(valkey.logged("Ready to accept connections"), _until_death(valkey))
         self._say(f"valkey    listens on {path}")
         return f"unix://{path}"
 
@@ -129,7 +133,7 @@ class Box:
         router = self._process("router", command)
         self._routers.append(router)
         await router.start()
-        await self._alive_until(router, until_serving(self.address))
+        await _guarded(until_serving(self.address), _until_death(router))
         self._say(f"router    serves on {self.address}")
 
     async def _start_runners(self) -> None:
@@ -159,7 +163,7 @@ class Box:
         began = time.monotonic()
         await runner.start()
         self._say(f"{runner.name}  loads {self.layout.model.name}")
-        await self._alive_until(runner, _until_runner_serves(runner))
+        await _guarded(_until_runner_serves(runner), _until_death(runner))
         self._say(f"{runner.name}  serves after {time.monotonic() - began:.1f} s")
 
     def _process(
@@ -168,25 +172,15 @@ class Box:
         log = self.layout.log_directory / f"{name}.log"
         return Process(name, command, log, {**self._env, **(env or {})})
 
-    async def _alive_until(self, process: Process, ready: Coroutine[Any, Any, _T]) -> _T:
-        """What `ready` returns; ProcessDied if `process` ends first."""
-        waiting, ending = asyncio.create_task(ready), asyncio.create_task(process.wait())
-        try:
-            await asyncio.wait((waiting, ending), return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                raise _death(process, await ending)
-            return waiting.result()
-        finally:
-            waiting.cancel()
-            ending.cancel()
-
     async def _keep(self, process: Process) -> None:
         while True:
             began = time.monotonic()
-            status = await process.wait()
-            if time.monotonic() - began < _LASTING_S:
-                raise _death(process, status)
-            self._say(f"{_death(process, status).message}\n{process.name} starts again")
+            try:
+                await _until_death(process)
+            except ProcessDied as death:
+                if time.monotonic() - began < _LASTING_S:
+                    raise
+                self._say(f"{death.message}\n{process.name} starts again")
             await process.start()
 
     async def _stop(self) -> None:
@@ -215,9 +209,25 @@ def _python(module: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", f"granatum.{module}", *arguments)
 
 
-def _death(process: Process, status: int) -> ProcessDied:
+async def _until_death(process: Process) -> None:
+    """Raises ProcessDied when the process has ended."""
+    status = await process.wait()
     how = f"by signal {-status}" if status < 0 else f"with status {status}"
-    return ProcessDied(f"{process.name} ended {how}; the end of {process.log}:\n{process.tail()}")
+    raise ProcessDied(f"{process.name} ended {how}; the end of {process.log}:\n{process.tail()}")
+
+
+async def _guarded(work: Coroutine[Any, Any, _T], guard: Coroutine[Any, Any, None]) -> _T:
+    """What `work` returns, or what `guard` raises before that."""
+    working, guarding = asyncio.create_task(work), asyncio.create_task(guard)
+    try:
+        await asyncio.wait((working, guarding), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            await guarding
+        return await working
+    finally:
+        working.cancel()
+        guarding.cancel()
+        await asyncio.wait((working, guarding))
 
 
 def _valkey_server() -> str:

@@ -113,11 +113,13 @@ def _introduce(box: Box) -> None:
 
 
 @app.command()
-def demo() -> None:
+def demo(
+    logs: Annotated[Path | None, typer.Option(help="Keep the processes' logs here.")] = None,
+) -> None:
     """Serve the example adapters of several tenants at once, and check every answer."""
     from granatum.client.demo import run
 
-    sys.exit(asyncio.run(run(console)))
+    sys.exit(asyncio.run(run(console, logs)))
 
 
 @app.command()

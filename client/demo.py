@@ -33,7 +33,7 @@ TENANTS = tuple(dict.fromkeys(task.tenant for task in tasks.ADAPTER_TASKS))
 TASKS = (tasks.BASE, *tasks.ADAPTER_TASKS)
 
 
-async def run(console: Console) -> int:
+async def run(console: Console, logs: Path | None) -> int:
     """Run it; the process's exit status."""
     with tempfile.TemporaryDirectory(prefix="granatum-demo-") as state:
         requests = _requests()
@@ -41,6 +41,7 @@ async def run(console: Console) -> int:
             model=tasks.BASE_MODEL,
             state=Path(state),
             runners=RUNNERS,
+            logs=logs,
             tenants=TENANTS,
             runner_arguments=(
                 *("--max-batch", str(len(requests) // RUNNERS)),
@@ -55,7 +56,7 @@ async def run(console: Console) -> int:
                 )
                 for owner, key in box.keys.items()
             }
-            return await _show(console, clients, requests)
+            return await box.during(_show(console, clients, requests))
 
 
 async def _show(
