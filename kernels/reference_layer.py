@@ -71,7 +71,7 @@ def kv_planes(arena: torch.Tensor, kv: KvLayout, layer: int) -> torch.Tensor:
 
 
 def _heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    return x.view(x.shape[0], -1, head_dim)
+    return x.view(x.shape[0], x.shape[1] // head_dim, head_dim)
 
 
 def _rotated(
