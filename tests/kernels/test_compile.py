@@ -1,0 +1,117 @@
+"""Every kernel compiles for Hopper, as its launcher launches it, on a machine without a GPU."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from granatum.kernels import attention, backend, lora, sampling
+from granatum.kernels.activation import silu_mul
+from granatum.kernels.layout import AdapterTable, KvLayout, Tiles
+from granatum.kernels.norm import add_rms_norm
+from granatum.kernels.rope import rope_and_write_kv
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(backend.INTERPRETING, reason="compiles nothing")
+
+BF16, ROWS = torch.bfloat16, 8
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The kernels that launches of the test compile for an H200 and do not run."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    made: list[Any] = []
+    hopper = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda _device: 0,
+    )
+
+    def launch(kernel: Any, grid: tuple[int, ...]) -> Any:
+        def run(*args: Any, **options: Any) -> None:
+            made.append(kernel.run(*args, grid=grid, warmup=True, **options))
+
+        return run
+
+    monkeypatch.setattr(triton.JITFunction, "__getitem__", launch)
+    monkeypatch.setattr(backend, "INTERPRETING", True)  # launchers then take CPU tensors
+    monkeypatch.setattr(driver, "_active", hopper)
+    return made
+
+
+def stack_bytes(kernel: Any) -> int:
+    """Bytes of stack that a kernel's threads spill to."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        Path(binary.name).write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", binary.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(int(stack) for stack in re.findall(r"STACK:(\d+)", usage))
+
+
+@pytest.mark.parametrize("block_m", [lora.DECODE_BLOCK_M, lora.PREFILL_BLOCK_M])
+@pytest.mark.parametrize(("group", "k", "outs"), [(0, 4096, (4096,) * 3), (3, 11008, (4096,))])
+def test_lora(group: int, k: int, outs: tuple[int, ...], block_m: int, compiled: list[Any]) -> None:
+    table = AdapterTable.allocate(2, 2, "cpu", 64)
+    workspace = torch.empty(lora.workspace_elements(ROWS, k, outs, block_m, 64, "cpu"))
+    lora.add_lora(
+        torch.empty(ROWS, sum(outs), dtype=BF16),
+        torch.empty(ROWS, k, dtype=BF16),
+        torch.empty(1024, dtype=BF16),
+        table,
+        1,
+        group,
+        outs,
+        Tiles.allocate(ROWS, block_m, "cpu"),
+        workspace,
+    )
+    assert [kernel.name for kernel in compiled] == (
+        ["_shrink_rows_kernel", "_expand_rows_kernel"]
+        if block_m < 16
+        else ["_shrink_tiles_kernel", "_expand_tiles_kernel"]
+    )
+    for kernel in compiled:
+        assert stack_bytes(kernel) == 0
+        assert re.search(r"ld\.global\.v4|cp\.async\.cg", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 8)])
+def test_attention(heads: int, kv_heads: int, compiled: list[Any]) -> None:
+    kv = KvLayout(32 * 2 * kv_heads * 16 * 128, 16, kv_heads, 128)
+    q, arena = torch.empty(ROWS, heads * 128, dtype=BF16), torch.empty(1024, dtype=BF16)
+    pages = torch.zeros(ROWS, 256, dtype=torch.int32)
+    elements = attention.decode_workspace_elements(ROWS, heads, kv, 256 * 16)
+    lengths = torch.zeros(ROWS, dtype=torch.int32)
+    workspace = torch.empty(elements)
+    attention.decode_attention(q, arena, kv, 1, pages, lengths, 0.1, q, workspace)
+    attention.prefill_attention(q, arena, kv, 1, pages, Tiles.allocate(9, 64, "cpu"), 0.1, q)
+    assert len(compiled) == 3
+    for kernel in compiled:
+        assert stack_bytes(kernel) == 0
+
+
+def test_the_rest(compiled: list[Any]) -> None:
+    x, row = torch.empty(ROWS, 4096, dtype=BF16), torch.zeros(ROWS)
+    slots = torch.zeros(ROWS, dtype=torch.int32)
+    add_rms_norm(x, x.clone(), x[0], 1e-5)
+    silu_mul(x, x[:, :2048])
+    kv = KvLayout(2 * 8 * 16 * 128, 16, 8, 128)
+    table = torch.empty(64, 64)
+    rope_and_write_kv(x, x[:, :1024], x[:, :1024], slots, table, table, x, kv, 1, slots)
+    logits = torch.empty(ROWS, 32000, dtype=BF16)
+    sampling.sample(logits, row, slots, row, row, row, slots)
+    elements = sampling.greedy_workspace_elements(ROWS, 32000)
+    sampling.greedy(logits, slots, torch.empty(elements, dtype=torch.int64))
+    counts = torch.zeros(2, 32000, dtype=torch.int32)
+    sampling.penalize(logits, counts, slots, row, row, row)
+    sampling.count_tokens(counts, slots, slots)
+    assert len(compiled) == 8
+    for kernel in compiled:
+        assert stack_bytes(kernel) == 0
