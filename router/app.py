@@ -77,6 +77,7 @@ class Router:
         await self._sessions.close()
         self.background.cancel()
         await asyncio.gather(self.background, return_exceptions=True)
+        await self._leases.close()
         await self._registry.close()
 
     async def _run_background(self) -> None:

@@ -28,13 +28,14 @@ class Leases:
         self._wake = asyncio.Event()
 
     async def run(self) -> None:
-        """Renew and release until cancelled, then let go of everything."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._renew_forever())
-                tasks.create_task(self._release_forever())
-        finally:
-            await self._release(self._held | self._released)
+        """Renew and release until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._renew_forever())
+            tasks.create_task(self._release_forever())
+
+    async def close(self) -> None:
+        """Let go of everything, after the end of `run`."""
+        await self._release(self._held | self._released)
 
     def __len__(self) -> int:
         return len(self._held)

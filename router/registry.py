@@ -3,6 +3,7 @@
 `registry.lua` beside this file has the keys and every read-modify-write.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import contextmanager
@@ -156,9 +157,11 @@ class Registry:
         with _translated():
             async with self._redis.pubsub() as subscription:
                 await subscription.subscribe(f"{self._prefix}:room")
+                _heed_cancellation()
                 while True:
-                    if await subscription.get_message(timeout=None):
+                    if await subscription.get_message(timeout=_TIMEOUT_S):
                         yield
+                    _heed_cancellation()
 
     def _placement_arguments(self, request: PlacementRequest) -> dict[str, Any]:
         return {
@@ -181,12 +184,21 @@ class Registry:
 def _translated() -> Iterator[None]:
     try:
         yield
+        _heed_cancellation()
     except (RedisError, OSError, TimeoutError) as error:
+        _heed_cancellation()
         raise Unavailable(
             "the registry does not answer: try again, and see to the Redis server if it lasts",
             reason="REGISTRY_UNAVAILABLE",
             retry_after_s=1.0,
         ) from error
+
+
+def _heed_cancellation() -> None:
+    """Raise the cancellation that the Redis client takes for a failure while it connects."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _batches(leases: Iterable[Lease]) -> Iterator[str]:

@@ -80,7 +80,7 @@ class Session:
         self.reached = False
         self._channel = channel
         self._cluster_key = cluster_key
-        self._commands: asyncio.Queue[SessionRequest] = asyncio.Queue()
+        self._commands: asyncio.Queue[SessionRequest | None] = asyncio.Queue()
         self._sequences: dict[int, RemoteSequence] = {}
         self._next_id = 1
 
@@ -118,11 +118,12 @@ class Session:
             log.warning("runner out of reach", address=self.address)
         finally:
             self._lose_all()
+            self._commands.put_nowait(None)
             await self._channel.close()
 
     async def _outgoing(self) -> AsyncIterator[SessionRequest]:
-        while True:
-            yield await self._commands.get()
+        while (command := await self._commands.get()) is not None:
+            yield command
 
     def _deliver(self, output: SequenceOutput) -> None:
         over = output.WhichOneof("outcome") is not None

@@ -221,13 +221,14 @@ async def test_many_streams_through_two_routers_wait_their_turn(box: Box) -> Non
     assert [box.runners[id_].peak for id_ in "ab"] == [5, 5]
 
 
-@pytest.mark.parametrize("moment", ["running", "stalled", "waiting"])
+@pytest.mark.parametrize("moment", ["running", "unread", "stalled", "waiting"])
 async def test_a_client_that_leaves_frees_what_it_held(box: Box, moment: str) -> None:
     await box.router()
     if moment != "waiting":
-        await box.runner("a", script=Script(step_s=0.005, stalled=moment == "stalled"))
+        burst = 100 if moment == "unread" else 1  # more than the connection takes without a reader
+        await box.runner("a", script=Script(step_s=0.005, stalled=moment == "stalled", burst=burst))
     request = GenerateRequest(
-        prompt="hello", request_id="mine", stop=StopConditions(max_tokens=4000)
+        prompt="hello", request_id="mine", stop=StopConditions(max_tokens=1_000_000)
     )
     stub = box.inference()
     call = stub.Generate(request, metadata=bearer(box.acme))
