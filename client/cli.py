@@ -26,7 +26,7 @@ app.command("generate")(commands.generate)
 app.add_typer(commands.adapters, name="adapters")
 app.add_typer(commands.runners, name="runners")
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 _FOREIGN = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,

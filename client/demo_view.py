@@ -14,6 +14,7 @@ from granatum.client.records import Runner
 from granatum.examples import tasks
 from granatum.examples.tasks import Task
 
+_WIDTH = 118  # of the table of answers
 _FRAME_S = 0.1
 _LINE_S = 1.0
 _LEFT = ("tenant", "adapter", "runner", "prompt", "completion")
@@ -59,6 +60,12 @@ class Mix:
         adapters = _sum(after, "decode_adapters") - _sum(before, "decode_adapters")
         sequences = _sum(after, "decode_sequences") - _sum(before, "decode_sequences")
         return cls(adapters / max(steps, 1), sequences / max(steps, 1))
+
+
+def widen(console: Console) -> None:
+    """Make room for the table where no terminal sets the width."""
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDTH)
 
 
 @asynccontextmanager
