@@ -28,7 +28,7 @@ from granatum.v1.runner_pb2 import (
     SubmitSequence,
 )
 from granatum.v1.runner_pb2_grpc import RunnerServiceServicer, add_RunnerServiceServicer_to_server
-from granatum.v1.transport import bearer, bearer_of, build_server, listen
+from granatum.v1.transport import Tls, bearer, bearer_of, build_server, listen, open_channel
 
 PIECES = (" a", "é", "日本", "", "🌰x", "\n", "longer piece")
 
@@ -111,6 +111,8 @@ class ScriptedRunner(RunnerServiceServicer):
     max_batch: int = 64
     script: Script = field(default_factory=Script)
     draining: bool = False
+    tls: Tls | None = None
+    """To serve with, and to show to routers."""
     address: str = ""
     submissions: list[SubmitSequence] = field(default_factory=list)
     cancelled: int = 0
@@ -121,9 +123,9 @@ class ScriptedRunner(RunnerServiceServicer):
     async def __aenter__(self) -> Self:
         self._server = build_server([])
         add_RunnerServiceServicer_to_server(self, self._server)
-        self.address = f"127.0.0.1:{listen(self._server, '127.0.0.1:0')}"
+        self.address = f"127.0.0.1:{listen(self._server, '127.0.0.1:0', self.tls)}"
         await self._server.start()
-        self._channels = [grpc.aio.insecure_channel(router) for router in self.routers]
+        self._channels = [open_channel(router, self.tls) for router in self.routers]
         await self.heartbeat()
         self._beating = asyncio.create_task(self._beat())
         return self
