@@ -1,7 +1,7 @@
 """What front and engine tell each other, one message per engine step. No torch.
 
-    front  -- Submit, Cancel, SetDraining, Stop -->  engine
-    front  <-- Ready once, then StepReport ---------  engine
+front  -- Submit, Cancel, SetDraining, Stop -->  engine
+front  <-- Ready once, then StepReport ---------  engine
 """
 
 from dataclasses import dataclass, field
