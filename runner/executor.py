@@ -63,6 +63,7 @@ class Executor:
         self._turn = 0
         self._graphs = Graphs(self._compute, self._inputs) if self._cuda else None
         if self._graphs is not None:
+            self._sampler.compile(self._inputs.view(decode_shape(1, lora=False)))
             self._graphs.capture(_shapes(limits))
 
     def launch(self, plan: Plan) -> Flight:
@@ -107,9 +108,9 @@ class Executor:
 
     def _compute(self, step: Step) -> torch.Tensor:
         """Logits [samples, vocab]; the most likely tokens are drawn and feed the next step."""
-        fed = step.tokens < 0
-        last = self._last.index_select(0, torch.where(fed, -1 - step.tokens, 0))
-        logits = self._model.forward(step, torch.where(fed, last, step.tokens))
+        last = self._last.index_select(0, (-1 - step.tokens).clamp_(min=0))
+        tokens = torch.where(step.tokens < 0, last, step.tokens)
+        logits = self._model.forward(step, tokens)
         drawn = self._drawn[: step.shape.samples]
         greedy(logits, drawn, self._best)
         self._feed(step.seats, drawn)

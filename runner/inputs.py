@@ -94,10 +94,21 @@ class Step:
     sampling: SamplingInputs
 
 
+_ALIGNMENT = 32
+"""Elements."""
 _SAMPLING = ("temperature", "top_p", "min_p", "uniform", "repetition", "presence", "frequency")
 
 
-def _sections(limits: Limits) -> dict[str, tuple[int, ...]]:
+def _sections(limits: Limits) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Of each section, the element at which it begins, 128-byte aligned, and its shape."""
+    offset, sections = 0, {}
+    for name, shape in _shapes(limits).items():
+        sections[name] = (offset, shape)
+        offset += -(-prod(shape) // _ALIGNMENT) * _ALIGNMENT
+    return sections
+
+
+def _shapes(limits: Limits) -> dict[str, tuple[int, ...]]:
     rows, batch = limits.step_tokens, limits.max_batch
     largest = mixed_shape(rows, batch, batch, batch)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("tokens", "positions", "kv_slots"), (rows,))
@@ -113,15 +124,12 @@ class HostInputs:
     def __init__(self, limits: Limits, pinned: bool) -> None:
         self.limits = limits
         sections = _sections(limits)
-        size = sum(prod(shape) for shape in sections.values())
-        self.buffer = torch.zeros(size, dtype=torch.int32, pin_memory=pinned)
-        self._arrays: dict[str, Ints] = {}
-        offset = 0
-        for name, shape in sections.items():
-            part = self.buffer[offset : offset + prod(shape)]
-            self._arrays[name] = part.numpy().reshape(shape)
-            offset += prod(shape)
-        self._head = offset - prod(sections["page_table"])
+        self._head, table = sections["page_table"]
+        self.buffer = torch.zeros(self._head + prod(table), dtype=torch.int32, pin_memory=pinned)
+        self._arrays: dict[str, Ints] = {
+            name: self.buffer[start : start + prod(shape)].numpy().reshape(shape)
+            for name, (start, shape) in sections.items()
+        }
 
     def fill(self, plan: Plan, shape: StepShape, *, sampling: bool) -> int:
         """Write `plan`, padded to `shape`; the buffer's elements that have to be copied.
@@ -208,14 +216,12 @@ class DeviceInputs:
 
     def __init__(self, limits: Limits, device: torch.device) -> None:
         sections = _sections(limits)
-        size = sum(prod(shape) for shape in sections.values())
-        self._buffer = torch.zeros(size, dtype=torch.int32, device=device)
+        head, table = sections["page_table"]
+        self._buffer = torch.zeros(head + prod(table), dtype=torch.int32, device=device)
         self._tensors: dict[str, torch.Tensor] = {}
-        offset = 0
-        for name, shape in sections.items():
-            part = self._buffer[offset : offset + prod(shape)].view(shape)
+        for name, (start, shape) in sections.items():
+            part = self._buffer[start : start + prod(shape)].view(shape)
             self._tensors[name] = part.view(torch.float32) if name in _SAMPLING else part
-            offset += prod(shape)
 
     def copy(self, host: HostInputs, elements: int) -> None:
         """Take over the first `elements` elements; asynchronous where the host's are pinned."""

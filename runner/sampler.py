@@ -38,14 +38,18 @@ class Sampler:
     """Samples by temperature, filters and penalties, and reports log probabilities.
 
     Penalties need to know what each sequence has generated, which the host learns late: counts
-    int32 [seats, vocab] live on the device, from the first penalized request on.
+    int32 [seats, vocab] live on the device.
     """
 
     def __init__(self, vocab: int, seats: int, device: torch.device) -> None:
-        self._shape = (seats, vocab)
-        self._device = device
-        self._counts: torch.Tensor | None = None
+        self._counts = torch.zeros(seats, vocab, dtype=torch.int32, device=device)
         self._counted: dict[int, Sequence] = {}
+
+    def compile(self, step: Step) -> None:
+        """Launch every kernel once, so that no request waits for its compilation."""
+        logits = torch.zeros(1, self._counts.shape[1], device=self._counts.device)
+        self._draw(logits, step, torch.zeros_like(step.seats), penalized=True)
+        self._counts.zero_()
 
     @staticmethod
     def is_needed(plan: Plan) -> bool:
@@ -64,29 +68,32 @@ class Sampler:
         if adjusted is logits:
             adjusted = logits.clone()
         penalized = any(span.sequence.submit.sampling.penalized for span in spans)
-        seats, p = step.seats, step.sampling
         if penalized:
-            counts = self._started(spans)
-            penalize(adjusted, counts, seats, p.repetition, p.presence, p.frequency)
+            self._start_counts(spans)
         _mask_stops(spans, adjusted)
-        sample(adjusted, p.temperature, p.top_k, p.top_p, p.min_p, p.uniform, tokens)
-        if penalized:
-            count_tokens(counts, seats, tokens)
+        self._draw(adjusted, step, tokens, penalized=penalized)
         return _logprobs(spans, logits, tokens)
 
-    def _started(self, spans: tuple[Span, ...]) -> torch.Tensor:
-        """The counts, those of new sequences begun; their tokens are all known to the host."""
-        if self._counts is None:
-            self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+    def _draw(
+        self, logits: torch.Tensor, step: Step, tokens: torch.Tensor, *, penalized: bool
+    ) -> None:
+        p = step.sampling
+        if penalized:
+            penalize(logits, self._counts, step.seats, p.repetition, p.presence, p.frequency)
+        sample(logits, p.temperature, p.top_k, p.top_p, p.min_p, p.uniform, tokens)
+        if penalized:
+            count_tokens(self._counts, step.seats, tokens)
+
+    def _start_counts(self, spans: tuple[Span, ...]) -> None:
+        """Begin the counts of new sequences, whose tokens are all known to the host."""
         for span in spans:
             sequence, seat = span.sequence, span.sequence.seat
             assert seat is not None
             if self._counted.get(seat) is not sequence and sequence.submit.sampling.penalized:
                 self._counted[seat] = sequence
-                tokens = torch.tensor(sequence.tokens).to(self._device)
+                tokens = torch.tensor(sequence.tokens).to(self._counts.device)
                 prompt = len(sequence.submit.prompt)
                 start_counts(self._counts, seat, tokens[:prompt], tokens[prompt:])
-        return self._counts
 
 
 def _needs_sampler(span: Span) -> bool:

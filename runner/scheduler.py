@@ -27,7 +27,7 @@ class Limits:
     max_batch: int
     """Sequences that run at a time."""
     max_waiting: int
-    """Sequences that wait; more are refused."""
+    """Sequences beyond those; more are refused."""
     step_tokens: int
     """Rows of one step, those of decodes included."""
     page_tokens: int
@@ -184,7 +184,7 @@ class Scheduler:
             return end
         if len(sequence.tokens) >= sequence.limit:
             return Finish.LENGTH
-        if self.draining or len(self.waiting) >= self.limits.max_waiting:
+        if self.draining or self.sequences >= self.limits.max_batch + self.limits.max_waiting:
             return Departure.REFUSED
         return None
 

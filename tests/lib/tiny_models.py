@@ -135,7 +135,7 @@ class TinyEngine:
         pages = changes.pop("pages", 64)
         rank = changes.pop("max_rank", 256)
         tokens = page_tokens(config, rank)
-        bounds = Limits(16, 1000, 64, tokens, config.max_positions)
+        bounds = Limits(16, 10_000, 64, tokens, config.max_positions)
         limits = replace(bounds, **changes)
         arena = allocate_arena(config, tokens, pages, torch.float32, CPU)
         self.pool = PagePool(pages)

@@ -269,10 +269,10 @@ def test_what_can_never_fit_fails_with_a_message() -> None:
 
 def test_a_full_queue_refuses() -> None:
     engine = ToyEngine(limits(max_batch=1, max_waiting=2), 20)
-    for i in range(4):
+    for i in range(5):
         engine.submit(Submit(i, (1, 2), max_tokens=2))
     engine.run()
-    assert [i for i, o in engine.outcomes.items() if o is Departure.REFUSED] == [2, 3]
+    assert [i for i, o in engine.outcomes.items() if o is Departure.REFUSED] == [3, 4]
 
 
 def test_draining_gives_everything_back_with_its_tokens() -> None:

@@ -1,0 +1,158 @@
+"""The engine's own process, over a real socket pair."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny_models import TinyEngine, make_model
+
+from granatum.runner.adapter_image import ImageShape
+from granatum.runner.adapter_loader import MemoryImages
+from granatum.runner.channel import Channel, ChannelClosed, socket_pair
+from granatum.runner.engine_process import EngineOptions, run, serve
+from granatum.runner.records import (
+    Cancel,
+    Command,
+    Departure,
+    Failure,
+    Finish,
+    Ready,
+    Report,
+    SequenceNews,
+    SetDraining,
+    StepReport,
+    Stop,
+    Submit,
+)
+
+
+def no_images(_: ImageShape) -> MemoryImages:
+    return MemoryImages({})
+
+
+@dataclass
+class Started:
+    """An engine process and our end of its channel."""
+
+    process: multiprocessing.process.BaseProcess
+    channel: Channel[Command, Report]
+    ready: Ready
+
+    def news(self, until: int) -> list[SequenceNews]:
+        """News, up to the outcome of sequence `until`."""
+        heard: list[SequenceNews] = []
+        while not any(n.sequence_id == until and n.outcome for n in heard):
+            for report in self.channel.receive_all(20):
+                assert isinstance(report, StepReport)
+                heard += report.news
+        return heard
+
+
+def start(model: Path) -> Started:
+    ours, theirs = socket_pair()
+    options = EngineOptions(
+        model, "cpu", max_batch=4, max_waiting=4, step_tokens=32, max_rank=8, arena_bytes=1 << 20,
+        host_bytes=1 << 16,
+    )  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=run, args=(options, no_images, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    channel: Channel[Command, Report] = Channel(ours)
+    (ready,) = channel.receive_all(60)
+    assert isinstance(ready, Ready)
+    return Started(process, channel, ready)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    path = tmp_path_factory.mktemp("model")
+    make_model(path, "llama_mha")
+    engine = start(path)
+    yield engine
+    engine.channel.send(Stop())
+    engine.process.join(20)
+    assert engine.process.exitcode == 0
+
+
+def test_ready_says_what_it_can_hold(started: Started) -> None:
+    figures = started.ready.figures
+    assert (started.ready.max_batch, started.ready.page_tokens) == (4, 16)
+    assert figures.total_pages == figures.free_pages == (1 << 20) // (16 * 256 * 4)
+    assert started.ready.max_context == 512
+
+
+def test_sequences_come_back_token_by_token(started: Started) -> None:
+    for i in range(6):
+        started.channel.send(Submit(i, (1, 2, 3 + i), max_tokens=8))
+    heard = started.news(until=5)
+    for i in range(6):
+        mine = [n for n in heard if n.sequence_id == i]
+        assert sum(len(n.tokens) for n in mine) == 8
+        assert [n.outcome for n in mine] == [None] * 7 + [Finish.LENGTH]
+
+
+def test_an_idle_engine_proves_twice_a_second_that_it_computes(started: Started) -> None:
+    began = time.monotonic()
+    reports: list[Report] = []
+    while len(reports) < 4:
+        reports += started.channel.receive_all(1)
+        assert time.monotonic() - began < 3
+    assert all(isinstance(r, StepReport) and not r.news for r in reports)
+
+
+def test_cancel_and_drain(started: Started) -> None:
+    for i in range(10, 13):
+        started.channel.send(Submit(i, (5, i), max_tokens=500))
+    started.channel.send(Cancel(10))
+    started.channel.send(SetDraining(draining=True))
+    started.channel.send(Submit(13, (1,), max_tokens=2))
+    heard = {n.sequence_id: n.outcome for n in started.news(until=13) if n.outcome}
+    assert heard == {11: Departure.DRAINED, 12: Departure.DRAINED, 13: Departure.REFUSED}
+    started.channel.send(SetDraining(draining=False))
+    started.channel.send(Submit(14, (1,), max_tokens=2))
+    assert started.news(until=14)[-1].outcome is Finish.LENGTH
+
+
+def test_a_bad_adapter_fails_its_own_sequence_alone(started: Started) -> None:
+    started.channel.send(Submit(20, (1, 2), adapter="f" * 64, max_tokens=5))
+    started.channel.send(Submit(21, (1, 2), max_tokens=200))
+    heard = started.news(until=21)
+    outcomes = {n.sequence_id: n.outcome for n in heard if n.outcome}
+    assert outcomes[21] is Finish.LENGTH
+    assert isinstance(outcomes[20], Failure)
+
+
+def test_ctrl_c_is_the_fronts_business(started: Started) -> None:
+    assert started.process.pid is not None
+    os.kill(started.process.pid, signal.SIGINT)
+    started.channel.send(Submit(30, (1, 2), max_tokens=3))
+    assert started.news(until=30)[-1].outcome is Finish.LENGTH
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[TinyEngine]:
+    make_model(tmp_path, "llama_mha")
+    engine = TinyEngine(tmp_path, max_rank=8)
+    yield engine
+    engine.close()
+
+
+def test_it_ends_when_the_front_is_gone(engine: TinyEngine) -> None:
+    ours, theirs = socket_pair()
+    ours.close()
+    with pytest.raises(ChannelClosed):
+        serve(engine.engine, Channel(theirs))
+
+
+def test_an_error_of_a_step_ends_it(engine: TinyEngine) -> None:
+    ours, theirs = socket_pair()
+    front: Channel[Command, Report] = Channel(ours)
+    front.send(Submit(1, (10**6,), max_tokens=3))  # no such token
+    with pytest.raises(IndexError):
+        serve(engine.engine, Channel(theirs))
