@@ -40,7 +40,7 @@ class Box:
     """A running service, inside `async with`.
 
     `address` is the router's; `keys` holds new keys by tenant, and the admin's as `ADMIN` (none
-    if the state directory had keys already).
+    if the state directory had keys already); `cluster_key` is the secret of router and runners.
     """
 
     def __init__(self, layout: Layout, say: Callable[[str], None]) -> None:
@@ -48,7 +48,8 @@ class Box:
         self.address = _with_port(layout.listen)
         self.keys: dict[str, str] = {}
         self._say = say
-        self._env = {"GRANATUM_CLUSTER_KEY": secrets.token_urlsafe(32)}
+        self.cluster_key = secrets.token_urlsafe(32)
+        self._env = {"GRANATUM_CLUSTER_KEY": self.cluster_key}
         self._servers: list[Process] = []
         self._routers: list[Process] = []
         self._runners: list[Process] = []

@@ -54,6 +54,7 @@ def engine_options(settings: Settings, device: str) -> EngineOptions:
         max_rank=settings.max_rank,
         arena_bytes=settings.arena_bytes,
         memory_share=settings.memory_fraction,
+        random_weights=settings.random_weights,
     )
     on_cpu = device == "cpu"
     max_batch = settings.max_batch or (_CPU_BATCH if on_cpu else options.max_batch)

@@ -36,7 +36,7 @@ from granatum.runner.records import (
     Submit,
 )
 from granatum.runner.scheduler import Limits
-from granatum.runner.weights import load_weights
+from granatum.runner.weights import Weights, load_weights, random_weights
 from granatum.v1.errors import InvalidRequest
 
 PROBE_S = 0.4
@@ -76,6 +76,8 @@ class EngineOptions:
     arena_bytes: int | None = None
     """Memory for KV and adapters; None: what the GPU has left, up to `memory_share`."""
     memory_share: float = 0.9
+    random_weights: bool = False
+    """Draw the weights instead of reading them; only the configuration is read."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,7 +111,7 @@ def build_engine(options: EngineOptions, open_source: OpenSource) -> Engine:
     else:
         torch.cuda.set_device(device)
     config = read_config(options.model)
-    weights = load_weights(config, options.model, options.dtype, device)
+    weights = _weights(options, config, device)
     log.info("weights loaded", seconds=round(time.monotonic() - started, 1))
     tokens = page_tokens(config, options.max_rank)
     pages = _pages(options, config, tokens, device)
@@ -123,6 +125,12 @@ def build_engine(options: EngineOptions, open_source: OpenSource) -> Engine:
     executor = Executor(Model(config, weights, arena, table, limits), limits)
     log.info("engine ready", pages=pages, seconds=round(time.monotonic() - started, 1))
     return Engine(executor, limits, pool, AdapterCache(pool, loader, options.adapter_slots))
+
+
+def _weights(options: EngineOptions, config: ModelConfig, device: torch.device) -> Weights:
+    if options.random_weights:
+        return random_weights(config, options.dtype, device)
+    return load_weights(config, options.model, options.dtype, device)
 
 
 def _pages(options: EngineOptions, config: ModelConfig, tokens: int, device: torch.device) -> int:

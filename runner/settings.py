@@ -52,6 +52,9 @@ class Settings(BaseSettings):
     max_context: int | None = Field(
         None, ge=2, description="tokens of a sequence; absent: as many as the model allows"
     )
+    random_weights: bool = Field(
+        False, description="weights drawn at random instead of the model's: for measurements alone"
+    )
     prefill_tokens: int = Field(
         512, ge=16, description="rows of one step, decodes and prompt chunks together"
     )
