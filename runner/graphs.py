@@ -1,10 +1,14 @@
 """CUDA graphs: one per shape of a step, captured once, all in one memory pool."""
 
+import time
 from collections.abc import Callable, Iterable
 
+import structlog
 import torch
 
 from granatum.runner.inputs import DeviceInputs, Step, StepShape
+
+log = structlog.get_logger(__name__)
 
 
 class Graphs:
@@ -21,6 +25,7 @@ class Graphs:
 
     def capture(self, shapes: Iterable[StepShape]) -> None:
         """Capture `shapes`, the largest first, so that the others find its memory in the pool."""
+        started = time.monotonic()
         pool = torch.cuda.graph_pool_handle()
         for shape in sorted(shapes, key=lambda s: s.rows, reverse=True):
             step = self._inputs.view(shape)
@@ -30,6 +35,8 @@ class Graphs:
             with torch.cuda.graph(graph, pool=pool):
                 logits = self._compute(step)
             self._graphs[shape] = (graph, logits)
+        seconds = round(time.monotonic() - started, 1)
+        log.info("graphs captured", graphs=len(self._graphs), seconds=seconds)
 
     def replay(self, shape: StepShape) -> torch.Tensor:
         """Run a captured shape on the current stream."""
