@@ -6,6 +6,7 @@ keepalive, TLS, health, reflection and error mapping are the same on every hop.
 
 from __future__ import annotations  # grpc.RpcMethodHandler takes parameters in its stub alone
 
+import inspect
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -199,7 +200,11 @@ def _call(behavior: Handler) -> Handler:
 def _stream(behavior: Handler) -> Handler:
     async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            async for response in behavior(request, context):
+            responses = behavior(request, context)
+            if inspect.isawaitable(responses):  # it writes to the context itself, as health does
+                await responses
+                return
+            async for response in responses:
                 yield response
         except Exception as error:
             await _abort(context, error)
