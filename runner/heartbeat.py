@@ -35,7 +35,7 @@ class Heartbeat:
         self._metadata = bearer(cluster_key)
         self._runner = runner
         self._set_draining = set_draining
-        self._known = False
+        self._answered: bool | None = None
 
     async def run(self) -> None:
         """Report at the routers' interval, or soon again while none answers."""
@@ -50,7 +50,7 @@ class Heartbeat:
     async def deregister(self) -> None:
         """Take the runner out at once; if no router answers, its lease ends by itself."""
         request = DeregisterRequest(runner_id=self._runner().id)
-        for stub in self._stubs:
+        for stub in tuple(self._stubs):
             try:
                 await stub.Deregister(request, metadata=self._metadata, timeout=_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
@@ -61,6 +61,7 @@ class Heartbeat:
     async def _beat(self) -> HeartbeatResponse | None:
         """The answer of the first router that gives one, which is asked first from now on."""
         request = HeartbeatRequest(runner=self._runner())
+        failures = []
         for stub in tuple(self._stubs):
             try:
                 response: HeartbeatResponse = await stub.Heartbeat(
@@ -68,17 +69,15 @@ class Heartbeat:
                 )
             except grpc.aio.AioRpcError as error:
                 self._stubs.append(self._stubs.pop(0))
-                self._note_failure(error)
+                failures.append(f"{error.code().name}: {error.details()}")
             else:
-                self._note_success()
+                self._note(True, "registered")
                 return response
+        self._note(False, "no router answers", failures=failures)
         return None
 
-    def _note_success(self) -> None:
-        if not self._known:
-            self._known = True
-            log.info("registered")
-
-    def _note_failure(self, error: grpc.aio.AioRpcError) -> None:
-        self._known = False
-        log.warning("router did not answer", code=error.code().name, details=error.details())
+    def _note(self, answered: bool, event: str, **details: object) -> None:
+        """Log what has changed, once."""
+        if answered != self._answered:
+            self._answered = answered
+            (log.info if answered else log.warning)(event, **details)

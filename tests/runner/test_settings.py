@@ -1,0 +1,91 @@
+"""A runner's flags and environment."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from granatum.examples.tasks import BASE_MODEL
+from granatum.runner.settings import Settings
+from granatum.v1.errors import InvalidRequest
+
+FLAGS = ["--model", str(BASE_MODEL), "--store", "memory://", "--cache-dir", "cache"]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRANATUM_CLUSTER_KEY", "secret")
+
+
+def read(*flags: str) -> Settings:
+    return Settings(_cli_parse_args=[*FLAGS, *flags])  # type: ignore[call-arg]
+
+
+def test_flags_and_the_key_of_the_environment() -> None:
+    settings = read("--router", "a:1", "--router", "b:2", "--max-batch", "3", "--insecure")
+    assert settings.router == ("a:1", "b:2")
+    assert settings.cluster_key.get_secret_value() == "secret"
+    assert (settings.max_batch, settings.insecure, settings.device) == (3, True, "auto")
+
+
+def test_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("MODEL", str(BASE_MODEL)), ("STORE", "memory://"), ("CACHE_DIR", "c")):
+        monkeypatch.setenv(f"GRANATUM_RUNNER_{name}", value)
+    monkeypatch.setenv("GRANATUM_RUNNER_ROUTER", "a:1, b:2")
+    settings = Settings(_cli_parse_args=[])  # type: ignore[call-arg]
+    assert settings.router == ("a:1", "b:2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--device", "tpu"), "device"),
+        (("--max-rank", "257"), "max_rank"),
+        (("--model", "/nowhere"), "config.json"),
+        (("--memory-fraction", "1.5"), "memory_fraction"),
+    ],
+)
+def test_wrong_values_are_named(flags: tuple[str, str], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        read("--router", "a:1", *flags)
+
+
+def test_some_router_is_needed() -> None:
+    with pytest.raises(ValidationError, match="at least one router"):
+        read("--router", ",")
+
+
+def test_empty_cluster_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRANATUM_CLUSTER_KEY", " ")
+    with pytest.raises(ValidationError, match="cluster key is empty"):
+        read("--router", "a:1")
+
+
+def test_secret_is_not_shown() -> None:
+    assert "secret" not in repr(read("--router", "a:1"))
+
+
+def test_tls_needs_certificate_and_key_together() -> None:
+    settings = read("--router", "a:1", "--tls-cert", "cert.pem")
+    with pytest.raises(InvalidRequest, match="together"):
+        _ = settings.tls
+    assert read("--router", "a:1").tls is None
+    ours = read("--router", "a:1", "--tls-cert", "c", "--tls-key", "k", "--router-ca", "ca").tls
+    assert ours is not None
+    assert ours.cert == Path("c")
+
+
+@pytest.mark.parametrize(
+    ("flags", "address"),
+    [
+        (("--listen", "127.0.0.1:0"), "127.0.0.1:99"),
+        (("--listen", "0.0.0.0:0", "--advertise", "runner.example:7071"), "runner.example:7071"),
+    ],
+)
+def test_advertised_address(flags: tuple[str, ...], address: str) -> None:
+    assert read("--router", "a:1", *flags).address(99) == address
+
+
+def test_wildcard_is_advertised_as_the_hosts_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "box")
+    assert read("--router", "a:1", "--listen", "[::]:0").address(5) == "box:5"
