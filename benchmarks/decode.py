@@ -173,7 +173,7 @@ def profile(bench: Bench, adapters: Adapters, args: argparse.Namespace) -> dict[
     spans = sorted(
         (e.time_range.start, e.time_range.end, e.name)
         for e in recorded.events()
-        if e.device_type == torch.autograd.DeviceType.CUDA
+        if e.device_type.name == "CUDA"
     )
     by_name: dict[str, float] = {}
     busy, reached = 0.0, spans[0][0]

@@ -1,6 +1,7 @@
 """Tiny models of every family in transformers and PEFT, and the engine that serves them."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,12 @@ def make_adapters(
 
 def reference_logits(model: Any, adapter: str | None, tokens: list[int]) -> torch.Tensor:
     """Logits [tokens, vocab] of transformers and PEFT."""
-    with torch.no_grad():
-        if adapter is None and isinstance(model, PeftModel):
-            with model.disable_adapter():
-                return model(torch.tensor([tokens])).logits[0]
-        if adapter is not None:
-            model.set_adapter(adapter)
-        return model(torch.tensor([tokens])).logits[0]
+    bare = adapter is None and isinstance(model, PeftModel)
+    if adapter is not None:
+        model.set_adapter(adapter)
+    with torch.no_grad(), model.disable_adapter() if bare else nullcontext():
+        logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits
 
 
 @dataclass

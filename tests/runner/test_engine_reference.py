@@ -123,7 +123,12 @@ def test_logits(adapter: str | None, bed: Bed, started: Any) -> None:
     engine = started()
     seen: list[torch.Tensor] = []
     forward = engine.model.forward
-    engine.model.forward = lambda *step: seen.append(forward(*step)) or seen[-1]
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        seen.append(forward(*arguments))
+        return seen[-1]
+
+    engine.model.forward = watched
     prompt = prompt_of(1, 20)
     tokens = engine.run(Submit(1, prompt, adapter=adapter, max_tokens=10))[1].tokens
     expected = reference_logits(bed.reference, adapter, [*prompt, *tokens])[19:-1]

@@ -40,8 +40,10 @@ def engine(saved: tuple[Path, PreTrainedModel]) -> Iterator[TinyEngine]:
 def processed(
     model: PreTrainedModel, tokens: list[int], processors: LogitsProcessorList
 ) -> torch.Tensor:
-    logits = reference_logits(model, None, tokens)[-1:]
-    return processors(torch.tensor([tokens]), logits)[0]
+    logits: torch.Tensor = processors(
+        torch.tensor([tokens]), reference_logits(model, None, tokens)[-1:]
+    )
+    return logits[0]
 
 
 def test_greedy_with_repetition_penalty(

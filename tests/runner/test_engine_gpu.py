@@ -1,0 +1,129 @@
+"""The engine on a GPU, in CUDA graphs, against the torch twins on the CPU, in float32."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from granatum.kernels.layout import AdapterTable
+from granatum.runner.arena import Arena, allocate_arena, page_tokens
+from granatum.runner.config import ModelConfig, Rope
+from granatum.runner.engine import Engine
+from granatum.runner.executor import Executor
+from granatum.runner.model import Model
+from granatum.runner.pages import PagePool
+from granatum.runner.records import Sampling, Submit
+from granatum.runner.scheduler import Limits
+from granatum.runner.weights import empty_weights, random_weights, targets
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from random_adapters import RandomAdapters
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+CONFIG = ModelConfig(
+    vocab=320, hidden=128, intermediate=192, layers=2, heads=8, kv_heads=2, head_dim=32,
+    max_positions=512, rope=Rope(1e4), qk_norm=True, biased=frozenset({"qkv"}),
+)  # fmt: skip
+ADAPTERS, PAGES, RANK = 5, 120, 16
+LIMITS = Limits(8, 100, 64, page_tokens(CONFIG, RANK), 400)
+SAMPLINGS = (
+    Sampling(),
+    Sampling(temperature=0.9, seed=3, top_p=0.9),
+    Sampling(repetition_penalty=1.3, frequency_penalty=0.2),
+    Sampling(temperature=1.2, top_k=20, min_p=0.02, seed=5, presence_penalty=0.4),
+)
+
+
+@dataclass
+class Built:
+    """An engine on one device, and all that it computes with."""
+
+    device: torch.device
+    arena: Arena
+    table: AdapterTable
+    adapters: RandomAdapters
+    engine: Engine
+
+
+def build(device: str, like: Built | None = None) -> Built:
+    """An engine with random weights and adapters; those of `like` if given."""
+    on, cpu = torch.device(device), torch.device("cpu")
+    weights = empty_weights(CONFIG, torch.float32, on)
+    source = dict(targets(CONFIG, random_weights(CONFIG, torch.float32, cpu)))
+    for name, tensor in targets(CONFIG, weights):
+        tensor.copy_(source[name] * (1 if "norm" in name else 6))
+    arena = allocate_arena(CONFIG, LIMITS.page_tokens, PAGES, torch.float32, on)
+    table = AdapterTable.allocate(ADAPTERS, CONFIG.layers, on, RANK)
+    pool = PagePool(PAGES)
+    adapters = RandomAdapters(CONFIG, arena, table, pool, ADAPTERS)
+    if like is not None:
+        arena.pages.copy_(like.arena.pages)
+    model = Model(CONFIG, weights, arena, table, LIMITS)
+    return Built(
+        on, arena, table, adapters, Engine(Executor(model, LIMITS), LIMITS, pool, adapters)
+    )
+
+
+def run(engine: Engine, submits: list[Submit], gap: int) -> dict[int, list[int]]:
+    """Tokens of each; one is submitted every `gap` steps, beside those that run already."""
+    tokens: dict[int, list[int]] = {s.sequence_id: [] for s in submits}
+    left = list(submits)
+    steps = 0
+    while left or engine.busy:
+        while left and (gap == 0 or steps % gap == 0):
+            engine.submit(left.pop(0))
+            if gap:
+                break
+        for news in engine.step():
+            tokens[news.sequence_id] += news.tokens
+        steps += 1
+    return tokens
+
+
+def crowd(sampled: bool) -> list[Submit]:
+    generator = torch.Generator().manual_seed(9)
+    submits = []
+    for i in range(14):
+        length = [1, 5, 33, 150][i % 4] + i
+        prompt = tuple(torch.randint(0, CONFIG.vocab, (length,), generator=generator).tolist())
+        sampling = SAMPLINGS[i % 4] if sampled else Sampling()
+        adapter = None if i % 6 == 5 else str(i % ADAPTERS)
+        submits.append(Submit(i, prompt, (), adapter, sampling, max_tokens=10 + 3 * i))
+    return submits
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Built, Built]:
+    on_cpu = build("cpu")
+    return on_cpu, build("cuda", like=on_cpu)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("gap", [0, 3])
+def test_graphs_give_the_tokens_of_the_twins(
+    pair: tuple[Built, Built], sampled: bool, gap: int
+) -> None:
+    submits = crowd(sampled)
+    on_cpu, on_gpu = (run(built.engine, submits, gap) for built in pair)
+    assert on_gpu == on_cpu
+
+
+def test_alone_and_in_a_crowd(pair: tuple[Built, Built]) -> None:
+    engine = pair[1].engine
+    submits = crowd(sampled=True)
+    together = run(engine, submits, 0)
+    for submit in submits:
+        assert run(engine, [submit], 0)[submit.sequence_id] == together[submit.sequence_id]
+
+
+def test_a_probe_leaves_no_trace(pair: tuple[Built, Built]) -> None:
+    engine, arena = pair[1].engine, pair[1].arena
+    before = arena.pages.clone()
+    engine.probe()
+    assert torch.equal(arena.pages, before)
