@@ -45,7 +45,8 @@ class Executor:
     """
 
     def __init__(self, model: Model, limits: Limits) -> None:
-        self._model, self._limits = model, limits
+        self._model = model
+        self._shapes = _shapes(limits)
         device = model.device
         self._cuda = device.type == "cuda"
         self._hosts = [HostInputs(limits, self._cuda) for _ in range(2)]
@@ -64,7 +65,7 @@ class Executor:
         self._graphs = Graphs(self._compute, self._inputs) if self._cuda else None
         if self._graphs is not None:
             self._sampler.compile(self._inputs.view(decode_shape(1, lora=False)))
-            self._graphs.capture(_shapes(limits))
+            self._graphs.capture(self._shapes)
 
     def launch(self, plan: Plan) -> Flight:
         """Start a step; nothing here waits for the device."""
@@ -95,7 +96,7 @@ class Executor:
     def _shape(self, plan: Plan) -> StepShape:
         """The smallest captured shape that holds `plan`; without graphs, what it needs."""
         if self._graphs is not None:
-            return next(s for s in _shapes(self._limits) if _holds(s, plan))
+            return next(shape for shape in self._shapes if _holds(shape, plan))
         if plan.chunks:
             sampling = max(len(plan.sampling), 1)
             return mixed_shape(plan.rows, len(plan.decodes), sampling, len(plan.spans))
