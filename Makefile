@@ -89,7 +89,8 @@ $(VENV)/bin/python:
 
 # The images of deploy/ install with the same lines (tests/deploy holds them together).
 $(VENV)/.box: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[box]"
+	PYTHONWARNINGS=ignore \
+	  $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[box]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.box

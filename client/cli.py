@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -87,7 +88,9 @@ async def _serve(layout: Layout) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
     try:
-        async with Box(layout, console.print) as box:
+        async with AsyncExitStack() as exits:
+            with console.status(f"starting {layout.model.name}"):
+                box = await exits.enter_async_context(Box(layout, console.print))
             _introduce(box)
             await box.watch()
     except asyncio.CancelledError:

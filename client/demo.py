@@ -51,7 +51,8 @@ async def run(console: Console, logs: Path | None) -> int:
             ),
         )
         async with AsyncExitStack() as exits:
-            box = await exits.enter_async_context(Box(layout, console.print))
+            with console.status("starting a router and two runners"):
+                box = await exits.enter_async_context(Box(layout, console.print))
             clients = {
                 owner: await exits.enter_async_context(
                     Client(box.address, key=key, timeout=TIMEOUT_S)
