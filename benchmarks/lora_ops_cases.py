@@ -12,6 +12,7 @@ from granatum.kernels.bench import Packed, pack
 from granatum.kernels.layout import GROUPS
 
 SCALE = 0.5
+PROMPT = 128
 _TRIALS = 3
 _TRIAL_MS = 5.0
 _MAX_LAUNCHES = 160
@@ -75,9 +76,10 @@ def decode(rows: int, popularity: str) -> Batch:
     return Batch(f"{rows} {popularity}", tuple(adapter_ids(popularity, rows).tolist()))
 
 
-def prefill(rows: int, segments: int) -> Batch:
-    """Equal segments, each with an adapter of its own."""
-    return Batch(f"{rows} in {segments}", tuple(t * segments // rows for t in range(rows)))
+def prefill(rows: int, popularity: str) -> Batch:
+    """Prompts of `PROMPT` rows each, in order of arrival."""
+    ids = adapter_ids(popularity, rows // PROMPT).repeat(PROMPT)
+    return Batch(f"{rows} {popularity}", tuple(ids.tolist()))
 
 
 @dataclass(frozen=True)

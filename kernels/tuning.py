@@ -129,7 +129,7 @@ def default_config(shape: Shape) -> Config:
 
 
 def config_for(shape: Shape, device: torch.device) -> Config:
-    """The measured configuration of the nearest rank from `shape.max_rank` up, else the default."""
+    """What was measured at the nearest rank, from `shape.max_rank` up if any; else the default."""
     if device.type != "cuda":
         return default_config(shape)
     return _measured(_table_name(device.index or 0), shape) or default_config(shape)
@@ -139,8 +139,10 @@ def config_for(shape: Shape, device: torch.device) -> Config:
 def _measured(table: str | None, shape: Shape) -> Config | None:
     by_rank = _table(table).get(shape.key, {}) if table else {}
     ranks = sorted(int(rank) for rank in by_rank)
-    nearest = next((rank for rank in ranks if rank >= shape.max_rank), None)
-    return None if nearest is None else Config(**by_rank[str(nearest)])
+    if not ranks:
+        return None
+    nearest = next((rank for rank in ranks if rank >= shape.max_rank), ranks[-1])
+    return Config(**by_rank[str(nearest)])
 
 
 @cache

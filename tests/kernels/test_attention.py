@@ -29,7 +29,7 @@ class Cache:
         elements = LAYERS * 2 * kv_heads * page_tokens * head_dim + 128
         self.kv = KvLayout(elements, page_tokens, kv_heads, head_dim)
         counts = [-(-length // page_tokens) for length in lengths]
-        pages = torch.randperm(sum(counts) + 2)[: sum(counts)].split(counts)
+        pages = torch.split(torch.randperm(sum(counts) + 2)[: sum(counts)], counts)
         width = max(*counts, 1) + 1
         self.page_table = torch.full((len(lengths), width), 1 << 30, dtype=torch.int32)
         arena = torch.full((sum(counts) + 2, elements), torch.nan, dtype=dtype)

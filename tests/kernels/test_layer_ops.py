@@ -73,7 +73,7 @@ def test_rope_and_write_kv(
     kv = KvLayout(layers * 2 * 2 * 16 * head_dim + 64, 16, 2, head_dim)
     arena = torch.full((pages, kv.page_elements), 7.0, dtype=dtype, device=device)
     qkv = torch.randn(4, (heads + 4) * head_dim, device=device).to(dtype)
-    q, k, v = qkv.split([heads * head_dim, 2 * head_dim, 2 * head_dim], dim=1)
+    q, k, v = torch.split(qkv, [heads * head_dim, 2 * head_dim, 2 * head_dim], dim=1)
     positions = torch.tensor([0, 17, 3, 99], dtype=torch.int32, device=device)
     slots = torch.tensor([3 * 16 + 5, 0 * 16 + 15, -1, 4 * 16], dtype=torch.int32, device=device)
     angles = torch.outer(torch.arange(100.0), 1e4 ** -torch.linspace(0, 1, head_dim // 2))
