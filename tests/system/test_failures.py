@@ -306,14 +306,16 @@ async def test_health_proves_a_step(cluster: Cluster) -> None:
     runner = cluster.start_runner()
     await cluster.runners_alive(admin, 1)
     address = f"127.0.0.1:{runner.port()}"
-    assert await healthy(address)
+    await health_becomes(address, True)
     assert await healthy(cluster.addresses["router-0"])
     engine = runner.busiest_child()
     engine.suspend()
-    async with asyncio.timeout(30):
-        while await healthy(address):
-            await asyncio.sleep(0.2)
+    await health_becomes(address, False)
     engine.resume()
+    await health_becomes(address, True)
+
+
+async def health_becomes(address: str, expected: bool) -> None:
     async with asyncio.timeout(30):
-        while not await healthy(address):
+        while await healthy(address) is not expected:
             await asyncio.sleep(0.2)
