@@ -178,7 +178,6 @@ def _expand_tiles_kernel(
             row = (first + m).to(tl.int64)
             y_at = y + source_rows(order, first, rows, m)[:, None] * y_stride + start + n[None, :]
             kept = (m < rows)[:, None] & (n < width)[None, :]
-            base = tl.load(y_at, mask=kept, other=0.0).to(tl.float32)
             v_at = partials + row[:, None] * (PROJECTIONS * MAX_RANK) + stacked_row
             chunk_stride = rows_total.to(tl.int64) * (PROJECTIONS * MAX_RANK)
             delta = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -198,6 +197,7 @@ def _expand_tiles_kernel(
                     delta = dot(low, b, delta)
                 else:
                     delta = dot(v, b.to(tl.float32), delta)
+            base = tl.load(y_at, mask=kept, other=0.0).to(tl.float32)
             tl.store(y_at, base + scale * delta, mask=kept)
 
 

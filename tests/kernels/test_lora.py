@@ -11,7 +11,10 @@ import torch
 
 from granatum.kernels import lora
 from granatum.kernels.backend import INTERPRETING, runs_kernel
+from granatum.kernels.expand import launch_expand
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
+from granatum.kernels.shrink import launch_shrink
+from granatum.kernels.tuning import Shape, default_config
 
 LAYER, LAYERS = 1, 3
 BFLOAT16 = 8e-3 if INTERPRETING else 4e-3  # the interpreter cuts off what rounding would keep
@@ -314,3 +317,26 @@ def test_graph_replays_other_batches(block_m: int) -> None:
         tiles.fill(lora.make_tiles(slots, block_m))
         graph.replay()
         torch.testing.assert_close(y.double().cpu(), expected, rtol=4e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_overlapping_launches_give_the_same_bits() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    device = torch.device("cuda")
+    ranks = [(16, 16), (8, 64), (0, 40), (256, 8)]
+    group = make_group(GATE_UP, 4096, (4096, 4096), ranks, torch.bfloat16, device)
+    slots = [0, 1, 2, None, 3] * 6
+    x, y = activations(group, len(slots))
+    tiles = [tiles_of(slots, 4, device), tiles_of([None] * len(slots), 4, device)]
+    shape = Shape(group.k, group.outs, group.table.max_rank, 4)
+    results = []
+    for pdl in (False, True):
+        config = dataclasses.replace(default_config(shape), pdl=pdl)
+        out, workspace = y.clone(), group.workspace(len(slots), 4)
+        for step in range(60):  # each step overwrites what the step before it still reads
+            rest = (group.arena, group.table, LAYER, GATE_UP, tiles[step % 3 == 1], workspace)
+            launch_shrink(x, *rest, shape, config)
+            launch_expand(out, *rest, shape, config)
+        results.append(out)
+    assert torch.equal(*results)
