@@ -28,7 +28,7 @@ from granatum.v1.errors import InvalidRequest, Unavailable
 ADMIN = "admin"
 
 _GRACE_S = 10.0
-_LASTING_S = 10.0  # a process that ran this long is started again; one that fails sooner is broken
+_LASTING_S = 10.0  # a process started again that does not run this long is broken
 _T = TypeVar("_T")
 
 
@@ -174,14 +174,15 @@ class Box:
         return Process(name, command, log, {**self._env, **(env or {})})
 
     async def _keep(self, process: Process) -> None:
+        started = float("-inf")  # it has served before
         while True:
-            began = time.monotonic()
             try:
                 await _until_death(process)
             except ProcessDied as death:
-                if time.monotonic() - began < _LASTING_S:
+                if time.monotonic() - started < _LASTING_S:
                     raise
                 self._say(f"{death.message}\n{process.name} starts again")
+            started = time.monotonic()
             await process.start()
 
     async def _stop(self) -> None:

@@ -33,12 +33,14 @@ class Process:
         self.log = log
         self._command = command
         self._env = {**os.environ, **(env or {})}
+        self._begin = 0
         self._child: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
-        """Start the child; its log begins anew."""
+        """Start the child; its log goes on from where it was."""
         leash = (sys.executable, "-ISc", _LEASH, str(os.getpid()))
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
+            self._begin = log.tell()
             self._child = await asyncio.create_subprocess_exec(
                 *leash,
                 *self._command,
@@ -66,10 +68,10 @@ class Process:
         return await self._child.wait()
 
     async def logged(self, text: str) -> str:
-        """The first log line that contains `text`, once it is there."""
+        """The first log line since the start that contains `text`, once it is there."""
         while True:
-            complete, _, _ = self.log.read_text(errors="replace").rpartition("\n")
-            for line in complete.splitlines():
+            complete, _, _ = self.log.read_bytes()[self._begin :].rpartition(b"\n")
+            for line in complete.decode(errors="replace").splitlines():
                 if text in line:
                     return line
             await asyncio.sleep(_POLL_S)
