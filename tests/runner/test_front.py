@@ -230,7 +230,7 @@ async def test_resumed_stream_goes_on_with_its_half_stop_string(runner: Runner) 
 
 async def test_departures_and_failures_are_told(runner: Runner) -> None:
     stream = runner.session()
-    outcomes = [
+    outcomes: list[Departure | Failure] = [
         Departure.REFUSED,
         Departure.EVICTED,
         Departure.DRAINED,

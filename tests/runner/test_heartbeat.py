@@ -157,7 +157,7 @@ async def follow_health(health: Health, port: int, age: list[float | None]) -> N
     async with open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(10):
         stub: Any = health_pb2_grpc.HealthStub(channel)
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="granatum.v1.RunnerService"))
-        seen = []
+        seen: list[Any] = []
         for value in (None, 0.1, STALE_S + 1, 0.2):
             age[0] = value
             expected = (
