@@ -53,6 +53,7 @@ format-check: $(DEV)
 .PHONY: types
 types: $(DEV) $(NAMESPACE)  ## check the types
 	MYPYPATH=$(NAMESPACE) $(PY) -m mypy $(PACKAGES:%=-p granatum.%)
+	MYPYPATH=$(NAMESPACE):benchmarks:tests/lib $(PY) -m mypy --no-strict-equality benchmarks deploy tests
 
 .PHONY: stubs
 stubs: $(DEV)  ## regenerate the stubs beside the protos
