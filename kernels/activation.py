@@ -3,14 +3,20 @@
 import torch
 
 from granatum.kernels import reference_layer as reference
-from granatum.kernels.backend import jit, require_rows, runs_kernel, tl, triton
+from granatum.kernels.backend import jit, overlap_options, require_rows, runs_kernel, tl, triton
 
 _BLOCK = 1024
 
 
 @jit()
-def _silu_mul_kernel(gate_up, out, in_stride, out_stride, N: tl.constexpr, BLOCK_N: tl.constexpr):
+def _silu_mul_kernel(
+    gate_up, out, in_stride, out_stride,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One block: BLOCK_N columns of a row."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     at = gate_up + row * in_stride + n
@@ -28,5 +34,12 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
         reference.silu_mul(gate_up, out)
         return
     _silu_mul_kernel[(rows, triton.cdiv(n, _BLOCK))](
-        gate_up, out, gate_up.stride(0), out.stride(0), N=n, BLOCK_N=_BLOCK, num_warps=4
+        gate_up,
+        out,
+        gate_up.stride(0),
+        out.stride(0),
+        N=n,
+        BLOCK_N=_BLOCK,
+        num_warps=4,
+        **overlap_options(out),
     )

@@ -9,7 +9,16 @@ A row's result depends on its own sequence, on shapes and on the number of split
 import torch
 
 from granatum.kernels import reference_attention as reference
-from granatum.kernels.backend import dot, jit, require, require_rows, runs_kernel, tl, triton
+from granatum.kernels.backend import (
+    dot,
+    jit,
+    overlap_options,
+    require,
+    require_rows,
+    runs_kernel,
+    tl,
+    triton,
+)
 from granatum.kernels.layout import KvLayout, Tiles
 
 _GROUPED_BLOCKS = 4 * 132
@@ -48,7 +57,7 @@ def _decode_kernel(
     q_stride, out_stride, table_stride, page_elements, layer, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_TOKENS: tl.constexpr, D: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-    DOT: tl.constexpr,
+    DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One block: the query heads of a row that share a kv head, over a split of its tokens.
 
@@ -67,6 +76,9 @@ def _decode_kernel(
     end = tl.minimum(begin + per_split, length)
     head = kv_head * GROUP + g
     real = (g < GROUP)[:, None] & (d < D)[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     q_at = q + row * q_stride + head[:, None] * D + d[None, :]
     qs = tl.load(q_at, mask=real, other=0.0)
     table = page_table + row * table_stride
@@ -110,8 +122,12 @@ def _decode_kernel(
 def _combine_kernel(
     workspace, out, out_stride,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One block: a head of a row; weighs its splits, in order, by their softmax maxima."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     rows = tl.num_programs(0).to(tl.int64)
@@ -237,6 +253,7 @@ def decode_attention(
         DOT=group > 1,
         num_warps=4 if group > 1 else 1,
         num_stages=3,
+        **overlap_options(q),
     )
     if splits > 1:
         _combine_kernel[(rows, heads)](
@@ -248,6 +265,7 @@ def decode_attention(
             BLOCK_D=block_d,
             SPLITS=splits,
             num_warps=1,
+            **overlap_options(q),
         )
 
 

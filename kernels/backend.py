@@ -6,6 +6,7 @@ A launcher asks `runs_kernel` whether its Triton kernel or its torch twin serves
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "INTERPRETING",
     "dot",
     "jit",
+    "overlap_options",
     "require",
     "require_rows",
     "runs_kernel",
@@ -63,6 +65,24 @@ def dot(a, b, total):
 def runs_kernel(tensor: torch.Tensor) -> bool:
     """Whether the Triton kernel serves `tensor`'s device; if not, the torch twin does."""
     return (tensor.is_cuda and HAS_TRITON) or INTERPRETING
+
+
+def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
+    """Options with which a kernel on `tensor`'s device may start while its predecessor ends.
+
+    PDL is the kernel's own: it must then call `gdc_wait` in every block, before it reads what a
+    kernel of the step writes and before it writes at all. Since each block of each kernel waits,
+    all kernels before the predecessor are then complete as well. Before it waits, it may read
+    weights, and what was copied to the device before the step.
+    """
+    if tensor.is_cuda and _overlaps(tensor.get_device()):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@cache
+def _overlaps(device_index: int) -> bool:
+    return torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
 def require(condition: bool, message: str) -> None:

@@ -3,7 +3,15 @@
 import torch
 
 from granatum.kernels import reference_layer as reference
-from granatum.kernels.backend import jit, require, require_rows, runs_kernel, tl, triton
+from granatum.kernels.backend import (
+    jit,
+    overlap_options,
+    require,
+    require_rows,
+    runs_kernel,
+    tl,
+    triton,
+)
 
 _WARP_ELEMENTS = 1024
 """Columns that one warp of a row's block takes."""
@@ -12,12 +20,16 @@ _WARP_ELEMENTS = 1024
 @jit()
 def _rms_norm_kernel(
     x, residual, weight, out, x_stride, residual_stride, out_stride, eps,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One block: a row."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     inside = n < N
+    weights = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     values = tl.load(x + row * x_stride + n, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         at = residual + row * residual_stride + n
@@ -26,7 +38,6 @@ def _rms_norm_kernel(
         tl.store(at, rounded, mask=inside)
         values = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(values * values) / N + eps)
-    weights = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + n, values * scale * weights, mask=inside)
 
 
@@ -90,4 +101,5 @@ def _launch(
         BLOCK_N=block,
         ADD=residual is not None,
         num_warps=min(8, max(1, block // _WARP_ELEMENTS)),
+        **overlap_options(x),
     )

@@ -3,7 +3,15 @@
 import torch
 
 from granatum.kernels import reference_layer as reference
-from granatum.kernels.backend import jit, require, require_rows, runs_kernel, tl, triton
+from granatum.kernels.backend import (
+    jit,
+    overlap_options,
+    require,
+    require_rows,
+    runs_kernel,
+    tl,
+    triton,
+)
 from granatum.kernels.layout import KvLayout
 
 
@@ -24,7 +32,7 @@ def _rope_kernel(
     q, k, v, positions, cos, sin, arena, kv_slots, q_norm, k_norm,
     q_stride, k_stride, v_stride, page_elements, layer, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr, NORM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One block: a head of a row; first those of q, then of k, each of k with its v."""
     row = tl.program_id(0).to(tl.int64)
@@ -32,10 +40,13 @@ def _rope_kernel(
     slot = tl.load(kv_slots + row).to(tl.int64)
     half = tl.arange(0, HALF)
     inside = half < D // 2
+    position = tl.load(positions + row, mask=slot >= 0, other=0).to(tl.int64)
+    c = tl.load(cos + position * (D // 2) + half, mask=inside, other=0.0)
+    s = tl.load(sin + position * (D // 2) + half, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     if slot >= 0:
-        position = tl.load(positions + row).to(tl.int64)
-        c = tl.load(cos + position * (D // 2) + half, mask=inside, other=0.0)
-        s = tl.load(sin + position * (D // 2) + half, mask=inside, other=0.0)
         if head < HEADS:
             at = q + row * q_stride + head * D
             low, high = _normed_halves(at, half, inside, q_norm, eps, D, NORM)
@@ -120,4 +131,5 @@ def rope_and_write_kv(
         PAGE_TOKENS=kv.page_tokens,
         NORM=q_norm is not None,
         num_warps=1,
+        **overlap_options(q),
     )

@@ -16,7 +16,15 @@ rounding of the sums that top-p compares. A row's result does not depend on the 
 import torch
 
 from granatum.kernels import reference_sampling as reference
-from granatum.kernels.backend import jit, require, require_rows, runs_kernel, tl, triton
+from granatum.kernels.backend import (
+    jit,
+    overlap_options,
+    require,
+    require_rows,
+    runs_kernel,
+    tl,
+    triton,
+)
 
 PROMPT_BIT = torch.iinfo(torch.int32).min
 """Set in a count of `counts`: the token is in the prompt. The other bits count it in the output."""
@@ -49,8 +57,13 @@ def _key(logits):
 
 
 @jit("blocks")
-def _greedy_block_kernel(logits, keys, stride, blocks, V: tl.constexpr, BLOCK: tl.constexpr):
+def _greedy_block_kernel(
+    logits, keys, stride, blocks, V: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """One block: the best of BLOCK logits of a row, as (order of logit, lowness of index)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     n = block * BLOCK + tl.arange(0, BLOCK)
@@ -60,8 +73,11 @@ def _greedy_block_kernel(logits, keys, stride, blocks, V: tl.constexpr, BLOCK: t
 
 
 @jit("blocks")
-def _greedy_kernel(keys, out, blocks, BLOCKS_POWER: tl.constexpr):
+def _greedy_kernel(keys, out, blocks, BLOCKS_POWER: tl.constexpr, PDL: tl.constexpr):
     """One block: a row's best block."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS_POWER)
     found = tl.load(keys + row * blocks + block, mask=block < blocks, other=_LEAST)
@@ -208,10 +224,19 @@ def greedy(logits: torch.Tensor, out: torch.Tensor, workspace: torch.Tensor) -> 
     fits = workspace.dtype == torch.int64 and workspace.numel() >= rows * blocks
     require(fits, f"the workspace must be {rows * blocks} int64 elements")
     _greedy_block_kernel[(rows, blocks)](
-        logits, workspace, logits.stride(0), blocks, V=vocabulary, BLOCK=_GREEDY_BLOCK, num_warps=4
+        logits,
+        workspace,
+        logits.stride(0),
+        blocks,
+        V=vocabulary,
+        BLOCK=_GREEDY_BLOCK,
+        num_warps=4,
+        **overlap_options(logits),
     )
     power = triton.next_power_of_2(blocks)
-    _greedy_kernel[(rows,)](workspace, out, blocks, BLOCKS_POWER=power, num_warps=1)
+    _greedy_kernel[(rows,)](
+        workspace, out, blocks, BLOCKS_POWER=power, num_warps=1, **overlap_options(logits)
+    )
 
 
 def sample(
