@@ -2,9 +2,9 @@
 
     object store, local disk ── measure, read ──> host pages ── copy ──> device pages and a slot
 
-Deciding is here, moving is behind `Mover`; nothing here blocks. An adapter that runs a sequence
-never leaves. Others leave least recently used first: the device for KV or for another adapter, the
-host pages for another image. Pages are given up only after `release`, which the scheduler calls
+Deciding is here, moving is behind `Mover` (adapter_mover.py); nothing here blocks. An adapter that
+runs a sequence never leaves. Others leave least recently used first: the device for KV or for
+another adapter, the host pages for another image. Pages are given up only after `release`, which the scheduler calls
 when no launched step uses them, so a copy may overwrite them at once.
 """
 
@@ -13,10 +13,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol
 
 import structlog
 
+from granatum.runner.adapter_mover import Copied, Event, Failed, Measured, Mover, Read
 from granatum.runner.adapters import AdapterFigures
 from granatum.runner.pages import PagePool
 from granatum.v1.errors import GranatumError, InvalidRequest
@@ -28,70 +28,6 @@ BACKOFF_S = 1.0
 BACKOFF_MAX_S = 30.0
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """How many pages an adapter takes."""
-
-    digest: str
-    pages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """An adapter's image is in its host pages."""
-
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class Copied:
-    """An adapter is in its device pages and its slot's table row is written."""
-
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """An adapter could not be measured or read."""
-
-    digest: str
-    error: GranatumError
-
-
-Event = Measured | Read | Copied | Failed
-
-
-class Mover(Protocol):
-    """Moves images. Every call returns at once; what it began ends as an event."""
-
-    @property
-    def host_pages(self) -> int:
-        """Pages of host memory that it moves through."""
-        ...
-
-    def size(self, digest: str) -> int | None:
-        """Pages that the adapter takes, where that is known without I/O."""
-        ...
-
-    def measure(self, digest: str) -> None:
-        """Find how many pages the adapter takes; ends as Measured or Failed."""
-        ...
-
-    def read(self, digest: str, host_pages: tuple[int, ...]) -> None:
-        """Bring the image into host pages; ends as Read or Failed."""
-        ...
-
-    def copy(
-        self, digest: str, slot: int, host_pages: tuple[int, ...], pages: tuple[int, ...]
-    ) -> None:
-        """Copy to the device, then write the slot's table row; ends as Copied."""
-        ...
-
-    def events(self) -> list[Event]:
-        """What has ended since the last call."""
-        ...
 
 
 class State(Enum):

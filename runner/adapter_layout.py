@@ -89,17 +89,11 @@ def lay_out(
 ) -> AdapterLayout:
     """Pack the pieces of an adapter's modules, by (layer, projection), into pages.
 
-    Every piece must fit a page: the runner's `page_tokens` is chosen by `largest_piece`.
+    Every piece must fit a page, as arena.page_tokens sees to.
     """
     places = _pack(sorted(_pieces(base, modules), key=_by_size), page_elements)
     pages = 1 + max((place.page for place in places), default=0)
     return AdapterLayout(pages, tuple(places), _table_row(base, modules, places))
-
-
-def largest_piece(base: BaseModel, max_rank: int) -> int:
-    """Elements of the largest piece that an adapter of rank `max_rank` can have."""
-    everything = {(0, name): ModuleSpec(rank=max_rank, scale=1.0) for name in PROJECTIONS}
-    return max(piece.elements for piece in _pieces(base, everything))
 
 
 def _pieces(base: BaseModel, modules: Mapping[tuple[int, str], ModuleSpec]) -> Iterator[Piece]:

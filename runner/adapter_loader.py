@@ -10,9 +10,9 @@ import structlog
 import torch
 
 from granatum.kernels.layout import AdapterTable
-from granatum.runner.adapter_cache import Copied, Event, Failed, Measured, Read
 from granatum.runner.adapter_image import AdapterImage
 from granatum.runner.adapter_layout import TableRow
+from granatum.runner.adapter_mover import Copied, Event, Failed, Measured, Read
 from granatum.v1.errors import GranatumError, Internal
 
 CHUNK_BYTES = 256 << 20

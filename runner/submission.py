@@ -75,11 +75,6 @@ def prepare(
     return Prepared(submit, SequenceText(tokenizer, submit, strings, message.text_delivered))
 
 
-def weight(message: SubmitSequence) -> int:
-    """About how many characters and tokens `prepare` goes through."""
-    return message.ByteSize()
-
-
 def _prompt(request: GenerateRequest, tokenizer: Tokenizer, bounds: Bounds) -> tuple[int, ...]:
     match request.WhichOneof("input"):
         case "prompt":

@@ -5,16 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from granatum.runner.adapter_cache import (
-    BACKOFF_S,
-    PATIENCE_S,
-    AdapterCache,
-    Copied,
-    Event,
-    Failed,
-    Measured,
-    Read,
-)
+from granatum.runner.adapter_cache import BACKOFF_S, PATIENCE_S, AdapterCache
+from granatum.runner.adapter_mover import Copied, Event, Failed, Measured, Read
 from granatum.runner.pages import PagePool
 from granatum.v1.errors import GranatumError, InvalidRequest, Unavailable
 

@@ -27,7 +27,7 @@ from granatum.v1.cluster_pb2_grpc import (
     add_RegistryServiceServicer_to_server,
 )
 from granatum.v1.inference_pb2 import GenerateRequest, StopConditions
-from granatum.v1.runner_pb2 import SessionRequest, SessionResponse, SubmitSequence
+from granatum.v1.runner_pb2 import SequenceOutput, SessionRequest, SessionResponse, SubmitSequence
 from granatum.v1.runner_pb2_grpc import RunnerServiceStub
 from granatum.v1.transport import bearer, build_server, listen, open_channel
 
@@ -120,7 +120,7 @@ async def test_sigterm_hands_streams_back_and_takes_the_runner_out(tmp_path: Pat
             await stream.write(endless())
             assert await stream.read() is not grpc.aio.EOF
             process.child.send_signal(signal.SIGTERM)
-            outputs = []
+            outputs: list[SequenceOutput] = []
             while isinstance(response := await stream.read(), SessionResponse):
                 outputs.extend(response.outputs)
         assert outputs[-1].departed == runner_pb2.DEPARTURE_DRAINED

@@ -1,0 +1,70 @@
+"""What the adapter cache has moved for it, and how it hears of the end. No torch."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from granatum.v1.errors import GranatumError
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How many pages an adapter takes."""
+
+    digest: str
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """An adapter's image is in its host pages."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """An adapter is in its device pages and its slot's table row is written."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An adapter could not be measured or read."""
+
+    digest: str
+    error: GranatumError
+
+
+Event = Measured | Read | Copied | Failed
+
+
+class Mover(Protocol):
+    """Moves images. Every call returns at once; what it began ends as an event."""
+
+    @property
+    def host_pages(self) -> int:
+        """Pages of host memory that it moves through."""
+        ...
+
+    def size(self, digest: str) -> int | None:
+        """Pages that the adapter takes, where that is known without I/O."""
+        ...
+
+    def measure(self, digest: str) -> None:
+        """Find how many pages the adapter takes; ends as Measured or Failed."""
+        ...
+
+    def read(self, digest: str, host_pages: tuple[int, ...]) -> None:
+        """Bring the image into host pages; ends as Read or Failed."""
+        ...
+
+    def copy(
+        self, digest: str, slot: int, host_pages: tuple[int, ...], pages: tuple[int, ...]
+    ) -> None:
+        """Copy to the device, then write the slot's table row; ends as Copied."""
+        ...
+
+    def events(self) -> list[Event]:
+        """What has ended since the last call."""
+        ...
