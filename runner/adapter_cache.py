@@ -4,8 +4,8 @@
 
 Deciding is here, moving is behind `Mover` (adapter_mover.py); nothing here blocks. An adapter that
 runs a sequence never leaves. Others leave least recently used first: the device for KV or for
-another adapter, the host pages for another image. Pages are given up only after `release`, which the scheduler calls
-when no launched step uses them, so a copy may overwrite them at once.
+another adapter, the host pages for another image. Pages are given up only after `release`, which
+the scheduler calls when no launched step uses them, so a copy may overwrite them at once.
 """
 
 import time
