@@ -32,7 +32,7 @@ test: $(DEV)  ## run every test that needs no GPU
 
 .PHONY: gpu-test
 gpu-test: $(DEV) $(NAMESPACE)  ## run the tests that need a GPU
-	PYTHONPATH=$(NAMESPACE) $(PY) -m pytest -m gpu
+	PYTHONPATH=$(NAMESPACE) $(PY) -m pytest -m gpu tests/kernels tests/runner/test_engine_gpu.py
 
 .PHONY: check
 check: format-check types stubs-check  ## formatting, lint, types, protos, stubs, compose file
