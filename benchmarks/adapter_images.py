@@ -53,10 +53,10 @@ class FileImages:
 
     def __init__(self, shape: ImageShape, rank: int, directory: Path, files: int) -> None:
         self._shape = shape
-        self._directory = directory
+        self._directory = directory / f"{shape.key.hex()[:16]}-{rank}"
         self._files = files
         self.cold = False
-        directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
         image = random_image(shape, rank, seed=0)
         self._pages = int(image.pages.shape[0])
         for number in range(files):
@@ -85,7 +85,7 @@ class FileImages:
         _forget(path)
 
     def _path(self, number: int) -> Path:
-        return self._directory / f"{self._shape.key.hex()[:16]}-{number}.image"
+        return self._directory / f"{number}.image"
 
 
 def _forget(path: Path) -> None:

@@ -110,7 +110,7 @@ async def running_service(
                 (runner,) = await client.runners()
             through = ThroughRouter(box.address, box.keys[_TENANT])
             digests = tuple(digest for _, digest in uploads)
-            past = PastRouter(runner.address, box.cluster_key, digests)
+            past = PastRouter(runner.address, box.cluster_key, digests, runner.max_batch)
             upload_s = tuple(seconds for seconds, _ in uploads)
             service = Service(through, past, size.vocab, processes, clients, start_s, upload_s)
             await asyncio.to_thread(service.drive, _one_each(size.adapters))

@@ -38,6 +38,7 @@ import numpy as np
 import results
 import traffic
 from adapter_images import MemoryTwins
+from child import in_child
 from latencies import Record, gaps, lags, percentiles, steady_tokens_per_s, summary
 from model_directory import write_model
 from paced_runner import STEP_MS, PacedBox
@@ -242,31 +243,6 @@ def _after(record: Record, seconds: float) -> np.ndarray:
     """The gaps in a record from `seconds` after its first token on."""
     times = np.array(record.times)
     return np.diff(times[times > times[0] + seconds]) if len(times) else times
-
-
-def in_child(part: Callable[[argparse.Namespace], Rows], args: argparse.Namespace) -> Rows:
-    """The rows of a part that runs in a process of its own, whose memory is free afterwards."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_send, args=(part, args, theirs))
-    child.start()
-    theirs.close()
-    while True:
-        try:
-            yield ours.recv()
-        except EOFError:
-            break
-    child.join()
-    assert child.exitcode == 0, "the engine's process failed"
-
-
-def _send(
-    part: Callable[[argparse.Namespace], Rows],
-    args: argparse.Namespace,
-    end: "multiprocessing.connection.Connection",
-) -> None:
-    for row in part(args):
-        end.send(row)
 
 
 def add_share(row: Row, rows: list[Row]) -> Row:

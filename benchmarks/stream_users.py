@@ -63,10 +63,13 @@ class PastRouter:
     address: str
     cluster_key: str
     digests: tuple[str, ...]
+    at_a_time: int
+    """More than these would be refused."""
 
     async def __aenter__(self) -> Self:
         self._commands: asyncio.Queue[SessionRequest] = asyncio.Queue()
         self._sequences: dict[int, asyncio.Queue[SequenceOutput]] = {}
+        self._turns = asyncio.Semaphore(self.at_a_time)
         self._channel = open_channel(self.address)
         await self._channel.channel_ready()
         self._relay = asyncio.create_task(self._run())
@@ -78,20 +81,18 @@ class PastRouter:
 
     async def tokens(self, prompt: list[int], request: Request) -> AsyncGenerator[int]:
         """As many as the runner sends together."""
-        number = len(self._sequences) + 1
-        news = self._sequences[number] = asyncio.Queue()
-        self._commands.put_nowait(SessionRequest(submit=self._submission(number, prompt, request)))
-        try:
-            while True:
-                output = await news.get()
-                if output.tokens:
-                    yield len(output.tokens)
-                if output.WhichOneof("outcome"):
-                    assert output.HasField("finished"), output
-                    return
-        finally:
-            cancel = CancelSequence(sequence_id=number)
-            self._commands.put_nowait(SessionRequest(cancel=cancel))
+        async with self._turns:
+            number = len(self._sequences) + 1
+            news = self._sequences[number] = asyncio.Queue()
+            submission = self._submission(number, prompt, request)
+            self._commands.put_nowait(SessionRequest(submit=submission))
+            try:
+                async with aclosing(_until_finished(news)) as counts:
+                    async for count in counts:
+                        yield count
+            finally:
+                cancel = CancelSequence(sequence_id=number)
+                self._commands.put_nowait(SessionRequest(cancel=cancel))
 
     def _submission(self, number: int, prompt: list[int], request: Request) -> SubmitSequence:
         message = GenerateRequest(
@@ -111,6 +112,16 @@ class PastRouter:
     async def _outgoing(self) -> AsyncIterator[SessionRequest]:
         while True:
             yield await self._commands.get()
+
+
+async def _until_finished(news: asyncio.Queue[SequenceOutput]) -> AsyncGenerator[int]:
+    while True:
+        output = await news.get()
+        if output.tokens:
+            yield len(output.tokens)
+        if output.WhichOneof("outcome"):
+            assert output.HasField("finished"), output
+            return
 
 
 @dataclass(frozen=True)
