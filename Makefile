@@ -14,6 +14,7 @@ ifeq ($(origin PY),undefined)
 PY := $(VENV)/bin/python
 BOX := $(VENV)/.box
 DEV := $(VENV)/.dev
+BENCH := $(VENV)/.bench
 endif
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -54,6 +55,10 @@ format-check: $(DEV)
 types: $(DEV) $(NAMESPACE)  ## check the types
 	MYPYPATH=$(NAMESPACE) $(PY) -m mypy $(PACKAGES:%=-p granatum.%)
 	MYPYPATH=$(NAMESPACE):benchmarks:tests/lib $(PY) -m mypy --no-strict-equality benchmarks deploy tests
+
+.PHONY: plots
+plots: $(BENCH) $(NAMESPACE)  ## draw docs/*.svg from the benchmarks' results
+	PYTHONPATH=$(NAMESPACE) $(PY) benchmarks/plot.py benchmarks/results/h200 docs
 
 .PHONY: stubs
 stubs: $(DEV)  ## regenerate the stubs beside the protos
@@ -96,4 +101,8 @@ $(VENV)/.box: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.box
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --group dev
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.box
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --group bench
 	@touch $@

@@ -4,33 +4,27 @@
 
 * step_ms: milliseconds from step to step while `batch` sequences decode, over 128 steps from a
   context of about 528 tokens to 656; median of `--repeats` after a discarded one.
-* textgen: (prompt + output) tokens per second of Punica's requests, at most `--max-batch` at a
-  time, from the first prefill to the last token.
 * --profile: where one step's time goes on the GPU, by kernel, and for how long it is idle.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 import torch
 from random_adapters import RandomAdapters
+from results import Results, Row
+from traffic import BACKBONE
 from workload import (
     MAX_LENGTH,
     POPULARITIES,
     SHAPES,
     adapter_ids,
-    resident_adapters,
-    textgen_lengths,
 )
 
 from granatum.kernels.layout import AdapterTable
@@ -45,8 +39,6 @@ from granatum.runner.scheduler import Limits
 from granatum.runner.weights import random_weights
 
 Adapters = list[str | None]
-BACKBONE = "backbone"
-"""No adapter at all."""
 WINDOW = 128
 """Steps over which a step is timed."""
 SETTLE = 16
@@ -114,12 +106,11 @@ def build(args: argparse.Namespace, config: ModelConfig) -> Bench:
     return Bench(Engine(executor, limits, pool, adapters), config.vocab)
 
 
-def adapters_of(popularity: str, *assign: Any) -> Adapters:
-    """The digest of each request's adapter: `assign` is a function of workload.py and the rest."""
-    draw, *arguments = assign
+def adapters_of(popularity: str, batch: int) -> Adapters:
+    """The digest of each sequence's adapter."""
     if popularity == BACKBONE:
-        return [None] * len(draw("identical", *arguments))
-    return [str(i) for i in draw(popularity, *arguments)]
+        return [None] * batch
+    return [str(i) for i in adapter_ids(popularity, batch)]
 
 
 def step_ms(bench: Bench, adapters: Adapters, args: argparse.Namespace) -> dict[str, float]:
@@ -142,19 +133,6 @@ def step_ms(bench: Bench, adapters: Adapters, args: argparse.Namespace) -> dict[
         "step_ms": round(statistics.median(means[1:]), 3),
         "p99_ms": round(statistics.median(slow[1:]), 3),
     }
-
-
-def textgen(bench: Bench, popularity: str, args: argparse.Namespace) -> dict[str, float]:
-    """Punica's text generation."""
-    prompts, outputs = textgen_lengths(args.requests)
-    adapters = adapters_of(popularity, resident_adapters, outputs, args.max_batch)
-    bench.submit(prompts.tolist(), outputs.tolist(), adapters)
-    started = time.perf_counter()
-    made = bench.run()
-    seconds = time.perf_counter() - started
-    assert made == outputs.sum()
-    total = int(prompts.sum() + outputs.sum())
-    return {"seconds": round(seconds, 3), "tokens_per_s": round(total / seconds, 1)}
 
 
 def profile(bench: Bench, adapters: Adapters, args: argparse.Namespace) -> dict[str, Any]:
@@ -189,47 +167,20 @@ def profile(bench: Bench, adapters: Adapters, args: argparse.Namespace) -> dict[
     }
 
 
-def bench_model(args: argparse.Namespace, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every row of one model: (kind of row, row)."""
+def bench_model(args: argparse.Namespace, name: str) -> Iterator[Row]:
+    """Every row of one model."""
     bench = build(args, SHAPES[name])
     for popularity in args.popularities:
         rank = 0 if popularity == BACKBONE else args.rank
-        common = {"model": name, "popularity": popularity, "rank": rank}
+        common = {"model": name, "popularity": popularity, "rank": rank, "context": args.context}
         for batch in args.batches:
-            adapters = adapters_of(popularity, adapter_ids, batch)
-            row = {**common, "batch": batch, **step_ms(bench, adapters, args)}
-            yield "rows", {**row, "tokens_per_s": round(batch / row["step_ms"] * 1e3, 1)}
+            adapters = adapters_of(popularity, batch)
+            row: Row = {"scenario": "step", **common, "batch": batch}
+            row |= step_ms(bench, adapters, args)
+            yield {**row, "tokens_per_s": round(batch / row["step_ms"] * 1e3, 1)}
             if args.profile:
-                yield "profiles", {**common, "batch": batch, **profile(bench, adapters, args)}
-        if args.requests:
-            row = {**common, "batch": args.max_batch}
-            yield "textgen", {**row, **textgen(bench, popularity, args)}
-
-
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """What the results were made with."""
-    on_gpu = args.device == "cuda"
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": args.commit or _commit(),
-        "gpu": torch.cuda.get_device_name() if on_gpu else "none",
-        "versions": {name: _version(name) for name in ("torch", "triton")},
-        "context": args.context,
-        "step_tokens": args.step_tokens,
-    }
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "none"
+                row = {"scenario": "profile", **common, "batch": batch}
+                yield {**row, **profile(bench, adapters, args)}
 
 
 def parse_args() -> argparse.Namespace:
@@ -246,19 +197,16 @@ def parse_args() -> argparse.Namespace:
     )
     option = parser.add_argument
     option("--models", type=names, default=["7b", "8b"], help=", ".join(SHAPES))
-    option("--device", choices=("cuda", "cpu"), default="cuda")
     option("--rank", type=int, default=16, help="of every projection")
     option("--max-batch", type=int, default=32, help="sequences, and adapters, at a time")
     option("--batches", type=numbers, default=[1, 8, 32], help="of step_ms")
     option("--popularities", type=names, default=[BACKBONE, *POPULARITIES])
     option("--context", type=int, default=512, help="prompt tokens of step_ms")
     option("--step-tokens", type=int, default=2048, help="rows of a step at most")
-    option("--requests", type=int, default=128, help="of textgen; 0: none")
     option("--pages", type=int, help="of the arena; else as many as fit the GPU")
     option("--repeats", type=int, default=3)
     option("--profile", action="store_true", help="break a step down by kernel")
-    option("--commit", help="of the code measured, where git cannot tell")
-    option("--out", type=Path, help="JSON file of the results")
+    results.add_options(parser)
     args = parser.parse_args()
     if args.device == "cpu" and not args.pages:
         parser.error("--device cpu needs --pages")
@@ -270,14 +218,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, and write after each row, so that an interrupted run keeps its results."""
     args = parse_args()
-    results = {**environment(args), "rows": [], "textgen": [], "profiles": []}
+    found = Results(args, ("scenario", "model", "popularity", "batch"))
     for model in args.models:
-        for kind, row in bench_model(args, model):
-            print(kind, json.dumps(row, indent=1 if kind == "profiles" else None), flush=True)
-            results[kind].append(row)
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(results, indent=1) + "\n")
+        for row in bench_model(args, model):
+            found.add(row)
+    found.print_table(("step_ms", "p99_ms", "tokens_per_s", "idle"))
 
 
 if __name__ == "__main__":
