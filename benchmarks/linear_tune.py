@@ -4,8 +4,8 @@
 
 A launch is timed together with the small kernel that makes its input, as in a step, inside a CUDA
 graph over enough weights that the L2 cache does not serve them. Every configuration is checked
-against float32 first. First the tiles and splits at 32 rows; then, at each number of rows, the
-best of them with more and less of W asked for early; the library on the same terms. Writes
+against float32 first: the tiles and splits at 32 rows, then the best of them at the other numbers
+of rows; the library on the same terms. Writes
 `tune.json` (everything) and `table.json`, as `kernels/h200_linear.json` holds it: null where the
 library was faster.
 """
@@ -30,25 +30,20 @@ from granatum.kernels.linear import Config, Workspace, launch_linear, shape_key
 from granatum.runner.config import GROUPS
 
 TILES = [
-    Config(64, 64, 1, 4, 8, True, 512),
-    Config(64, 128, 1, 4, 3, True, 512),
-    Config(64, 128, 1, 4, 4, True, 512),
-    Config(64, 128, 1, 4, 6, True, 512),
-    Config(64, 256, 1, 4, 3, True, 512),
-    Config(64, 64, 1, 4, 5, True, 512),
-    Config(128, 64, 1, 4, 3, True, 512),
-    Config(128, 64, 1, 4, 4, True, 512),
-    Config(128, 64, 1, 4, 6, True, 512),
-    Config(128, 128, 1, 8, 3, True, 512),
-    Config(128, 128, 1, 8, 4, True, 512),
-    Config(16, 256, 1, 4, 4, False, 512),
-    Config(32, 128, 1, 4, 4, False, 512),
-    Config(32, 256, 1, 4, 3, False, 512),
-    Config(32, 256, 1, 4, 4, False, 512),
-    Config(64, 128, 1, 4, 4, False, 512),
+    Config(64, 64, 1, 4, 5),
+    Config(64, 64, 1, 4, 8),
+    Config(64, 128, 1, 4, 2),
+    Config(64, 128, 1, 4, 3),
+    Config(64, 128, 1, 4, 4),
+    Config(64, 128, 1, 4, 6),
+    Config(64, 256, 1, 4, 2),
+    Config(64, 256, 1, 4, 3),
+    Config(128, 64, 1, 4, 4),
+    Config(128, 64, 1, 4, 6),
+    Config(128, 128, 1, 8, 3),
+    Config(128, 128, 1, 8, 4),
 ]
 SPLITS = (1, 2, 3, 4, 6)
-AHEAD = (0, 256, 1024, 2048)
 FINALISTS = 4
 BLOCKS = (96, 900)
 """The fewest and the most blocks that are tried, but where one split makes more."""
@@ -115,7 +110,7 @@ class Bench:
             torch.randn(n, k, dtype=torch.bfloat16, device="cuda").mul_(k**-0.5)
             for _ in range(layers)
         ]
-        self.workspace = Workspace.allocate(64, 6 * n, torch.device("cuda"))
+        self.workspace = Workspace.of_size(64 * 6 * n, n, self.weights[0].device)
 
     def run(
         self, source: torch.Tensor, weight: torch.Tensor, config: Config | None
@@ -144,7 +139,7 @@ def compile_tile(tile: Config, rows: int) -> str:
     """Launch a tile with and without splits, so that its binaries are in the cache."""
     weight = torch.randn(256, 2048, dtype=torch.bfloat16, device="cuda")
     x = torch.randn(rows, 2048, dtype=torch.bfloat16, device="cuda")
-    workspace = Workspace.allocate(64, 512, x.device)
+    workspace = Workspace.of_size(64 * 512, 512, x.device)
     try:
         for splits in (1, 2):
             launch_linear(x, weight, None, workspace, replace(tile, splits=splits))
@@ -167,11 +162,6 @@ def measure(search: Search, rows_tried: list[int], deadline: float) -> None:
         search.measured[rows] = [(None, bench.us(rows, None))]
         for config in first if rows == 32 else search.finalists():
             if time.monotonic() < deadline and fits(config, rows):
-                search.measured[rows].append((config, bench.us(rows, config)))
-        best = search.best(rows)
-        for ahead in AHEAD:
-            if best and time.monotonic() < deadline:
-                config = replace(best, ahead=ahead)
                 search.measured[rows].append((config, bench.us(rows, config)))
         report(search, rows)
 

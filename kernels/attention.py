@@ -6,6 +6,8 @@
 A row's result depends on its own sequence, on shapes and on the number of splits alone.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from granatum.kernels import reference_attention as reference
@@ -21,13 +23,31 @@ from granatum.kernels.backend import (
 )
 from granatum.kernels.layout import KvLayout, Tiles
 
-_GROUPED_BLOCKS = 4 * 132
-"""Blocks of four warps, with a pipeline of copies, that keep a large GPU's memory busy."""
-_SINGLE_BLOCKS = 16 * 132
-"""The same for blocks of one warp, which serve heads that share no keys."""
 _MAX_SPLITS = 16
 _SPLIT_TOKENS = 128
 """A split of fewer tokens costs more than it saves."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How decode attention is cut into blocks.
+
+    dot:     whether the tensor cores multiply, for at least 16 query heads at a time;
+    block_t: tokens that a block takes at a time, of 16 bits; half of them are taken of 32;
+    blocks:  how many keep the GPU's memory busy.
+    """
+
+    dot: bool
+    block_t: int
+    warps: int
+    stages: int
+    blocks: int
+
+
+GROUPED = DecodeConfig(True, 64, 4, 3, 4 * 132)
+"""Where query heads share keys."""
+SINGLE = DecodeConfig(False, 32, 1, 1, 16 * 132)
+"""Where each has its own."""
 _LOG2_E = 1.4426950408889634
 _NEVER = tl.constexpr(-1e30)
 """Below every score: no infinities, whose differences are no numbers."""
@@ -57,7 +77,7 @@ def _decode_kernel(
     q_stride, out_stride, table_stride, page_elements, layer, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_TOKENS: tl.constexpr, D: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-    DOT: tl.constexpr, PDL: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One block: the query heads of a row that share a kv head, over a split of its tokens.
 
@@ -87,7 +107,7 @@ def _decode_kernel(
     top = tl.full((BLOCK_G,), _NEVER, tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     summed = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    for start in range(begin, end, BLOCK_T):
+    for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
         t = start + tl.arange(0, BLOCK_T)
         at = _token_offsets(table, t, end, page_elements, kv_head, PAGE_TOKENS, D)
         there = (t < end)[:, None] & (d < D)[None, :]
@@ -190,9 +210,14 @@ def _prefill_kernel(
 
 def decode_splits(rows: int, heads: int, kv: KvLayout, max_tokens: int) -> int:
     """Splits of each row's tokens, by shapes alone: enough blocks to keep the memory busy."""
-    blocks = _SINGLE_BLOCKS if heads == kv.kv_heads else _GROUPED_BLOCKS
-    splits = min(blocks // (rows * kv.kv_heads), max_tokens // _SPLIT_TOKENS, _MAX_SPLITS)
+    config = decode_config(heads, kv)
+    splits = min(config.blocks // (rows * kv.kv_heads), max_tokens // _SPLIT_TOKENS, _MAX_SPLITS)
     return 1 << max(splits, 1).bit_length() - 1
+
+
+def decode_config(heads: int, kv: KvLayout) -> DecodeConfig:
+    """What was measured to be best on an H200."""
+    return SINGLE if heads == kv.kv_heads else GROUPED
 
 
 def decode_workspace_elements(rows: int, heads: int, kv: KvLayout, max_tokens: int) -> int:
@@ -227,6 +252,27 @@ def decode_attention(
     splits = decode_splits(rows, heads, kv, page_table.shape[1] * kv.page_tokens)
     needed = splits * rows * heads * (kv.head_dim + 2)
     require(workspace.numel() >= needed, f"the workspace must be {needed} float32 elements")
+    launch_decode(
+        q, arena, kv, layer, page_table, lengths, scale, out, workspace, splits,
+        decode_config(heads, kv),
+    )  # fmt: skip
+
+
+def launch_decode(
+    q: torch.Tensor,
+    arena: torch.Tensor,
+    kv: KvLayout,
+    layer: int,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+    splits: int,
+    config: DecodeConfig,
+) -> None:
+    """The kernels in one configuration; the arguments were checked."""
+    rows, heads = q.shape[0], q.shape[1] // kv.head_dim
     group = heads // kv.kv_heads
     block_d = triton.next_power_of_2(kv.head_dim)
     _decode_kernel[(rows, kv.kv_heads, splits)](
@@ -246,13 +292,13 @@ def decode_attention(
         KV_HEADS=kv.kv_heads,
         PAGE_TOKENS=kv.page_tokens,
         D=kv.head_dim,
-        BLOCK_G=1 if group == 1 else max(16, triton.next_power_of_2(group)),
-        BLOCK_T=(64 if group > 1 else 32) * 2 // q.element_size(),
+        BLOCK_G=max(16, triton.next_power_of_2(group)) if config.dot else 1,
+        BLOCK_T=config.block_t * 2 // q.element_size(),
         BLOCK_D=block_d,
         SPLITS=splits,
-        DOT=group > 1,
-        num_warps=4 if group > 1 else 1,
-        num_stages=3,
+        DOT=config.dot,
+        STAGES=config.stages,
+        num_warps=config.warps,
         **overlap_options(q),
     )
     if splits > 1:

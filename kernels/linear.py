@@ -2,8 +2,7 @@
 
     y = x W^T + b        x [M, K], W [N, K], M up to `MAX_ROWS`, float32 sums
 
-A block streams its rows of W through shared memory. It asks for the first of them before it waits
-for the kernel that makes x, so that the memory is busy across launches. Where N has too few rows
+A block streams its rows of W through shared memory. Where N has too few rows
 of blocks for the GPU, blocks share K: each writes a partial sum, and the last to arrive adds all of
 them in order. A row's result depends on shapes alone, not on the other rows.
 
@@ -12,6 +11,7 @@ lacks, or where the library was faster, go to torch.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,8 +34,6 @@ MAX_ROWS = 64
 """From here on arithmetic counts as well, and the library serves."""
 _LEAST_ROWS = 16
 """The tensor cores' least."""
-_PIECES = tl.constexpr(8)
-"""Prefetches of a row of W, so that every thread of a block has one."""
 _TABLES = {"H200": "h200_linear.json"}
 
 
@@ -44,9 +42,7 @@ class Config:
     """How a linear is cut into blocks.
 
     block_n, block_k: rows and columns of W in a tile;
-    splits:           blocks that share K;
-    turned:           whether W is the left operand of the tensor cores;
-    ahead:            columns of each row of W, a multiple of 64, that a block asks for early.
+    splits:           blocks that share K.
     """
 
     block_n: int
@@ -54,8 +50,6 @@ class Config:
     splits: int
     warps: int
     stages: int
-    turned: bool
-    ahead: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,38 +60,24 @@ class Workspace:
     arrivals: torch.Tensor
 
     @classmethod
-    def allocate(cls, rows: int, out_features: int, device: torch.device) -> "Workspace":
-        """For linears of up to `rows` rows whose splits have `out_features` columns in all."""
-        elements = block_rows(min(rows, MAX_ROWS)) * out_features
+    def of_size(cls, partials: int, arrivals: int, device: torch.device) -> "Workspace":
+        """Room for so many."""
         return cls(
-            torch.empty(elements, dtype=torch.float32, device=device),
-            torch.zeros(out_features // 8, dtype=torch.int32, device=device),
+            torch.empty(partials, dtype=torch.float32, device=device),
+            torch.zeros(arrivals, dtype=torch.int32, device=device),
         )
 
 
-@jit("ahead")
-def _ask_for(rows, ahead, BLOCK_N: tl.constexpr):
-    """Bring the first `ahead` columns of rows of W, in 16 bits, to the L2 cache."""
-    piece = (ahead // _PIECES).to(tl.int32)
-    at = rows[:, None] + tl.arange(0, _PIECES)[None, :] * piece
-    size = tl.zeros((BLOCK_N, _PIECES), tl.int32) + 2 * piece
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [at.to(tl.int64), size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@jit("rows", "splits", "ahead")
+@jit("rows", "splits")
 def _linear_kernel(
-    x, weight, bias, y, partials, arrivals, rows, splits, ahead, K, x_stride, y_stride,
+    x, weight, bias, y, partials, arrivals, rows, splits, K, x_stride, y_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-    TURNED: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One block: BLOCK_N columns of y, of one of the splits of K."""
+    """One block: BLOCK_N columns of y, of one of the splits of K.
+
+    W is the left operand of the tensor cores, which so have rows enough.
+    """
     pid = tl.program_id(0)
     block = pid // splits
     split = pid % splits
@@ -107,32 +87,22 @@ def _linear_kernel(
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
+    w_at = weight + n[:, None] * K + k[None, :]
+    x_at = x + m[None, :] * x_stride + k[:, None]
+    there = (m < rows)[None, :]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        if ahead > 0:
-            most = tl.minimum(ahead, (end - begin) * BLOCK_K)
-            _ask_for(weight + n * K + begin * BLOCK_K, most, BLOCK_N)
         tl.extra.cuda.gdc_wait()
-    if TURNED:
-        turned = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for step in range(begin, end):
-            columns = step * BLOCK_K + k
-            ws = tl.load(weight + n[:, None] * K + columns[None, :])
-            x_at = x + m[None, :] * x_stride + columns[:, None]
-            turned = dot(ws, tl.load(x_at, mask=(m < rows)[None, :], other=0.0), turned)
-        total = tl.trans(turned)
-    else:
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(begin, end):
-            columns = step * BLOCK_K + k
-            ws = tl.load(weight + n[None, :] * K + columns[:, None])
-            x_at = x + m[:, None] * x_stride + columns[None, :]
-            total = dot(tl.load(x_at, mask=(m < rows)[:, None], other=0.0), ws, total)
+    turned = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(begin, end):
+        xs = tl.load(x_at + step * BLOCK_K, mask=there, other=0.0)
+        turned = dot(tl.load(w_at + step * BLOCK_K), xs, turned)
+    total = tl.trans(turned)
     real = (m < rows)[:, None] & (n >= 0)[None, :]
     last = True
     if SPLIT:
-        tile = m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        own = partials + block * splits * (BLOCK_M * BLOCK_N) + tile
+        tile_at = m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        own = partials + block * splits * (BLOCK_M * BLOCK_N) + tile_at
         tl.store(own + split * (BLOCK_M * BLOCK_N), total, mask=real)
         tl.debug_barrier()
         last = tl.atomic_add(arrivals + block, 1, sem="acq_rel", scope="gpu") == splits - 1
@@ -166,6 +136,18 @@ def linear(
     return launch_linear(x, weight, bias, workspace, config)
 
 
+def allocate_workspace(rows: int, weights: Sequence[torch.Tensor]) -> Workspace:
+    """What `linear` needs for up to `rows` rows and any of `weights`, or others of their shapes."""
+    partials, arrivals = 0, 0
+    for weight in weights:
+        for block_m in (16, 32, 64):
+            config = config_for(min(block_m, rows), weight)
+            if config is not None and config.splits > 1:
+                partials = max(partials, block_m * weight.shape[0] * config.splits)
+                arrivals = max(arrivals, weight.shape[0] // config.block_n)
+    return Workspace.of_size(partials, arrivals, weights[0].device)
+
+
 def launch_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -192,7 +174,6 @@ def launch_linear(
         workspace.arrivals,
         rows,
         config.splits,
-        config.ahead,
         in_features,
         x.stride(0),
         y.stride(0),
@@ -200,7 +181,6 @@ def launch_linear(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         SPLIT=config.splits > 1,
-        TURNED=config.turned,
         num_warps=config.warps,
         num_stages=config.stages,
         **overlap_options(x),

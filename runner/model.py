@@ -1,7 +1,7 @@
 """The decoder, one page for every family: what differs is data in the config and the weights."""
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.attention import (
@@ -10,6 +10,7 @@ from granatum.kernels.attention import (
     prefill_attention,
 )
 from granatum.kernels.layout import AdapterTable
+from granatum.kernels.linear import allocate_workspace, linear
 from granatum.kernels.lora import add_lora, workspace_elements
 from granatum.kernels.norm import add_rms_norm, rms_norm
 from granatum.kernels.rope import rope_and_write_kv
@@ -41,6 +42,10 @@ class Model:
         self._cos, self._sin = _angles(config, weights.device)
         self._partials = self._allocate_partials(limits)
         self._splits = self._allocate_splits(limits)
+        first = weights.layers[0]
+        linears = (first.qkv, first.o, first.gate_up, first.down)
+        shapes = [*(part.weight for part in linears), weights.head]
+        self._sums = allocate_workspace(limits.step_tokens, shapes)
 
     def forward(self, step: Step, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [samples, vocab] of the step's sampling rows; KV of all its rows is written.
@@ -62,7 +67,7 @@ class Model:
             x = self._linear(step, index, "down", layer.down, inner)
         x, residual = (part.index_select(0, step.sample_rows) for part in (x, residual))
         add_rms_norm(x, residual, weights.norm, eps)
-        return linear(x, weights.head)
+        return linear(x, weights.head, None, self._sums)
 
     def _attend(self, step: Step, index: int, x: torch.Tensor) -> torch.Tensor:
         """Attention's output [rows, heads * head_dim] before the output projection."""
@@ -91,7 +96,7 @@ class Model:
         self, step: Step, index: int, group: str, base: Linear, x: torch.Tensor
     ) -> torch.Tensor:
         """A fused linear [rows, out], with what each row's adapter adds."""
-        y = linear(x, base.weight, base.bias)
+        y = linear(x, base.weight, base.bias, self._sums)
         if step.shape.tiles:
             outs = self.config.out_features[group]
             add_lora(

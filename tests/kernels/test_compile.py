@@ -1,5 +1,6 @@
 """Every kernel compiles for Hopper, as its launcher launches it, on a machine without a GPU."""
 
+import json
 import re
 import subprocess
 import tempfile
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from granatum.kernels import attention, backend, lora, sampling
+from granatum.kernels import attention, backend, linear, lora, sampling
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.layout import AdapterTable, KvLayout, Tiles
 from granatum.kernels.norm import add_rms_norm
@@ -95,6 +96,17 @@ def test_attention(heads: int, kv_heads: int, compiled: list[Any]) -> None:
     assert len(compiled) == 3
     for kernel in compiled:
         assert stack_bytes(kernel) == 0
+
+
+@pytest.mark.parametrize("rows", [8, 32, 64])
+def test_linear(rows: int, compiled: list[Any]) -> None:
+    configs = json.loads(Path(linear.__file__).with_name("h200_linear.json").read_text())["configs"]
+    workspace = linear.Workspace.of_size(1 << 22, 1 << 10, torch.device("cpu"))
+    key = linear.shape_key(11008, 4096, rows)
+    x, weight = torch.empty(rows, 11008, dtype=BF16), torch.empty(4096, 11008, dtype=BF16)
+    linear.launch_linear(x, weight, None, workspace, linear.Config(**configs[key]))
+    assert stack_bytes(compiled[0]) == 0
+    assert "wgmma" in compiled[0].asm["ptx"]
 
 
 def test_the_rest(compiled: list[Any]) -> None:
