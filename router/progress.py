@@ -57,12 +57,13 @@ class Progress:
         response = GenerateResponse()
         for output in news:
             response.tokens.extend(output.tokens)
+            for token in output.tokens:
+                self.tokens.append(token.id)
+                self.characters += len(token.text)
             self.prompt_tokens = output.prompt_tokens or self.prompt_tokens
             if output.HasField("finished"):
                 response.end.reason = output.finished
-        self.tokens.extend(token.id for token in response.tokens)
-        self.characters += sum(len(token.text) for token in response.tokens)
-        if response.tokens and self.first_token is None:
+        if self.first_token is None and response.tokens:
             self.first_token = now
         if response.HasField("end"):
             response.end.MergeFrom(self._end(runner_id, now))

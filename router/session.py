@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import grpc
 import structlog
 
+from granatum.router.remote_sequence import RemoteSequence, SessionLost
 from granatum.v1.runner_pb2 import (
     CancelSequence,
     SequenceOutput,
@@ -25,53 +26,6 @@ Connect = Callable[[str], grpc.aio.Channel]
 log = structlog.get_logger(__name__)
 
 
-class SessionLost(Exception):
-    """The session broke; its sequences are to be placed again.
-
-    `reached`: the runner was connected, so that it may be the sequence that brought it down.
-    """
-
-    def __init__(self, *, reached: bool) -> None:
-        super().__init__()
-        self.reached = reached
-
-
-class RemoteSequence:
-    """A sequence on a runner: its news pile up here until they are received."""
-
-    def __init__(self, session: "Session", sequence_id: int) -> None:
-        self._session = session
-        self._id = sequence_id
-        self._news: list[SequenceOutput] = []
-        self._arrived = asyncio.Event()
-        self._lost: SessionLost | None = None
-
-    async def receive(self) -> list[SequenceOutput]:
-        """Everything new since the last call, at least one. Raises SessionLost."""
-        await self._arrived.wait()
-        if not self._news:
-            assert self._lost is not None
-            raise self._lost
-        news, self._news = self._news, []
-        if self._lost is None:
-            self._arrived.clear()
-        return news
-
-    def cancel(self) -> None:
-        """Have the runner forget it; again, or after its end, is no harm."""
-        self._session.cancel(self._id)
-
-    def deliver(self, output: SequenceOutput) -> None:
-        """Add news."""
-        self._news.append(output)
-        self._arrived.set()
-
-    def lose(self, lost: SessionLost) -> None:
-        """No more news will come."""
-        self._lost = lost
-        self._arrived.set()
-
-
 class Session:
     """One life of the stream to one runner."""
 
@@ -86,10 +40,9 @@ class Session:
 
     def submit(self, submission: SubmitSequence) -> RemoteSequence:
         """Send a sequence; its `sequence_id` is set here."""
-        submission.sequence_id = self._next_id
+        number = submission.sequence_id = self._next_id
         self._next_id += 1
-        sequence = RemoteSequence(self, submission.sequence_id)
-        self._sequences[submission.sequence_id] = sequence
+        sequence = self._sequences[number] = RemoteSequence(lambda: self.cancel(number))
         self._commands.put_nowait(SessionRequest(submit=submission))
         return sequence
 

@@ -15,8 +15,9 @@ from granatum.router.leases import Leases
 from granatum.router.placement import Lease, LeaseKind, Placed, PlacementRequest
 from granatum.router.progress import Progress
 from granatum.router.registry import Registry
+from granatum.router.remote_sequence import RemoteSequence, SessionLost
 from granatum.router.request import Request
-from granatum.router.session import RemoteSequence, SessionLost, Sessions
+from granatum.router.session import Sessions
 from granatum.v1.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -149,7 +150,8 @@ class Stream:
                     self._setbacks = self._fatal_losses = 0
                 if response.tokens or response.HasField("end"):
                     yield response
-                self._follow(news[-1], runner_id)
+                if over:
+                    self._follow(news[-1], runner_id)
         except SessionLost as lost:
             self._lost(lost, runner_id)
         finally:
@@ -160,8 +162,7 @@ class Stream:
         quiet_until = self._clock() + self._shared.patience.idle_s
         while True:
             try:
-                async with asyncio.timeout(self._shared.patience.stall_s):
-                    return await sequence.receive()
+                return await sequence.receive(self._shared.patience.stall_s)
             except TimeoutError:
                 if not await self._alive(runner_id):
                     raise SessionLost(reached=True) from None
