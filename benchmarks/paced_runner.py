@@ -14,7 +14,6 @@ from pathlib import Path
 from granatum.client.box import Box
 from granatum.client.process import Process
 from granatum.runner import __main__, engine_child
-from granatum.runner.adapter_source import AdapterSource
 from granatum.runner.adapters import AdapterFigures
 from granatum.runner.channel import Channel
 from granatum.runner.config import read_config
@@ -98,7 +97,7 @@ class PacedExecutor:
         """Nothing to prove."""
 
 
-def run_engine(settings: Settings, source: AdapterSource, end: socket.socket) -> None:  # noqa: ARG001
+def run_engine(settings: Settings, end: socket.socket) -> None:
     """The engine process's main."""
     config = read_config(settings.model)
     batch = settings.max_batch or 64

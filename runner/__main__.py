@@ -7,9 +7,10 @@ import sys
 import structlog
 from pydantic import ValidationError
 
-from granatum.runner.app import Runner
+from granatum.runner.engine_child import EngineChild
 from granatum.runner.logs import log_as_json
 from granatum.runner.settings import Settings
+from granatum.runner.torchless import import_transformers
 from granatum.v1.errors import GranatumError
 
 log = structlog.get_logger("granatum.runner")
@@ -38,11 +39,15 @@ def read_settings() -> Settings:
 
 async def serve(settings: Settings) -> None:
     """Serve until a signal asks to stop, or a part of the runner fails, which it raises."""
+    child = EngineChild(settings)
+    import_transformers()  # while the engine loads in its own process
+    from granatum.runner.app import Runner
+
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    async with Runner(settings) as runner:
+    async with Runner(settings, child) as runner:
         stopping = asyncio.create_task(stopped.wait())
         failing = asyncio.create_task(runner.fail())
         await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)

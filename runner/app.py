@@ -32,18 +32,18 @@ class Runner:
     """Serves from `async with` on, once its engine is ready; `fail` returns only by an error.
 
     Leaving it takes the runner out of the routers' sight, gives its streams back to them, and ends
-    the engine.
+    the engine, `child`.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, child: EngineChild) -> None:
         self._settings = settings
+        self._child = child
         self._key = settings.cluster_key.get_secret_value()
         self._base = BaseModel.from_config(settings.model)
         self._vocabulary = read_config(settings.model).vocab
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        self._child = EngineChild(self._settings)
         tokenizer = Tokenizer(self._settings.model)
         self._front = Front(await self._child.connect(), tokenizer, self._vocabulary)
         self._health = Health(self._front.age_s)

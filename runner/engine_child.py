@@ -1,18 +1,19 @@
-"""The engine as a child process of the front."""
+"""The engine as a child process of the front. Here, in the front, it needs no torch."""
 
 import asyncio
 import dataclasses
 import multiprocessing
 import socket
+from typing import TYPE_CHECKING
 
-import torch
-
-from granatum.runner.adapter_source import AdapterSource
 from granatum.runner.channel import AsyncChannel, socket_pair
-from granatum.runner.engine_process import EngineOptions, run
 from granatum.runner.logs import log_as_json
 from granatum.runner.records import Command, Report
 from granatum.runner.settings import Settings
+from granatum.runner.torchless import import_transformers
+
+if TYPE_CHECKING:
+    from granatum.runner.engine_process import EngineOptions
 
 _CPU_BATCH = 8
 _CPU_HOST_BYTES = 64 << 20
@@ -23,10 +24,9 @@ class EngineChild:
 
     def __init__(self, settings: Settings) -> None:
         ours, theirs = socket_pair()
-        source = AdapterSource(settings.store, settings.cache_dir, settings.disk_cache_bytes)
         self._end = ours
         self._process = multiprocessing.get_context("spawn").Process(
-            target=_main, args=(settings, source, theirs), name="engine", daemon=True
+            target=_main, args=(settings, theirs), name="engine", daemon=True
         )
         self._process.start()
         theirs.close()
@@ -44,8 +44,25 @@ class EngineChild:
         return self._process.exitcode
 
 
-def engine_options(settings: Settings, device: str) -> EngineOptions:
+def _main(settings: Settings, end: socket.socket) -> None:
+    log_as_json()
+    import_transformers()
+    import torch
+
+    from granatum.runner.adapter_source import AdapterSource
+    from granatum.runner.engine_process import run
+
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = AdapterSource(settings.store, settings.cache_dir, settings.disk_cache_bytes)
+    run(_options(settings, device), source, end)
+
+
+def _options(settings: Settings, device: str) -> "EngineOptions":
     """What the engine is built with on `device`."""
+    from granatum.runner.engine_process import EngineOptions
+
     options = EngineOptions(
         model=settings.model,
         device=device,
@@ -60,11 +77,3 @@ def engine_options(settings: Settings, device: str) -> EngineOptions:
     max_batch = settings.max_batch or (_CPU_BATCH if on_cpu else options.max_batch)
     host = settings.host_cache_bytes or (_CPU_HOST_BYTES if on_cpu else options.host_bytes)
     return dataclasses.replace(options, max_batch=max_batch, host_bytes=host)
-
-
-def _main(settings: Settings, source: AdapterSource, end: socket.socket) -> None:
-    log_as_json()
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    run(engine_options(settings, device), source, end)

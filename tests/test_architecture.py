@@ -78,7 +78,9 @@ def test_kernels_is_no_regular_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("module", ["granatum.router.__main__", "granatum.client.cli"])
+@pytest.mark.parametrize(
+    "module", ["granatum.router.__main__", "granatum.runner.__main__", "granatum.client.cli"]
+)
 def test_light_processes_stay_light(module: str) -> None:
     program = f"import sys, {module}; print(*{{*sys.modules}} & {{*{HEAVY!r}}})"
     loaded = subprocess.run(
