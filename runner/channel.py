@@ -118,8 +118,12 @@ class AsyncChannel(Generic[Sent, Received]):
         return cls(reader, writer)
 
     def send(self, message: Sent) -> None:
-        """Send one message; what the socket does not take goes out later."""
-        self._writer.write(_encode(message))
+        """Send one message; what the socket does not take goes out later.
+
+        To a process that is gone nothing is sent: `receive` tells.
+        """
+        if not self._writer.transport.is_closing():
+            self._writer.write(_encode(message))
 
     async def receive(self) -> Received:
         """The next message. Raises ChannelClosed once the other side is gone."""

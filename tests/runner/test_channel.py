@@ -80,6 +80,20 @@ async def test_end_of_the_engine_is_seen_after_its_last_message() -> None:
         await front.receive()
 
 
+async def test_nothing_is_written_to_an_engine_that_is_gone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    front, engine = await ends()
+    engine.close()
+    with pytest.raises(ChannelClosed):
+        await front.receive()
+    for number in range(20):
+        front.send(number)
+    front.close()
+    front.send("late")
+    assert not caplog.records
+
+
 def test_torch_stays_out() -> None:
     """The records and the channel are the front's; importing them must be cheap."""
     code = (
