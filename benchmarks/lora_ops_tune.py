@@ -28,39 +28,54 @@ import torch
 from granatum.kernels.bench import Packed, tile_batch
 from granatum.kernels.expand import launch_expand
 from granatum.kernels.shrink import launch_shrink
-from granatum.kernels.tuning import Config, Shape, default_config
+from granatum.kernels.tuning import (
+    DECODE_BLOCK_M,
+    PREFILL_BLOCK_M,
+    Config,
+    Shape,
+    default_config,
+    power_of_two,
+)
 
 DECODE = [
     cases.decode(1, "distinct"),
-    cases.decode(8, "distinct"),
     cases.decode(32, "distinct"),
     cases.decode(32, "uniform"),
     cases.decode(32, "identical"),
-    cases.decode(64, "distinct"),
 ]
-PREFILL = [cases.prefill(2048, p) for p in ("identical", "uniform", "distinct")]
+PREFILL = [cases.prefill(2048, p) for p in ("identical", "distinct")]
+USUAL_RANK = 16
+"""Also measured where larger ranks are allowed."""
 POOL_BYTES = 250e6
 _COMPILERS = 12
 
 
 @dataclass
 class Search:
-    """One fused linear at one number of rows per tile, and what was measured of it."""
+    """One fused linear by rows or by tiles, and what was measured of it."""
 
-    linear: cases.Linear
+    model: str
+    group: str
+    max_rank: int
     block_m: int
     measured: list[tuple[Config, dict[str, float]]] = field(default_factory=list)
 
     @property
+    def linears(self) -> list[cases.Linear]:
+        """What it is measured on: adapters of the largest rank, and of a usual one."""
+        ranks = sorted({min(USUAL_RANK, self.max_rank), self.max_rank})
+        return [cases.Linear(self.model, self.group, rank) for rank in ranks]
+
+    @property
     def shape(self) -> Shape:
         """What configurations are looked up by."""
-        rank = -(-self.linear.rank // 8) * 8
-        return Shape(self.linear.in_features, self.linear.out_features, rank, self.block_m)
+        linear = self.linears[0]
+        return Shape(linear.in_features, linear.out_features, self.max_rank, self.block_m)
 
     @property
     def batches(self) -> list[cases.Batch]:
         """What it is measured on."""
-        return PREFILL if self.block_m >= 64 else DECODE
+        return PREFILL if self.shape.dot else DECODE
 
     @property
     def best(self) -> Config:
@@ -70,7 +85,7 @@ class Search:
     @property
     def start(self) -> Config:
         """The default, its launches overlapping."""
-        return replace(default_config(self.shape), pdl=True)
+        return default_config(self.shape, pdl=True)
 
 
 def score(times: dict[str, float]) -> float:
@@ -79,75 +94,58 @@ def score(times: dict[str, float]) -> float:
 
 
 def shrinks(search: Search) -> Iterator[Config]:
-    """The best so far with other shrinks."""
-    stacked = search.shape.max_rank * len(search.shape.out_features)
-    if search.block_m < 16:
-        tried = [(256, 8, 1), (512, 8, 1), (512, 4, 1), (1024, 4, 1), (1024, 4, 2), (1024, 8, 2)]
-        tried += [(2048, 4, 4), (2048, 2, 2)]
-        for chunk, r, warps in tried:
-            shared = {min(-(-stacked // r), 24), min(-(-stacked // (2 * r)), 12)}
-            for rank_blocks in sorted(shared) if (chunk, r) == (512, 8) else [max(shared)]:
-                yield replace(
-                    search.best,
-                    chunk_k=chunk,
-                    shrink_k=chunk,
-                    shrink_r=r,
-                    rank_blocks=rank_blocks,
-                    shrink_warps=warps,
-                    shrink_stages=1,
-                )
-        return
-    wide = min(64, max(16, 1 << (stacked - 1).bit_length()))
-    small = search.block_m == 16
-    for chunk in (256, 512, 1024) if small else (1024, 2048, 4096):
-        for k, r, warps, stages in (
-            ((128, 16, 1, 3), (256, 16, 2, 2), (128, 32, 2, 3))
-            if small
-            else ((64, wide, 4, 3), (128, wide, 4, 3), (64, 16, 4, 4), (128, wide, 8, 2))
-        ):
+    """The best so far with other shrinks.
+
+    Rank blocks are as many as the usual rank fills: an absent one costs more than a loop.
+    """
+    projections = len(search.shape.out_features)
+    if search.shape.dot:
+        wide = min(64, power_of_two(USUAL_RANK * projections))
+        for chunk, k, warps, stages in ((1024, 128, 4, 3), (2048, 128, 4, 3), (512, 128, 4, 3)):
             yield replace(
                 search.best,
                 chunk_k=chunk,
                 shrink_k=k,
-                shrink_r=r,
-                rank_blocks=min(-(-stacked // r), 4) if small else 1,
+                shrink_r=wide,
                 shrink_warps=warps,
                 shrink_stages=stages,
             )
+        return
+    for chunk, k, r in ((512, 256, 4), (512, 256, 8), (1024, 128, 4)):
+        blocks = projections * USUAL_RANK // r
+        yield replace(search.best, chunk_k=chunk, shrink_k=k, shrink_r=r, rank_blocks=blocks)
 
 
 def expands(search: Search) -> Iterator[Config]:
     """The best so far with other expands."""
-    if search.block_m < 16:
-        tried = [(256, 8, 1, 1), (256, 16, 1, 1), (512, 8, 2, 1), (512, 16, 2, 1), (1024, 8, 4, 1)]
-        tried += [(512, 8, 1, 1), (1024, 16, 4, 1), (512, 8, 4, 1)]
-    elif search.block_m == 16:
-        tried = [(64, 16, 1, 2), (128, 16, 1, 2), (128, 16, 2, 2), (256, 16, 4, 2)]
-    else:
-        tried = [(64, 16, 4, 2), (128, 16, 4, 2), (256, 16, 8, 2), (128, 16, 8, 2), (128, 32, 4, 2)]
-    for n, r, warps, stages in tried:
-        yield replace(search.best, expand_n=n, expand_r=r, expand_warps=warps, expand_stages=stages)
+    if search.shape.dot:
+        for n, span in ((64, 1024), (128, 512), (128, 1024)):
+            yield replace(search.best, expand_n=n, expand_span=span)
+        return
+    for n in (128, 256):
+        yield replace(search.best, expand_n=n, expand_span=n)
 
 
 def apart(search: Search) -> Iterator[Config]:
     """The best so far without overlap of launches."""
-    yield replace(search.best, pdl=not search.best.pdl)
+    yield replace(search.best, pdl=False)
 
 
 class Bench:
     """One linear's adapters, ready to run any configuration on any batch."""
 
-    def __init__(self, search: Search, adapters: int) -> None:
+    def __init__(self, search: Search, linear: cases.Linear, adapters: int | None = None) -> None:
         self.search = search
-        self.adapters = adapters
-        self.matrices = cases.make_matrices(search.linear, adapters)
+        self.linear = linear
+        self.adapters = adapters or max(64, math.ceil(POOL_BYTES / linear.adapter_bytes))
+        self.matrices = cases.make_matrices(linear, self.adapters)
         self.packed: Packed = cases.pack_matrices(self.matrices)
 
     def launches(
         self, batch: cases.Batch, config: Config, x: torch.Tensor, y: torch.Tensor
     ) -> list[Any]:
         """A shrink and expand per layer."""
-        search, group = self.search, self.search.linear.group_index
+        search, group = self.search, self.linear.group_index
         layers = cases.layers_of(batch, self.adapters)
         table = self.packed.table(group, batch.distinct, layers)
         capacity = batch.rows if batch.rows <= 128 else batch.rows // search.block_m + 16
@@ -163,19 +161,19 @@ class Bench:
 
     def check(self, batch: cases.Batch, config: Config) -> None:
         """Raise AssertionError unless the configuration computes what it should."""
-        x, y = cases.activations(self.search.linear, batch)
+        x, y = cases.activations(self.linear, batch)
         expected = cases.truth(batch, self.matrices, x, y)
         self.launches(batch, config, x, y)[0]()
         torch.testing.assert_close(y.float(), expected, rtol=8e-3, atol=4e-3)
 
     def times(self, config: Config) -> dict[str, float]:
         """Microseconds per batch."""
-        batches = self.search.batches
-        self.check(batches[1 if self.search.block_m >= 64 else 3], config)
+        self.check(self.search.batches[-1], config)
         found = {}
-        for batch in batches:
-            x, y = cases.activations(self.search.linear, batch)
-            found[batch.name] = cases.graph_us(self.launches(batch, config, x, y))
+        for batch in self.search.batches:
+            x, y = cases.activations(self.linear, batch)
+            name = f"r{self.linear.rank} {batch.name}"
+            found[name] = cases.graph_us(self.launches(batch, config, x, y))
         return found
 
 
@@ -183,15 +181,10 @@ def compile_one(search: Search, config: Config) -> str:
     """Launch a configuration once, in a process of its own, so that its binary is in the cache."""
     torch.manual_seed(0)
     try:
-        Bench(search, 1).check(cases.decode(4, "identical"), config)
+        Bench(search, search.linears[0], 1).check(cases.decode(4, "identical"), config)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
     return ""
-
-
-def pool_size(linear: cases.Linear) -> int:
-    """Adapters that the caches cannot hold, and enough for the largest batch."""
-    return max(64, math.ceil(POOL_BYTES / linear.adapter_bytes))
 
 
 def phase(
@@ -209,12 +202,15 @@ def phase(
     print(f"{name}: {len(work)} compiled in {time.monotonic() - began:.0f} s", flush=True)
     for search in searches:
         mine = [(c, e) for (s, c), e in zip(work, errors, strict=True) if s is search]
-        bench = Bench(search, pool_size(search.linear))
+        benches = [Bench(search, linear) for linear in search.linears]
         for config, error in mine:
             if error:
                 failures.append({**describe(search), "config": asdict(config), "error": error})
             elif time.monotonic() < deadline:
-                search.measured.append((config, bench.times(config)))
+                found = [bench.times(config) for bench in benches]
+                search.measured.append(
+                    (config, {k: v for times in found for k, v in times.items()})
+                )
         report(name, search)
 
 
@@ -223,22 +219,21 @@ def report(name: str, search: Search) -> None:
     if search.measured:
         config, times = min(search.measured, key=lambda m: score(m[1]))
         line = " ".join(f"{us:7.2f}" for us in times.values())
-        who = f"{search.linear.model} {search.linear.group:<7} r{search.linear.rank}"
+        who = f"{search.model} {search.group:<7} r{search.max_rank}"
         print(f"{name:<7} {who} m{search.block_m:<3} {line}  {tuple(asdict(config).values())}")
 
 
 def describe(search: Search) -> dict[str, Any]:
     """What a search is about."""
-    return {**asdict(search.linear), "block_m": search.block_m}
+    keys = ("model", "group", "max_rank", "block_m")
+    return {key: getattr(search, key) for key in keys}
 
 
 def totals(searches: Sequence[Search]) -> None:
     """Sums over a layer's groups, by rows per tile: of the best means, and of each batch's best."""
-    for model, rank, block_m in sorted(
-        {(s.linear.model, s.linear.rank, s.block_m) for s in searches}
-    ):
+    for model, rank, block_m in sorted({(s.model, s.max_rank, s.block_m) for s in searches}):
         own = (model, rank, block_m)
-        mine = [s for s in searches if (s.linear.model, s.linear.rank, s.block_m) == own]
+        mine = [s for s in searches if (s.model, s.max_rank, s.block_m) == own]
         if not all(s.measured for s in mine):
             continue
         chosen = [min(s.measured, key=lambda m: score(m[1]))[1] for s in mine]
@@ -278,10 +273,10 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", type=names, default=["7b"])
+    parser.add_argument("--models", type=names, default=["7b", "8b"])
     parser.add_argument("--groups", type=names, default=["qkv", "o", "gate_up", "down"])
-    parser.add_argument("--ranks", type=numbers, default=[16])
-    parser.add_argument("--block-m", type=numbers, default=[1, 2, 4, 16, 64, 128])
+    parser.add_argument("--ranks", type=numbers, default=[16, 64])
+    parser.add_argument("--block-m", type=numbers, default=[DECODE_BLOCK_M, PREFILL_BLOCK_M])
     parser.add_argument("--seconds", type=float, default=330.0, help="stop measuring after these")
     return parser.parse_args()
 
@@ -292,7 +287,7 @@ def main() -> None:
     deadline = time.monotonic() + args.seconds
     print(f"{torch.cuda.get_device_name()}: reads {cases.read_bandwidth() / 1e12:.2f} TB/s")
     searches = [
-        Search(cases.Linear(model, group, rank), block_m)
+        Search(model, group, rank, block_m)
         for rank in args.ranks
         for block_m in args.block_m
         for model in args.models

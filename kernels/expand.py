@@ -5,7 +5,7 @@ import torch
 from granatum.kernels import reference_lora as reference
 from granatum.kernels.backend import dot, jit, require, require_rows, runs_kernel, tl, triton
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
-from granatum.kernels.shrink import source_rows
+from granatum.kernels.shrink import load_inside, load_tile, source_rows
 from granatum.kernels.tuning import Config, Shape, config_for, power_of_two
 
 
@@ -35,7 +35,7 @@ def _rank_before(ranks, p, PROJECTIONS: tl.constexpr):
     return rank, column
 
 
-@jit("rows_total", "layers", "layer")
+@jit("rows_total", "workspace_width", "layers", "layer")
 def _expand_rows_kernel(
     y,
     arena,
@@ -48,79 +48,99 @@ def _expand_rows_kernel(
     partials,
     y_stride,
     rows_total,
+    workspace_width,
     layers,
     layer,
     PROJECTION: tl.constexpr,
     PROJECTIONS: tl.constexpr,
-    MAX_RANK: tl.constexpr,
     N0: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
     CHUNKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One block: a tile, BLOCK_N columns of one projection, all of its ranks in turn.
+    """One block: BLOCK_N columns of one projection, a tile, its ranks in turn.
 
-    The next BLOCK_R rows of B are loaded while these are multiplied, the first ones before the
-    shrink is over if it allows.
+    The first BLOCK_R rows of B are loaded before the shrink is over if it allows; B of that rank
+    at most stays in registers for the tile's rows, each the same sums whatever its company. The
+    next row's partials and y are loaded while one is multiplied.
     """
-    pid = tl.program_id(0)
-    blocks: tl.constexpr = (
-        (N0 + BLOCK_N - 1) // BLOCK_N
-        + (N1 + BLOCK_N - 1) // BLOCK_N
-        + (N2 + BLOCK_N - 1) // BLOCK_N
-    )
-    tile = pid // blocks
+    block = tl.program_id(0)
+    tile = tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    used = tl.load(count)
-    slot = tl.load(entries + tile * 4)
-    first = tl.load(entries + tile * 4 + 1)
-    rows = tl.load(entries + tile * 4 + 2)
-    p, column, width, start = _find_slice(pid % blocks, N0, N1, N2, BLOCK_N)
-    rank = 0
-    if tile < used:
-        place = (slot.to(tl.int64) * layers + layer) * 7 + PROJECTION
-        rank, stacked_row = _rank_before(ranks + place, p, PROJECTIONS)
-        offset = tl.load(b_offsets + place + p)
-        scale = tl.load(scales + place + p)
-        b_start = arena + tl.multiple_of(offset, 32)
-        m = tl.arange(0, BLOCK_M)
+    slot, first, rows = load_tile(entries, count, tile)
+    p, column, width, begin = _find_slice(block, N0, N1, N2, BLOCK_N)
+    place = (slot * layers + layer) * 7 + PROJECTION
+    rank, stacked_row = _rank_before(ranks + place, p, PROJECTIONS)
+    b_start = arena + tl.multiple_of(tl.load(b_offsets + place + p), 32)
+    scale = tl.load(scales + place + p)
+    if (rows > 0) & (rank > 0):
         n = column + tl.arange(0, BLOCK_N)
         r = tl.arange(0, BLOCK_R)
         c = tl.arange(0, triton.next_power_of_2(CHUNKS))
+        FULL: tl.constexpr = (
+            8 % BLOCK_R == 0 and N0 % BLOCK_N == 0 and N1 % BLOCK_N == 0 and N2 % BLOCK_N == 0
+        )
         b_at = b_start + r[:, None] * width + n[None, :]
-        b = tl.load(b_at, mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
-        row = (first + m).to(tl.int64)
-        y_at = y + source_rows(order, first, rows, m)[:, None] * y_stride + start + n[None, :]
+        b = load_inside(b_at, (r < rank)[:, None] & (n < width)[None, :], FULL)
         if PDL:
             tl.extra.cuda.gdc_wait()
-        kept = (m < tl.where(rank > 0, rows, 0))[:, None] & (n < width)[None, :]
-        base = tl.load(y_at, mask=kept, other=0.0).to(tl.float32)
-        chunk_row = c.to(tl.int64)[:, None] * rows_total + row[None, :]
-        v_at = partials + chunk_row * (PROJECTIONS * MAX_RANK) + stacked_row
-        known = (c < CHUNKS)[:, None] & (m < rows)[None, :]
-        delta = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for done in range(0, rank, BLOCK_R):
-            ahead = done + BLOCK_R + r
-            b_at = b_start + ahead[:, None] * width + n[None, :]
-            mask = (ahead < rank)[:, None] & (n < width)[None, :]
-            b_next = tl.load(b_at, mask=mask, other=0.0)
-            mask = known[:, :, None] & (done + r < rank)[None, None, :]
-            v = tl.sum(
-                tl.load(v_at[:, :, None] + (done + r)[None, None, :], mask=mask, other=0.0), 0
-            )
-            delta += tl.sum(v[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
-            b = b_next
-        tl.store(y_at, base + scale * delta, mask=kept)
-    elif PDL:
-        tl.extra.cuda.gdc_wait()
+        chunk_row = c.to(tl.int64) * rows_total + first
+        v_at = partials + chunk_row[:, None] * workspace_width + stacked_row + r[None, :]
+        known = (c < CHUNKS)[:, None] & (r < rank)[None, :]
+        v = tl.load(v_at, mask=known, other=0.0)
+        y_at = y + source_rows(order, first, True) * y_stride + begin + n
+        total = tl.load(y_at, mask=n < width, other=0.0).to(tl.float32)
+        row = source_rows(order, first + 1, rows > 1)
+        m, done = 0, 0
+        while m < rows:
+            last = done + BLOCK_R >= rank
+            done = tl.where(last, 0, done + BLOCK_R)
+            m_next = tl.where(last, m + 1, m)
+            known = (c < CHUNKS)[:, None] & (done + r < tl.where(m_next < rows, rank, 0))[None, :]
+            v_next = tl.load(v_at + m_next * workspace_width + done, mask=known, other=0.0)
+            y_next_at = y + row * y_stride + begin + n
+            y_next = tl.load(y_next_at, mask=n < tl.where(m + 1 < rows, width, 0), other=0.0)
+            row = source_rows(order, first + m_next + 1, m_next + 1 < rows)
+            total += scale * tl.sum(tl.sum(v, axis=0)[:, None] * b.to(tl.float32), axis=0)
+            if last:
+                tl.store(y_at, total, mask=n < width)
+                total = y_next.to(tl.float32)
+                y_at = y_next_at
+            if rank > BLOCK_R:
+                b_at = b_start + (done + r)[:, None] * width + n[None, :]
+                b = load_inside(b_at, (done + r < rank)[:, None] & (n < width)[None, :], FULL)
+            m = m_next
+            v = v_next
+    elif PDL and block + tile == 0:
+        tl.extra.cuda.gdc_wait()  # one block that waits keeps the next kernel from overtaking
 
 
-@jit("rows_total", "layers", "layer")
+@jit()
+def _sum_chunks(at, known, chunk_stride, CHUNKS: tl.constexpr):
+    """A shrink's results: its partial sums, added in order."""
+    total = tl.load(at, mask=known, other=0.0)
+    for chunk in range(1, CHUNKS):
+        total += tl.load(at + chunk * chunk_stride, mask=known, other=0.0)
+    return total
+
+
+@jit()
+def _dot_expanded(v, b, total):
+    """total + v @ b; with a bfloat16 b, v's high and low halves in turn, else both as float32."""
+    if b.dtype == tl.bfloat16:
+        high = v.to(tl.bfloat16)
+        total = dot(high, b, total)
+        total = dot((v - high.to(tl.float32)).to(tl.bfloat16), b, total)
+    else:
+        total = dot(v, b.to(tl.float32), total)
+    return total
+
+
+@jit("rows_total", "workspace_width", "layers", "layer")
 def _expand_tiles_kernel(
     y,
     arena,
@@ -133,72 +153,64 @@ def _expand_tiles_kernel(
     partials,
     y_stride,
     rows_total,
+    workspace_width,
     layers,
     layer,
     PROJECTION: tl.constexpr,
     PROJECTIONS: tl.constexpr,
-    MAX_RANK: tl.constexpr,
     N0: tl.constexpr,
     N1: tl.constexpr,
     N2: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One block as in `_expand_rows_kernel`, on the tensor cores.
+    """One block: SPAN columns of one projection, in steps of BLOCK_N, of a tile; tensor cores.
 
-    For a bfloat16 B the float32 intermediate is multiplied as the sum of two bfloat16, for
-    others as float32, so that it keeps its precision.
+    The first BLOCK_R ranks' intermediate is summed once for all columns.
     """
-    pid = tl.program_id(0)
-    blocks: tl.constexpr = (
-        (N0 + BLOCK_N - 1) // BLOCK_N
-        + (N1 + BLOCK_N - 1) // BLOCK_N
-        + (N2 + BLOCK_N - 1) // BLOCK_N
-    )
-    tile = pid // blocks
+    block = tl.program_id(0)
+    tile = tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    if tile < tl.load(count):
-        slot = tl.load(entries + tile * 4)
-        first = tl.load(entries + tile * 4 + 1)
-        rows = tl.load(entries + tile * 4 + 2)
-        p, column, width, start = _find_slice(pid % blocks, N0, N1, N2, BLOCK_N)
-        place = (slot.to(tl.int64) * layers + layer) * 7 + PROJECTION
-        rank, stacked_row = _rank_before(ranks + place, p, PROJECTIONS)
-        if rank > 0:
-            offset = tl.load(b_offsets + place + p)
-            scale = tl.load(scales + place + p)
-            b_start = arena + tl.multiple_of(offset, 32)
-            m = tl.arange(0, BLOCK_M)
-            n = column + tl.arange(0, BLOCK_N)
-            row = (first + m).to(tl.int64)
-            y_at = y + source_rows(order, first, rows, m)[:, None] * y_stride + start + n[None, :]
-            kept = (m < rows)[:, None] & (n < width)[None, :]
-            v_at = partials + row[:, None] * (PROJECTIONS * MAX_RANK) + stacked_row
-            chunk_stride = rows_total.to(tl.int64) * (PROJECTIONS * MAX_RANK)
-            delta = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for done in range(0, rank, BLOCK_R):
-                r = done + tl.arange(0, BLOCK_R)
-                inside = (r < rank)[:, None] & (n < width)[None, :]
-                b = tl.load(b_start + r[:, None] * width + n[None, :], mask=inside, other=0.0)
-                known = (m < rows)[:, None] & (r < rank)[None, :]
-                v = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-                for chunk in tl.static_range(CHUNKS):
-                    v_chunk = v_at + chunk * chunk_stride + r[None, :]
-                    v += tl.load(v_chunk, mask=known, other=0.0)
-                if b.dtype == tl.bfloat16:
-                    high = v.to(tl.bfloat16)
-                    low = (v - high.to(tl.float32)).to(tl.bfloat16)
-                    delta = dot(high, b, delta)
-                    delta = dot(low, b, delta)
-                else:
-                    delta = dot(v, b.to(tl.float32), delta)
-            base = tl.load(y_at, mask=kept, other=0.0).to(tl.float32)
-            tl.store(y_at, base + scale * delta, mask=kept)
+    slot, first, rows = load_tile(entries, count, tile)
+    p, column, width, begin = _find_slice(block, N0, N1, N2, SPAN)
+    place = (slot * layers + layer) * 7 + PROJECTION
+    rank, stacked_row = _rank_before(ranks + place, p, PROJECTIONS)
+    b_start = arena + tl.multiple_of(tl.load(b_offsets + place + p), 32)
+    scale = tl.load(scales + place + p)
+    if (rows > 0) & (rank > 0):
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        m = tl.arange(0, BLOCK_M)
+        r = tl.arange(0, BLOCK_R)
+        present = (m < rows)[:, None]
+        y_rows = y + source_rows(order, first + m, m < rows)[:, None] * y_stride + begin
+        v_at = partials + (first + m).to(tl.int64)[:, None] * workspace_width + stacked_row
+        chunk_stride = rows_total.to(tl.int64) * workspace_width
+        known = present & (r < rank)[None, :]
+        v = _sum_chunks(v_at + r[None, :], known, chunk_stride, CHUNKS)
+        for at in range(column, tl.minimum(column + SPAN, width), BLOCK_N):
+            n = at + tl.arange(0, BLOCK_N)
+            kept = present & (n < width)[None, :]
+            base = tl.load(y_rows + n[None, :], mask=kept, other=0.0)
+            b_at = b_start + r[:, None] * width + n[None, :]
+            b = tl.load(b_at, mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
+            delta = _dot_expanded(v, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+            for done in range(BLOCK_R, rank, BLOCK_R):
+                more = done + r
+                b_at = b_start + more[:, None] * width + n[None, :]
+                b = tl.load(b_at, mask=(more < rank)[:, None] & (n < width)[None, :], other=0.0)
+                v_more = _sum_chunks(
+                    v_at + more[None, :], present & (more < rank)[None, :], chunk_stride, CHUNKS
+                )
+                delta = _dot_expanded(v_more, b, delta)
+            tl.store(y_rows + n[None, :], base.to(tl.float32) + scale * delta, mask=kept)
+    elif PDL and block + tile == 0:
+        tl.extra.cuda.gdc_wait()  # as in `_expand_rows_kernel`
 
 
 def expand(
@@ -244,9 +256,10 @@ def launch_expand(
 ) -> None:
     """The kernel in one configuration; its arguments were checked."""
     outs = (*shape.out_features, 0, 0)[:3]
-    blocks = sum(-(-n // config.expand_n) for n in outs)
+    blocks = sum(-(-n // config.expand_span) for n in outs)
     kernel = _expand_tiles_kernel if shape.dot else _expand_rows_kernel
-    kernel[(tiles.capacity * blocks,)](
+    of_tiles = {"BLOCK_M": power_of_two(shape.block_m), "SPAN": config.expand_span}
+    kernel[(blocks, tiles.capacity)](
         y,
         arena,
         table.b,
@@ -258,20 +271,20 @@ def launch_expand(
         workspace,
         y.stride(0),
         y.shape[0],
+        len(shape.out_features) * shape.max_rank,
         table.layers,
         layer,
         PROJECTION=FIRST_PROJECTION[group],
         PROJECTIONS=len(shape.out_features),
-        MAX_RANK=shape.max_rank,
         N0=outs[0],
         N1=outs[1],
         N2=outs[2],
         CHUNKS=config.chunks(shape),
-        BLOCK_M=power_of_two(shape.block_m),
         BLOCK_N=config.expand_n,
         BLOCK_R=config.expand_r,
         PDL=config.pdl,
         num_warps=config.expand_warps,
         num_stages=config.expand_stages,
+        **(of_tiles if shape.dot else {}),
         **config.launch_options,
     )

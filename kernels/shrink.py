@@ -9,15 +9,30 @@ from granatum.kernels.tuning import Config, Shape, config_for, power_of_two
 
 
 @jit()
-def source_rows(order, first, rows, m):
-    """The rows of x and y that are a tile's m-th rows."""
-    row = first + m
+def source_rows(order, row, present):
+    """The rows of x and y that are these rows of the tiles' order; any if not present."""
     if order is not None:
-        row = tl.load(order + row, mask=m < rows, other=0)
+        row = tl.load(order + row, mask=present, other=0)
     return row.to(tl.int64)
 
 
-@jit("rows_total", "layers", "layer")
+@jit()
+def load_tile(entries, count, tile):
+    """The tile's slot, first row and rows; a spare one has a slot that exists, and no rows."""
+    used = tile < tl.load(count)
+    slot = tl.load(entries + tile * 4)
+    first = tl.load(entries + tile * 4 + 1)
+    rows = tl.load(entries + tile * 4 + 2)
+    return tl.where(used, slot, 0).to(tl.int64), first, tl.where(used, rows, 0)
+
+
+@jit()
+def load_inside(at, inside, FULL: tl.constexpr):
+    """Weights where they are inside, else 0; FULL: all are."""
+    return tl.load(at) if FULL else tl.load(at, mask=inside, other=0.0)
+
+
+@jit("rows_total", "width", "layers", "layer")
 def _shrink_rows_kernel(
     x,
     arena,
@@ -29,69 +44,75 @@ def _shrink_rows_kernel(
     partials,
     x_stride,
     rows_total,
+    width,
     layers,
     layer,
     GROUP: tl.constexpr,
     PROJECTION: tl.constexpr,
     PROJECTIONS: tl.constexpr,
-    MAX_RANK: tl.constexpr,
     K: tl.constexpr,
-    CHUNKS: tl.constexpr,
     CHUNK_K: tl.constexpr,
     RANK_BLOCKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One block: a tile, a chunk of K, every RANK_BLOCKS-th block of BLOCK_R stacked ranks.
+    """One block: a chunk of K, a tile, every RANK_BLOCKS-th block of BLOCK_R stacked ranks.
 
-    Products and sums stay in registers; a chunk of A is loaded whole, and the next rank block
-    while this one is summed, so that many bytes are in flight. BLOCK_K = CHUNK_K.
+    The chunk of A is loaded once, into registers, and serves the tile's rows in turn, each by
+    the same sums whatever its company; the next row of x is loaded while one is multiplied.
+    Adjacent lanes hold BLOCK_K adjacent features.
     """
-    pid = tl.program_id(0)
-    rank_block = pid % RANK_BLOCKS
-    chunk = pid // RANK_BLOCKS % CHUNKS
-    tile = pid // (RANK_BLOCKS * CHUNKS)
+    chunk = tl.program_id(0)
+    tile = tl.program_id(1)
+    rank_block = tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    used = tl.load(count)
-    slot = tl.load(entries + tile * 4)
-    first = tl.load(entries + tile * 4 + 1)
-    rows = tl.load(entries + tile * 4 + 2)
-    if tile < used:
-        place = slot.to(tl.int64) * layers + layer
-        offset = tl.load(a_offsets + place * 4 + GROUP)
-        stacked = tl.load(ranks + place * 7 + PROJECTION)
-        for p in tl.static_range(1, PROJECTIONS):
-            stacked += tl.load(ranks + place * 7 + PROJECTION + p)
-        a_start = arena + tl.multiple_of(offset, 32)
+    slot, first, rows = load_tile(entries, count, tile)
+    place = slot * layers + layer
+    a_start = arena + tl.multiple_of(tl.load(a_offsets + place * 4 + GROUP), 32)
+    stacked = tl.load(ranks + place * 7 + PROJECTION)
+    for p in tl.static_range(1, PROJECTIONS):
+        stacked += tl.load(ranks + place * 7 + PROJECTION + p)
+    begin = rank_block * BLOCK_R
+    if (rows > 0) & (begin < stacked):
         r = tl.arange(0, BLOCK_R)
-        k = chunk * CHUNK_K + tl.arange(0, BLOCK_K)
-        m = tl.arange(0, BLOCK_M)
-        rank = rank_block * BLOCK_R + r
-        inside = (rank < stacked)[:, None] & (k < K)[None, :]
-        a = tl.load(a_start + rank[:, None] * K + k[None, :], mask=inside, other=0.0)
-        x_rows = x + source_rows(order, first, rows, m)[:, None] * x_stride
+        k = (
+            chunk * CHUNK_K
+            + tl.arange(0, CHUNK_K // BLOCK_K)[:, None] * BLOCK_K
+            + tl.arange(0, BLOCK_K)[None, :]
+        )
+        EVEN: tl.constexpr = K % CHUNK_K == 0
+        FULL: tl.constexpr = EVEN and 8 % BLOCK_R == 0
+        a_at = a_start + (begin + r)[None, :, None] * K + k[:, None, :]
+        a = load_inside(a_at, ((begin + r) < stacked)[None, :, None] & (k < K)[:, None, :], FULL)
         if PDL:
             tl.extra.cuda.gdc_wait()
-        present = (m < rows)[:, None] & (k < K)[None, :]
-        xs = tl.load(x_rows + k[None, :], mask=present, other=0.0).to(tl.float32)
-        out = partials + (chunk * rows_total + first + m).to(tl.int64) * (PROJECTIONS * MAX_RANK)
-        for start in range(rank_block * BLOCK_R, stacked, RANK_BLOCKS * BLOCK_R):
-            ahead = start + RANK_BLOCKS * BLOCK_R + r
-            inside = (ahead < stacked)[:, None] & (k < K)[None, :]
-            a_next = tl.load(a_start + ahead[:, None] * K + k[None, :], mask=inside, other=0.0)
-            sums = tl.sum(xs[:, None, :] * a.to(tl.float32)[None, :, :], axis=2)
-            rank = start + r
-            kept = (m < rows)[:, None] & (rank < stacked)[None, :]
-            tl.store(out[:, None] + rank[None, :], sums, mask=kept)
-            a = a_next
-    elif PDL:
-        tl.extra.cuda.gdc_wait()
+        out = partials + (chunk * rows_total + first).to(tl.int64) * width + r
+        row = source_rows(order, first, True)
+        x_row = tl.load(x + row * x_stride + k, mask=k < K, other=0.0)
+        row = source_rows(order, first + tl.where(rows > 1, 1, 0), True)
+        start, m = begin, 0
+        while start < stacked:
+            m_next = tl.where(m + 1 == rows, 0, m + 1)
+            x_next = tl.load(x + row * x_stride + k, mask=k < K, other=0.0)
+            row = source_rows(order, first + tl.where(m_next + 1 == rows, 0, m_next + 1), True)
+            products = x_row.to(tl.float32)[:, None, :] * a.to(tl.float32)
+            sums = tl.sum(tl.sum(products, axis=0), axis=1)
+            tl.store(out + start + m * width, sums, mask=start + r < stacked)
+            if m_next == 0:
+                start += RANK_BLOCKS * BLOCK_R
+                if start < stacked:
+                    a_at = a_start + (start + r)[None, :, None] * K + k[:, None, :]
+                    inside = ((start + r) < stacked)[None, :, None] & (k < K)[:, None, :]
+                    a = load_inside(a_at, inside, FULL)
+            m = m_next
+            x_row = x_next
+    elif PDL and chunk + tile + rank_block == 0:
+        tl.extra.cuda.gdc_wait()  # one block that waits keeps the next kernel from overtaking
 
 
-@jit("rows_total", "layers", "layer")
+@jit("rows_total", "width", "layers", "layer")
 def _shrink_tiles_kernel(
     x,
     arena,
@@ -103,14 +124,13 @@ def _shrink_tiles_kernel(
     partials,
     x_stride,
     rows_total,
+    width,
     layers,
     layer,
     GROUP: tl.constexpr,
     PROJECTION: tl.constexpr,
     PROJECTIONS: tl.constexpr,
-    MAX_RANK: tl.constexpr,
     K: tl.constexpr,
-    CHUNKS: tl.constexpr,
     CHUNK_K: tl.constexpr,
     RANK_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -119,27 +139,25 @@ def _shrink_tiles_kernel(
     PDL: tl.constexpr,
 ):
     """One block as in `_shrink_rows_kernel`, on the tensor cores, in steps of BLOCK_K."""
-    pid = tl.program_id(0)
-    rank_block = pid % RANK_BLOCKS
-    chunk = pid // RANK_BLOCKS % CHUNKS
-    tile = pid // (RANK_BLOCKS * CHUNKS)
+    chunk = tl.program_id(0)
+    tile = tl.program_id(1)
+    rank_block = tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    if tile < tl.load(count):
-        slot = tl.load(entries + tile * 4)
-        first = tl.load(entries + tile * 4 + 1)
-        rows = tl.load(entries + tile * 4 + 2)
-        place = slot.to(tl.int64) * layers + layer
-        offset = tl.load(a_offsets + place * 4 + GROUP)
-        stacked = tl.load(ranks + place * 7 + PROJECTION)
-        for p in tl.static_range(1, PROJECTIONS):
-            stacked += tl.load(ranks + place * 7 + PROJECTION + p)
-        a_start = arena + tl.multiple_of(offset, 32)
+    slot, first, rows = load_tile(entries, count, tile)
+    place = slot * layers + layer
+    a_start = arena + tl.multiple_of(tl.load(a_offsets + place * 4 + GROUP), 32)
+    stacked = tl.load(ranks + place * 7 + PROJECTION)
+    for p in tl.static_range(1, PROJECTIONS):
+        stacked += tl.load(ranks + place * 7 + PROJECTION + p)
+    begin = rank_block * BLOCK_R
+    if (rows > 0) & (begin < stacked):
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         m = tl.arange(0, BLOCK_M)
-        x_rows = x + source_rows(order, first, rows, m)[:, None] * x_stride
-        out = partials + (chunk * rows_total + first + m).to(tl.int64) * (PROJECTIONS * MAX_RANK)
-        for start in range(rank_block * BLOCK_R, stacked, RANK_BLOCKS * BLOCK_R):
+        x_rows = x + source_rows(order, first + m, m < rows)[:, None] * x_stride
+        out = partials + (chunk * rows_total + first + m).to(tl.int64) * width
+        for start in range(begin, stacked, RANK_BLOCKS * BLOCK_R):
             rank = start + tl.arange(0, BLOCK_R)
             sums = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             for step in range(0, CHUNK_K, BLOCK_K):
@@ -151,6 +169,8 @@ def _shrink_tiles_kernel(
                 sums = dot(xs, a, sums)
             kept = (m < rows)[:, None] & (rank < stacked)[None, :]
             tl.store(out[:, None] + rank[None, :], sums, mask=kept)
+    elif PDL and chunk + tile + rank_block == 0:
+        tl.extra.cuda.gdc_wait()  # as in `_shrink_rows_kernel`
 
 
 def shrink(
@@ -195,9 +215,9 @@ def launch_shrink(
     config: Config,
 ) -> None:
     """The kernel in one configuration; its arguments were checked."""
-    chunks = config.chunks(shape)
     kernel = _shrink_tiles_kernel if shape.dot else _shrink_rows_kernel
-    kernel[(tiles.capacity * chunks * config.rank_blocks,)](
+    of_tiles = {"BLOCK_M": power_of_two(shape.block_m)} if shape.dot else {}
+    kernel[(config.chunks(shape), tiles.capacity, config.rank_blocks)](
         x,
         arena,
         table.a,
@@ -208,21 +228,20 @@ def launch_shrink(
         workspace,
         x.stride(0),
         x.shape[0],
+        len(shape.out_features) * shape.max_rank,
         table.layers,
         layer,
         GROUP=group,
         PROJECTION=FIRST_PROJECTION[group],
         PROJECTIONS=len(shape.out_features),
-        MAX_RANK=shape.max_rank,
         K=shape.in_features,
-        CHUNKS=chunks,
         CHUNK_K=config.chunk_k,
         RANK_BLOCKS=config.rank_blocks,
-        BLOCK_M=power_of_two(shape.block_m),
         BLOCK_K=config.shrink_k,
         BLOCK_R=config.shrink_r,
         PDL=config.pdl,
         num_warps=config.shrink_warps,
         num_stages=config.shrink_stages,
+        **of_tiles,
         **config.launch_options,
     )

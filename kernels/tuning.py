@@ -30,10 +30,11 @@ class Config:
     """How a shrink and its expand are cut into blocks.
 
     chunk_k:       input features of one partial sum; the expand adds the partials in order;
-    shrink_k:      input features that a block holds at a time (row by row: the whole chunk);
+    shrink_k:      input features in adjacent lanes (row by row), or held at a time (tensor cores);
     shrink_r:      stacked ranks that a block holds at a time;
     rank_blocks:   blocks that share a tile's stacked ranks, each going through its part;
-    expand_n:      output features of a block;
+    expand_n:      output features that a block holds at a time;
+    expand_span:   output features that it goes through (row by row: those it holds);
     expand_r:      ranks that an expand block holds at a time;
     pdl:           start while the previous kernel ends (programmatic dependent launch).
     """
@@ -45,6 +46,7 @@ class Config:
     shrink_warps: int
     shrink_stages: int
     expand_n: int
+    expand_span: int
     expand_r: int
     expand_warps: int
     expand_stages: int
@@ -93,38 +95,40 @@ class Shape:
     def key(self) -> str:
         """The shape's name in a measured table, without its rank."""
         outs = "+".join(str(n) for n in self.out_features)
-        return f"{self.in_features}->{outs} by {self.block_m}"
+        return f"{self.in_features}->{outs} by {'tiles' if self.dot else 'rows'}"
 
 
-def default_config(shape: Shape) -> Config:
+def default_config(shape: Shape, *, pdl: bool = False) -> Config:
     """What serves where nothing was measured; correct everywhere."""
     projections = len(shape.out_features)
     if shape.dot:
         return Config(
-            chunk_k=max(1024, power_of_two(shape.in_features // 8)),
+            chunk_k=2048 if shape.in_features > 8192 else 1024,
             shrink_k=64,
             shrink_r=16 if projections == 1 else 32,
             rank_blocks=1,
             shrink_warps=4,
             shrink_stages=3,
-            expand_n=128,
+            expand_n=64,
+            expand_span=1024,
             expand_r=16,
             expand_warps=4,
             expand_stages=2,
-            pdl=False,
+            pdl=pdl,
         )
     return Config(
         chunk_k=512,
-        shrink_k=512,
-        shrink_r=8,
-        rank_blocks=2 * projections,
+        shrink_k=256,
+        shrink_r=4,
+        rank_blocks=4 * projections,
         shrink_warps=1,
         shrink_stages=1,
         expand_n=256,
-        expand_r=8,
+        expand_span=256,
+        expand_r=16,
         expand_warps=1,
         expand_stages=1,
-        pdl=False,
+        pdl=pdl,
     )
 
 
@@ -132,7 +136,13 @@ def config_for(shape: Shape, device: torch.device) -> Config:
     """What was measured at the nearest rank, from `shape.max_rank` up if any; else the default."""
     if device.type != "cuda":
         return default_config(shape)
-    return _measured(_table_name(device.index or 0), shape) or default_config(shape)
+    return _measured(_table_name(device.index or 0), shape) or _default(device.index or 0, shape)
+
+
+@cache
+def _default(device_index: int, shape: Shape) -> Config:
+    pdl = torch.cuda.get_device_capability(device_index) >= (9, 0)
+    return default_config(shape, pdl=pdl)
 
 
 @cache
