@@ -170,6 +170,8 @@ class Scheduler:
 
     def _verdict(self, sequence: Sequence) -> Outcome | None:
         """Why a new sequence does not even wait; None if it does."""
+        if sequence.submit.generated and (end := sequence.finish_of(sequence.tokens[-1])):
+            return end  # its outcome was lost on the way; that needs no room, draining or not
         prompt = len(sequence.submit.prompt)
         if not 0 < prompt < self.limits.max_context:
             return Failure(
@@ -180,8 +182,6 @@ class Scheduler:
             )
         if self.limits.pages_for(len(sequence.tokens)) > self.pool.total:
             return self._too_large(sequence)
-        if sequence.submit.generated and (end := sequence.finish_of(sequence.tokens[-1])):
-            return end
         if len(sequence.tokens) >= sequence.limit:
             return Finish.LENGTH
         if self.draining or self.sequences >= self.limits.max_batch + self.limits.max_waiting:

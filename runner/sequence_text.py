@@ -38,7 +38,8 @@ class SequenceText:
     ) -> list[Token]:
         """The step's tokens for the client; with `finish`, they are the last.
 
-        Tokens after a stop string are left out.
+        Tokens after a stop string are left out. There are none if all were made elsewhere: the
+        last of those brought what was kept.
         """
         taken: list[Token] = []
         ids = list(tokens)
@@ -51,8 +52,10 @@ class SequenceText:
             if logprobs:
                 message.logprob.CopyFrom(self._logprob(logprobs[i]))
             taken.append(message)
-        if taken and finish is Finish.LENGTH and not self.stopped:
-            taken[-1].text += self._undelivered(self._flush())
+        if finish is Finish.LENGTH and not self.stopped:
+            rest = self._undelivered(self._flush())
+            if taken:
+                taken[-1].text += rest
         return taken
 
     def _push(self, token: int) -> str:

@@ -197,6 +197,28 @@ async def test_stream_resumed_with_its_tokens_goes_on_as_it_would_have(
     assert "".join(t.text for t in (*head, *rest.tokens)) == text(whole)
 
 
+@pytest.mark.parametrize("end", ["stop string", "stop token", "end of text", "length"])
+async def test_stream_resumed_after_its_last_token_ends_as_it_did(
+    session: Session, end: str
+) -> None:
+    stops = {
+        "stop string": StopConditions(strings=["\n"]),
+        "stop token": StopConditions(token_ids=[ord("n")]),
+        "end of text": StopConditions(),
+        "length": StopConditions(max_tokens=3),
+    }
+    request = GenerateRequest(prompt="granite>", stop=stops[end])
+    whole = await session.run(request)
+    again = await session.run(
+        request,
+        generated=[token.id for token in whole.tokens],
+        text_delivered=len(text(whole)),
+    )
+    assert (again.tokens, again.finished) == ([], whole.finished)
+    assert again.prompt_tokens == whole.prompt_tokens
+    assert (whole.finished == inference_pb2.FINISH_REASON_LENGTH) == (end == "length")
+
+
 async def test_log_probabilities_come_with_their_texts(session: Session) -> None:
     output = await session.run(asks("granite>", "\n", logprobs=LogprobOptions(top=2)))
     for token in output.tokens:

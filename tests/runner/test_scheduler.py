@@ -192,6 +192,22 @@ def test_a_resumed_sequence_goes_on() -> None:
     assert engine.outcomes[2] is Finish.LENGTH
 
 
+@pytest.mark.parametrize("state", ["idle", "draining", "full", "of few pages"])
+def test_a_sequence_resumed_after_its_last_token_is_over_at_once(state: str) -> None:
+    engine = ToyEngine(limits(max_batch=1, max_waiting=0), 2 if state == "of few pages" else 20)
+    if state == "full":
+        engine.submit(Submit(0, (1,), max_tokens=40))
+    engine.scheduler.set_draining(state == "draining")
+    prompt, made = (5, 6, 7), (9, 8, 9, 8, 9, 4)
+    resumed = Submit(1, prompt, made, max_tokens=6)
+    engine.submit(resumed)
+    engine.submit(replace(resumed, sequence_id=2, stop_ids=frozenset({4})))
+    engine.submit(replace(resumed, sequence_id=3, stop_ids=frozenset({4}), max_tokens=40))
+    engine.hear(engine.scheduler.take_news())
+    assert engine.outcomes == {1: Finish.LENGTH, 2: Finish.STOP, 3: Finish.STOP}
+    assert engine.scheduler.sequences == (state == "full")
+
+
 def test_priority_then_arrival() -> None:
     engine = ToyEngine(limits(max_batch=1), 20)
     for i, priority in enumerate((0, 0, 5)):
