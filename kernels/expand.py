@@ -86,15 +86,15 @@ def _expand_rows_kernel(
         )
         b_at = b_start + r[:, None] * width + n[None, :]
         b = load_inside(b_at, (r < rank)[:, None] & (n < width)[None, :], FULL)
+        y_at = y + source_rows(order, first, True) * y_stride + begin + n
+        row = source_rows(order, first + 1, rows > 1)
         if PDL:
             tl.extra.cuda.gdc_wait()
         chunk_row = c.to(tl.int64) * rows_total + first
         v_at = partials + chunk_row[:, None] * workspace_width + stacked_row + r[None, :]
         known = (c < CHUNKS)[:, None] & (r < rank)[None, :]
         v = tl.load(v_at, mask=known, other=0.0)
-        y_at = y + source_rows(order, first, True) * y_stride + begin + n
         total = tl.load(y_at, mask=n < width, other=0.0).to(tl.float32)
-        row = source_rows(order, first + 1, rows > 1)
         m, done = 0, 0
         while m < rows:
             last = done + BLOCK_R >= rank

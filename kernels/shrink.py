@@ -86,12 +86,12 @@ def _shrink_rows_kernel(
         FULL: tl.constexpr = EVEN and 8 % BLOCK_R == 0
         a_at = a_start + (begin + r)[None, :, None] * K + k[:, None, :]
         a = load_inside(a_at, ((begin + r) < stacked)[None, :, None] & (k < K)[:, None, :], FULL)
+        x_at = x + source_rows(order, first, True) * x_stride + k
+        row = source_rows(order, first + tl.where(rows > 1, 1, 0), True)
         if PDL:
             tl.extra.cuda.gdc_wait()
         out = partials + (chunk * rows_total + first).to(tl.int64) * width + r
-        row = source_rows(order, first, True)
-        x_row = tl.load(x + row * x_stride + k, mask=k < K, other=0.0)
-        row = source_rows(order, first + tl.where(rows > 1, 1, 0), True)
+        x_row = tl.load(x_at, mask=k < K, other=0.0)
         start, m = begin, 0
         while start < stacked:
             m_next = tl.where(m + 1 == rows, 0, m + 1)

@@ -15,7 +15,7 @@ import torch
 
 from granatum.kernels.backend import require
 
-DECODE_BLOCK_M = 4
+DECODE_BLOCK_M = 2
 """Rows per tile of a decode step: below `DOT_ROWS`, blocks multiply row by row in registers."""
 PREFILL_BLOCK_M = 64
 """Rows per tile of prefill chunks, multiplied on the tensor cores."""
