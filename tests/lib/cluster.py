@@ -19,6 +19,7 @@ import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from granatum.client.client import Client
+from granatum.v1.transport import Tls
 
 START_S = 90.0
 CLUSTER_KEY = "cluster-key-of-the-system-tests"
@@ -136,6 +137,8 @@ class Cluster:
         self.redis: Valkey | None = None
         self.processes: list[Process] = []
         self.addresses: dict[str, str] = {}
+        self.tls: Tls | None = None
+        """Of the clients."""
 
     def __enter__(self) -> Self:
         self.start_redis()
@@ -175,14 +178,18 @@ class Cluster:
         return output.split()[-1]
 
     def start_router(self, name: str = "router-0", *arguments: str) -> Process:
-        """Start a router; `address(name)` is where it listens."""
+        """Start a router and wait; `addresses[name]` is where it listens."""
+        process = self.spawn_router(name, *arguments)
+        self.addresses[name] = f"127.0.0.1:{process.port()}"
+        return process
+
+    def spawn_router(self, name: str, *arguments: str) -> Process:
+        """Start a router."""
         assert self.redis is not None
         command = [sys.executable, "-m", "granatum.router", "--listen", "127.0.0.1:0"]
         command += ["--redis", self.redis.url, "--store", self.store_url]
         command += ["--model-config", str(self.model), "--keys", str(self.keys_file), *arguments]
-        process = self._start(name, command)
-        self.addresses[name] = f"127.0.0.1:{process.port()}"
-        return process
+        return self._start(name, command)
 
     def start_runner(self, name: str = "runner-0", *arguments: str) -> Process:
         """Start a runner that reports to every router started so far."""
@@ -201,7 +208,7 @@ class Cluster:
 
     def client(self, key: str, router: str = "router-0") -> Client:
         """A client of one router."""
-        return Client(self.addresses[router], key=key)
+        return Client(self.addresses[router], key=key, tls=self.tls)
 
     async def runners_alive(self, admin: str, number: int, router: str = "router-0") -> None:
         """Wait until the router knows exactly this many live runners."""

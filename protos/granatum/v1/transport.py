@@ -62,17 +62,24 @@ class Tls:
         """Credentials of a listening port; mutual TLS if `ca` is given."""
         if self.cert is None or self.key is None:
             raise InvalidRequest("a TLS server needs a certificate and a key")
-        pair = (self.key.read_bytes(), self.cert.read_bytes())
-        ca = self.ca.read_bytes() if self.ca else None
+        pair = (_read(self.key), _read(self.cert))
+        ca = _read(self.ca) if self.ca else None
         return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Credentials of an outgoing channel."""
         return grpc.ssl_channel_credentials(
-            root_certificates=self.ca.read_bytes() if self.ca else None,
-            private_key=self.key.read_bytes() if self.key else None,
-            certificate_chain=self.cert.read_bytes() if self.cert else None,
+            root_certificates=_read(self.ca) if self.ca else None,
+            private_key=_read(self.key) if self.key else None,
+            certificate_chain=_read(self.cert) if self.cert else None,
         )
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read as a PEM file: {error.strerror}") from error
 
 
 def is_loopback(address: str) -> bool:
@@ -114,11 +121,21 @@ def build_server(
 def listen(
     server: grpc.aio.Server, address: str, tls: Tls | None = None, *, insecure: bool = False
 ) -> int:
-    """Bind `host:port` (port 0: any free one) and return the port."""
-    if tls is not None:
-        return server.add_secure_port(address, tls.server_credentials())
-    _refuse_plaintext(address, insecure)
-    return server.add_insecure_port(address)
+    """Bind `host:port` (port 0: any free one) and return the port.
+
+    Raises InvalidRequest for plaintext beyond this machine, and for what cannot be bound.
+    """
+    if tls is None:
+        _refuse_plaintext(address, insecure)
+    try:
+        if tls is not None:
+            return server.add_secure_port(address, tls.server_credentials())
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise InvalidRequest(
+            f"cannot listen on {address}: the port may be taken, the host not this machine's, "
+            "or the TLS files no PEM certificate with its key"
+        ) from error
 
 
 def bearer(key: str) -> tuple[tuple[str, str], ...]:
