@@ -1,35 +1,49 @@
 """Time of the LoRA ops on a layer's fused linears, as the engine would run them.
 
     python benchmarks/lora_ops.py --out benchmarks/results/h200/lora_ops.json [--peer FILE]
+    python benchmarks/lora_ops.py --plot benchmarks/results/h200/lora_ops.json docs/lora_ops.svg
 
-A row is a shrink and its expand, in a CUDA graph over enough layers that the L2 cache does not
-serve the adapters. Necessary bytes are A and B of each adapter in use and x, read once, and y, read
-and written once. `--peer` names a JSON file whose `results` hold another implementation's times of
-the same cases: model, group, rank, tokens, kind, and `us` by implementation; its baseline's time
-becomes `vllm_us`.
+All batches at rank 16, some at the other ranks, and a batch whose adapters' ranks differ beside
+batches of each of these ranks. A row is a shrink and its expand, in a CUDA graph over enough layers
+that the L2 cache does not serve the adapters. Necessary bytes are A and B of each adapter in use
+and x, read once, and y, read and written once. `--peer` names a JSON file whose `results` hold
+another implementation's times of the same cases: model, group, rank, tokens, kind, and `us` by
+implementation; its baseline's time becomes `vllm_us`.
 """
 
 import argparse
 import json
+import math
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lora_ops_cases as cases
 import torch
 
-from granatum.kernels.bench import setup
+from granatum.kernels import lora
+from granatum.kernels.bench import setup, tile_batch
+from granatum.kernels.layout import GROUPS, AdapterTable
 
+Row = dict[str, Any]
 POOL_BYTES = 250e6
 BATCHES = [
-    cases.decode(1, "distinct"),
-    *(cases.decode(8, popularity) for popularity in ("distinct", "identical")),
-    *(cases.decode(32, p) for p in ("distinct", "uniform", "skewed", "identical")),
-    cases.decode(64, "distinct"),
+    *(cases.decode(rows, "distinct") for rows in (1, 2, 4, 8, 16, 32, 64)),
+    *(cases.decode(32, p) for p in ("uniform", "skewed", "identical")),
     *(cases.prefill(2048, p) for p in ("identical", "uniform", "distinct")),
 ]
+OTHER_RANKS = (8, 32, 64, 128, 256)
+FEWER_BATCHES = [
+    cases.decode(1, "distinct"),
+    *(cases.decode(32, p) for p in ("distinct", "identical")),
+    cases.prefill(2048, "distinct"),
+]
+MIXED_RANKS = (8, 16, 32, 64, 128)
+MIXED_ROWS = 8 * len(MIXED_RANKS)
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,65 @@ def measure(case: Case, matrices: cases.Matrices) -> float:
     return cases.graph_us([partial(run, x, y) for run in runs])
 
 
-def row(case: Case, us: float, bandwidth: float, peer: dict[str, float]) -> dict[str, Any]:
+def measure_mixed(linears: Sequence[cases.Linear]) -> float:
+    """Microseconds of MIXED_ROWS rows of an adapter each, whose ranks are the linears' in turn."""
+    linear, layers = linears[-1], 8
+    each = MIXED_ROWS // len(linears)
+    packs = [cases.pack_matrices(cases.make_matrices(one, each * layers)) for one in linears]
+    tables = [pack.table(linear.group_index, each, layers) for pack in packs]
+    table = AdapterTable.allocate(MIXED_ROWS, layers, "cuda", linear.rank)
+    base = 0
+    for i, (pack, own) in enumerate(zip(packs, tables, strict=True)):
+        table.a[i :: len(linears)] = own.a + base
+        table.b[i :: len(linears)] = own.b + base
+        table.rank[i :: len(linears)] = own.rank
+        table.scale[i :: len(linears)] = own.scale
+        base += pack.arena.numel()
+    arena = torch.cat([pack.arena.view(-1) for pack in packs])
+    batch = cases.decode(MIXED_ROWS, "distinct")
+    x, y = cases.activations(linear, batch)
+    tiles = tile_batch(batch.adapters, lora.DECODE_BLOCK_M, x.device)
+    elements = lora.workspace_elements(
+        batch.rows, linear.in_features, linear.out_features, tiles.block_m, linear.rank, x.device
+    )
+    workspace = torch.empty(elements, device=x.device)
+    rest = (linear.group_index, linear.out_features, tiles, workspace)
+    return cases.graph_us(
+        [partial(lora.add_lora, y, x, arena, table, layer, *rest) for layer in range(layers)]
+    )
+
+
+def mixed_rows(model: str, bandwidth: float) -> list[Row]:
+    """A batch of all MIXED_RANKS in turn, and one of each of these ranks."""
+    batch, rows = cases.decode(MIXED_ROWS, "distinct"), []
+    for group in GROUPS:
+        linears = [cases.Linear(model, group, rank) for rank in MIXED_RANKS]
+        alike = []
+        for linear in linears:
+            matrices = cases.make_matrices(linear, batch.rows * 4)
+            alike.append(
+                row(Case(linear, batch), measure(Case(linear, batch), matrices), bandwidth)
+            )
+        us = measure_mixed(linears)
+        moved = sum(batch.necessary_bytes(linear) for linear in linears) / len(linears)
+        mixed = {
+            **alike[-1],
+            "rank": "+".join(str(rank) for rank in MIXED_RANKS),
+            "popularity": "distinct, mixed ranks",
+            "us": round(us, 2),
+            "gb_per_s": round(moved / us / 1e3, 1),
+            "fraction_of_read_bandwidth": round(moved / us * 1e6 / bandwidth, 3),
+        }
+        rows += [*alike, mixed]
+    total = sum(r["us"] for r in rows if r["rank"] == mixed["rank"])
+    mean = sum(r["us"] for r in rows if r["rank"] != mixed["rank"]) / len(MIXED_RANKS)
+    print(f"{model} mixed ranks {total:.2f} us, {total / mean:.3f} of the ranks' mean {mean:.2f}")
+    return rows
+
+
+def row(
+    case: Case, us: float, bandwidth: float, peer: Mapping[str, float] = MappingProxyType({})
+) -> Row:
     """What the results say of a case."""
     linear, batch = case.linear, case.batch
     rate = batch.necessary_bytes(linear) / us * 1e6
@@ -106,38 +178,82 @@ def read_peer(path: Path | None) -> dict[str, float]:
     }
 
 
+def report(title: str, rows: Sequence[Row]) -> None:
+    """A layer's sums, ours and the peer's."""
+    print(f"{title}, us per layer")
+    for name in dict.fromkeys(f"{r['rows']} {r['popularity']}" for r in rows):
+        own = [r for r in rows if f"{r['rows']} {r['popularity']}" == name]
+        line = f"  {name:<16} {sum(r['us'] for r in own):8.2f}"
+        if all(r["vllm_us"] for r in own):
+            line += f"  vLLM {sum(r['vllm_us'] for r in own):8.2f}"
+        print(line, flush=True)
+
+
+def plot(results: Path, picture: Path) -> None:
+    """Draw a layer's time at rank 16 by distinct adapters, with the time of their bytes alone."""
+    from matplotlib import pyplot
+
+    stored = json.loads(results.read_text())
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for model in dict.fromkeys(r["model"] for r in stored["rows"]):
+        chosen = [
+            r
+            for r in stored["rows"]
+            if (r["model"], r["rank"], r["popularity"]) == (model, 16, "distinct")
+            and r["rows"] <= 64
+        ]
+        batches = sorted({r["rows"] for r in chosen})
+        layers = [[r for r in chosen if r["rows"] == n] for n in batches]
+        (line,) = axes.plot(
+            batches, [sum(r["us"] for r in rs) for rs in layers], marker="o", label=model
+        )
+        floor = [sum(r["us"] * r["fraction_of_read_bandwidth"] for r in rs) for rs in layers]
+        axes.plot(batches, floor, "--", color=line.get_color(), label=f"{model}, bytes alone")
+        if all(r["vllm_us"] for r in chosen):
+            peer = [sum(r["vllm_us"] for r in rs) for rs in layers]
+            axes.plot(batches, peer, ":", color=line.get_color(), label=f"{model}, vLLM")
+    axes.set(xscale="log", yscale="log", xlabel="rows, an adapter each", ylabel="µs per layer")
+    axes.set_title(f"LoRA on a layer's four linears, rank 16, {stored['gpu']}")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(picture)
+
+
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path)
+    what.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "PICTURE"))
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--models", default="7b,8b")
-    parser.add_argument("--ranks", default="16")
+    parser.add_argument("--ranks", default="16," + ",".join(str(rank) for rank in OTHER_RANKS))
     return parser.parse_args()
 
 
 def main() -> None:
     """Measure every case, print a layer's sums, write the rows."""
     args = parse_args()
+    if args.plot:
+        plot(*args.plot)
+        return
     peer, bandwidth = read_peer(args.peer), cases.read_bandwidth()
-    rows = []
+    rows: list[Row] = []
     for model in args.models.split(","):
         for rank in (int(r) for r in args.ranks.split(",")):
-            sums = dict.fromkeys((batch.name for batch in BATCHES), 0.0)
-            for group in ("qkv", "o", "gate_up", "down"):
+            batches = FEWER_BATCHES if rank in OTHER_RANKS else BATCHES
+            mine = []
+            for group in GROUPS:
                 linear = cases.Linear(model, group, rank)
-                count = max(64, round(POOL_BYTES / linear.adapter_bytes))
+                count = max(64, math.ceil(POOL_BYTES / linear.adapter_bytes))
                 matrices = cases.make_matrices(linear, count)
-                for batch in BATCHES:
-                    case = Case(linear, batch)
-                    us = measure(case, matrices)
-                    sums[batch.name] += us
-                    rows.append(row(case, us, bandwidth, peer))
-            print(f"{model} rank {rank}, us per layer")
-            for name, us in sums.items():
-                print(f"  {name:<14} {us:8.2f}", flush=True)
+                for case in (Case(linear, batch) for batch in batches):
+                    mine.append(row(case, measure(case, matrices), bandwidth, peer))
+            report(f"{model} rank {rank}", mine)
+            rows += mine
+        rows += mixed_rows(model, bandwidth)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     result = {
         "command": "python benchmarks/lora_ops.py",

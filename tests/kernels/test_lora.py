@@ -223,7 +223,7 @@ def test_a_missing_layer_costs_nothing(device: torch.device) -> None:
     assert torch.equal(y, before)
 
 
-@pytest.mark.parametrize("block_m", [4, 64])
+@pytest.mark.parametrize("block_m", [1, 4, 8, 64])
 def test_a_row_is_bit_identical_in_any_company(block_m: int, device: torch.device) -> None:
     if not runs_kernel(torch.empty(0, device=device)):
         pytest.skip("torch's matrix products on the CPU depend on the number of rows")
