@@ -63,10 +63,13 @@ def steady_tokens_per_s(records: Sequence[Record], users: Sequence[User]) -> flo
     return round(tokens / (end - begin), 1)
 
 
-def gaps(records: Sequence[Record]) -> Floats:
-    """Seconds from token to token."""
-    parts = [np.diff(record.times) for record in records]
-    return np.concatenate(parts) if parts else np.zeros(0)
+def gaps(records: Sequence[Record], after_s: float = 0.0) -> Floats:
+    """Seconds from token to token, from `after_s` after a record's first token on."""
+    parts = [np.zeros(0)]
+    for record in records:
+        times = np.array(record.times)
+        parts.append(np.diff(times[times >= times[0] + after_s]) if len(times) else times)
+    return np.concatenate(parts)
 
 
 def percentiles(name: str, seconds: Sequence[float] | Floats) -> dict[str, float]:

@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import results
 import torch
 import traffic
@@ -131,13 +130,9 @@ def arrivals(args: argparse.Namespace) -> Rows:
 
 def _beside(records: list[Record], decoding: int) -> Row:
     """Of the streams after their first second, and of those that arrived."""
-    parts = []
-    for record in records[:decoding]:
-        times = np.array(record.times)
-        parts.append(np.diff(times[times > times[0] + 1]))
     arrived = [r for r in records if r.user >= decoding and r.times]
     first = [r.times[0] - r.sent for r in arrived]
-    row: Row = percentiles("inter_token_ms", np.concatenate(parts))
+    row: Row = percentiles("inter_token_ms", gaps(records[:decoding], after_s=1.0))
     return {**row, "arrived": len(first), **percentiles("ttft_ms", first)}
 
 

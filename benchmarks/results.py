@@ -53,6 +53,11 @@ class Results:
         rows: list[Row] = self._run["rows"]
         return rows
 
+    @property
+    def all_rows(self) -> list[Row]:
+        """Of this run, then of earlier ones."""
+        return [*self.rows, *(row for run in self._earlier for row in run["rows"])]
+
     def add(self, row: Row) -> None:
         """Print and keep a row."""
         print(json.dumps(row), flush=True)

@@ -7,7 +7,8 @@ Weights and adapters are random numbers. Parts, by --only:
 * engine: a real engine in a process of its own, driven directly.
 * curve: the same engine for batches beyond --batch, as many distinct adapters as sequences.
 * service: client processes -> router -> runner over gRPC on loopback, an embedded Valkey;
-  adapters come in by the upload call. `share` is its throughput by that of the engine part.
+  adapters come in by the upload call. `share` is its throughput by that of the engine part, of
+  the same run if that has one.
 * host: the service with an engine that computes nothing (`--step-ms` a step): what front, router
   and client carry.
 
@@ -28,24 +29,31 @@ import asyncio
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
 import results
-import traffic
 from adapter_images import MemoryTwins
 from child import in_child
-from latencies import Record, gaps, lags, percentiles, steady_tokens_per_s, summary
+from latencies import percentiles
 from model_directory import write_model
 from paced_runner import STEP_MS, PacedBox
 from random_engine import EngineSize, EngineUsers, start_engine
 from results import Results, Row
-from service import Service, ServiceSize, running_service
-from traffic import BACKBONE, Request, Users
+from scenarios import (
+    Rows,
+    beside,
+    open_loop,
+    past_router,
+    router_latency,
+    steady,
+    textgen,
+    ttft,
+)
+from service import ServiceSize, running_service
+from traffic import BACKBONE
 from workload import POPULARITIES, SHAPES
 
 from granatum.client.box import Box
@@ -57,95 +65,7 @@ COLUMNS = (
 )
 PARTS = ("engine", "curve", "service", "host")
 SCENARIOS = ("textgen", "steady", "ttft", "beside", "open", "router")
-PREFILL, PROMPT = 1000, 512
-_TRIALS = 20
 _GIB = 1 << 30
-
-Rows = Iterator[Row]
-
-
-class Driven(Protocol):
-    """What users can be driven against."""
-
-    def drive(self, users: Users, seconds: float | None = None) -> list[Record]:
-        """Their records."""
-        ...
-
-
-def textgen(driven: Driven, args: argparse.Namespace) -> Rows:
-    """Punica's requests at once."""
-    for popularity in args.popularities:
-        users = traffic.at_once(args.requests, popularity, args.batch)
-        found = summary(driven.drive(users))
-        waits = {name: found.pop(name) for name in tuple(found) if name.startswith("ttft")}
-        assert waits  # times in a queue of our own making: not told
-        yield {"popularity": popularity, "batch": args.batch, **found}
-
-
-def steady(driven: Driven, args: argparse.Namespace, batches: list[int]) -> Rows:
-    """Users without end."""
-    for batch in batches:
-        for popularity in args.popularities:
-            users = traffic.steady(batch, popularity, args.seconds)
-            records = driven.drive(users, args.seconds)
-            found = summary([record for record in records if record.index])  # whole requests
-            found["tokens_per_s"] = steady_tokens_per_s(records, users)
-            found |= percentiles("inter_token_ms", gaps(records))
-            yield {"popularity": popularity, "batch": batch, **found}
-
-
-def ttft(driven: Driven, _: argparse.Namespace) -> Rows:
-    """One prompt after another, alone."""
-    for popularity, adapter in ((BACKBONE, None), ("identical", 0)):
-        users = ((Request(PROMPT, 2, adapter),) * _TRIALS,)
-        found = summary(driven.drive(users)[2:])
-        times = {name: value for name, value in found.items() if name.startswith("ttft")}
-        yield {"popularity": popularity, "batch": 1, "prompt": PROMPT, **times}
-
-
-def beside(driven: Driven, args: argparse.Namespace) -> Rows:
-    """Streams that decode, alone and beside prefills."""
-    decoding = args.batch - 1
-    streams = traffic.decoders(decoding, PROMPT, args.seconds)
-    last = args.batch - 1
-    back_to_back = ((Request(PREFILL, 1, last, 1.0),) * int(100 * args.seconds),)
-    beside: dict[str, Users] = {"none": (), "back to back": back_to_back}
-    for rate in (2, 8):
-        arrivals = traffic.arriving(1 / rate, args.seconds, PREFILL, 1, [last])
-        beside[f"{rate} per s"] = arrivals
-    for name, prefills in beside.items():
-        records = driven.drive((*streams, *prefills), args.seconds)
-        times = np.concatenate([_after(r, 1.0) for r in records if r.user < decoding])
-        row: Row = {"popularity": "distinct", "batch": args.batch, "prefills": name}
-        row |= percentiles("inter_token_ms", times)
-        row["p99_by_p50"] = round(float(np.quantile(times, 0.99) / np.median(times)), 3)
-        first = [r.times[0] - r.sent for r in records if r.user >= decoding and r.times]
-        yield {**row, "prefilled": len(first), **percentiles("ttft_ms", first)}
-
-
-def open_loop(driven: Driven, args: argparse.Namespace) -> Rows:
-    """Poisson arrivals."""
-    for rate in args.rates:
-        users = traffic.poisson(rate, args.seconds, args.batch)
-        found = summary(driven.drive(users))
-        yield {"popularity": "uniform", "batch": args.batch, "rate": rate, **found}
-
-
-def router_latency(service: Service, args: argparse.Namespace) -> Rows:
-    """What the router adds: streams through it and one past it, in the same engine steps."""
-    users = traffic.decoders(args.batch - 1, PROMPT, args.seconds)
-    twin = Request(PROMPT, int(args.seconds * 400), args.batch - 1)
-    records, reference = service.drive_twin(users, twin, args.seconds)
-    row: Row = {"popularity": "distinct", "batch": args.batch}
-    row |= percentiles("inter_token_ms", gaps(records))
-    yield {**row, **percentiles("added_ms", lags(reference, records))}
-
-
-def past_router(service: Service, args: argparse.Namespace) -> Rows:
-    """Text generation by the runner alone, over one session."""
-    users = traffic.at_once(args.requests, "distinct", args.batch)
-    found = summary(service.drive_past(users))
-    yield {"popularity": "distinct", "batch": args.batch, **found}
 
 
 def engine_rows(args: argparse.Namespace) -> Rows:
@@ -239,12 +159,6 @@ def _named(
                 yield {**common, "rank": args.rank, **row}
 
 
-def _after(record: Record, seconds: float) -> np.ndarray:
-    """The gaps in a record from `seconds` after its first token on."""
-    times = np.array(record.times)
-    return np.diff(times[times > times[0] + seconds]) if len(times) else times
-
-
 def add_share(row: Row, rows: list[Row]) -> Row:
     """A service's row with its throughput by that of the engine's own row, if there is one."""
     for own in rows:
@@ -264,7 +178,9 @@ def measure(args: argparse.Namespace, found: Results) -> None:
         _add_all(in_child(curve_rows, args), found.add)
     for mode in ("service", "host"):
         if mode in args.only:
-            asyncio.run(service_rows(args, mode, lambda row: found.add(add_share(row, found.rows))))
+            asyncio.run(
+                service_rows(args, mode, lambda row: found.add(add_share(row, found.all_rows)))
+            )
 
 
 def parse_args() -> argparse.Namespace:

@@ -14,6 +14,7 @@ BACKBONE = "backbone"
 """No adapter at all."""
 _FASTEST = 400
 """Tokens per second of one user that no system here exceeds."""
+_APART_S = 0.004
 _SEED = 20
 
 
@@ -32,10 +33,15 @@ Users = tuple[User, ...]
 
 
 def at_once(requests: int, popularity: str, batch: int) -> Users:
-    """Punica's text generation: everything is there at once, for a system that runs `batch`."""
+    """Punica's text generation: everything comes at once, for a system that runs `batch`.
+
+    Or almost, so that whoever serves them has them in one order.
+    """
     prompts, outputs = (lengths.tolist() for lengths in textgen_lengths(requests))
     adapters = _adapters(popularity, outputs, batch)
-    return tuple((Request(*one),) for one in zip(prompts, outputs, adapters, strict=True))
+    arrivals = [i * _APART_S for i in range(requests)]
+    together = zip(prompts, outputs, adapters, arrivals, strict=True)
+    return tuple((Request(*one),) for one in together)
 
 
 def steady(batch: int, popularity: str, seconds: float) -> Users:
