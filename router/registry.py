@@ -27,7 +27,7 @@ from granatum.router.placement import (
     Unreachable,
 )
 from granatum.v1.cluster_pb2 import Runner, RunnerStatus
-from granatum.v1.errors import Unavailable
+from granatum.v1.errors import InvalidRequest, Unavailable
 
 _SCRIPT = Path(__file__).with_suffix(".lua").read_text(encoding="utf-8")
 _TIMEOUT_S = 1.0
@@ -56,15 +56,7 @@ class Registry:
         self._runner_lease_ms = round(runner_lease_s * 1000)
         self._max_queue = max_queue
         self._prefix = f"{{granatum:{fingerprint}}}"
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=_CONNECTIONS,
-            timeout=2 * _TIMEOUT_S,
-            socket_timeout=_TIMEOUT_S,
-            socket_connect_timeout=_TIMEOUT_S,
-            retry=Retry(ExponentialBackoff(cap=0.1, base=0.02), _RETRIES),
-        )
-        self._redis = Redis(connection_pool=pool)
+        self._redis = Redis(connection_pool=_pool(url))
         self._script = self._redis.register_script(_SCRIPT)
 
     async def __aenter__(self) -> Self:
@@ -178,6 +170,23 @@ class Registry:
     async def _run(self, *arguments: str | int | bytes) -> Any:
         with _translated():
             return await self._script(keys=[self._prefix], args=arguments)
+
+
+def _pool(url: str) -> BlockingConnectionPool:
+    try:
+        return BlockingConnectionPool.from_url(
+            url,
+            max_connections=_CONNECTIONS,
+            timeout=2 * _TIMEOUT_S,
+            socket_timeout=_TIMEOUT_S,
+            socket_connect_timeout=_TIMEOUT_S,
+            retry=Retry(ExponentialBackoff(cap=0.1, base=0.02), _RETRIES),
+        )
+    except ValueError:  # which quotes what may be a part of the password
+        raise InvalidRequest(
+            "the Redis URL cannot be read: give redis://, rediss:// or unix://, a port that is a "
+            "number, and what is special in a password as %xx"
+        ) from None
 
 
 @contextmanager
