@@ -35,6 +35,16 @@ test: $(DEV)  ## run every test that needs no GPU
 gpu-test: $(DEV) $(NAMESPACE)  ## run the tests that need a GPU
 	PYTHONPATH=$(NAMESPACE) $(PY) -m pytest -m gpu tests/kernels tests/runner/test_engine_gpu.py
 
+.PHONY: sanitize
+sanitize: $(DEV) $(NAMESPACE)  ## look for bad accesses and races in the LoRA kernels on a GPU
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(NAMESPACE) compute-sanitizer --tool $$tool \
+	    --error-exitcode 1 --kernel-name kns=_kernel $(PY) -m pytest -m gpu -k $(SANITIZED) \
+	    tests/kernels/test_lora.py || exit 1; \
+	done
+
+SANITIZED := "skewed and bfloat16 or bit_identical or test_tile_lists"
+
 .PHONY: check
 check: format-check types stubs-check  ## formatting, lint, types, protos, stubs, compose file
 	$(VENV)/bin/buf lint
