@@ -1,13 +1,13 @@
 """Finds the LoRA ops' configurations on this GPU, by measuring them.
 
-    python benchmarks/lora_ops_tune.py --out DIR [--models 7b,8b] [--ranks 16] [--block-m 1,2,4]
+    python benchmarks/lora_ops_tune.py --out DIR [--table kernels/h200.json] [--models 7b,8b]
 
-For each fused linear, rank and rows per tile: the shrinks with a fixed expand, then the expands
+For each fused linear, largest rank and regime: the shrinks with a fixed expand, then the expands
 with the best shrink, then the best pair without overlap of launches. Every configuration is checked
 against float32 before it is timed; the score is the geometric mean over the batches, each in a
-CUDA graph over enough layers that the L2 cache does not serve them. Writes `tune.json` (everything)
-and `table.json` (the best configurations, as `kernels/h200.json` holds them), also when --seconds
-run out.
+CUDA graph over enough layers that the L2 cache does not serve them, of adapters of a usual rank and
+of the largest. Writes `tune.json` (everything) and `table.json` (the best configurations), also
+when --seconds run out; --table merges these into the table that the kernels read.
 """
 
 import argparse
@@ -257,7 +257,17 @@ def write(out: Path, searches: Sequence[Search], failures: list[dict[str, Any]])
     out.mkdir(parents=True, exist_ok=True)
     everything = {"gpu": gpu, "measured": measured, "failures": failures}
     (out / "tune.json").write_text(json.dumps(everything, indent=1))
-    (out / "table.json").write_text(json.dumps({"gpu": gpu, "configs": table}, indent=1))
+    (out / "table.json").write_text(json.dumps({"gpu": gpu, "configs": table}, indent=1) + "\n")
+
+
+def merge(table: Path, made: Path) -> None:
+    """Put what was found into a table, which keeps its other shapes and ranks."""
+    new = json.loads(made.read_text())
+    configs = json.loads(table.read_text())["configs"] if table.exists() else {}
+    for shape, by_rank in new["configs"].items():
+        configs[shape] = {**configs.get(shape, {}), **by_rank}
+    merged = {"gpu": new["gpu"], "configs": dict(sorted(configs.items()))}
+    table.write_text(json.dumps(merged, indent=1) + "\n")
 
 
 def parse_args() -> argparse.Namespace:
@@ -273,9 +283,10 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", type=Path, help="merge the best configurations into this file")
     parser.add_argument("--models", type=names, default=["7b", "8b"])
     parser.add_argument("--groups", type=names, default=["qkv", "o", "gate_up", "down"])
-    parser.add_argument("--ranks", type=numbers, default=[16, 64])
+    parser.add_argument("--ranks", type=numbers, default=[16])
     parser.add_argument("--block-m", type=numbers, default=[DECODE_BLOCK_M, PREFILL_BLOCK_M])
     parser.add_argument("--seconds", type=float, default=330.0, help="stop measuring after these")
     return parser.parse_args()
@@ -299,6 +310,8 @@ def main() -> None:
         for name, candidates in (("shrink", shrinks), ("expand", expands), ("apart", apart)):
             phase(name, searches, candidates, compilers, deadline, failures)
             write(args.out, searches, failures)
+    if args.table:
+        merge(args.table, args.out / "table.json")
     totals(searches)
     for failure in failures[:8]:
         print(failure["group"], failure["block_m"], failure["error"])

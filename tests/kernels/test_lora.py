@@ -171,8 +171,8 @@ def test_popularity(
     check(group, POPULARITY[popularity], block_m)
 
 
-@pytest.mark.parametrize("block_m", [1, 8, 64])
-@pytest.mark.parametrize("rank", [8, 40, 64, 256])
+@pytest.mark.parametrize("block_m", [2, 64])
+@pytest.mark.parametrize("rank", [8, 40, 256])
 def test_ranks(rank: int, block_m: int, device: torch.device) -> None:
     group = make_group(GATE_UP, 520, (72, 72), [(rank, rank), (rank, 0)], torch.float32, device)
     check(group, [0, 0, 1, None, 1], block_m)
@@ -223,12 +223,12 @@ def test_a_missing_layer_costs_nothing(device: torch.device) -> None:
     assert torch.equal(y, before)
 
 
-@pytest.mark.parametrize("block_m", [1, 4, 8, 64])
+@pytest.mark.parametrize("block_m", [4, 8, 64])
 def test_a_row_is_bit_identical_in_any_company(block_m: int, device: torch.device) -> None:
     if not runs_kernel(torch.empty(0, device=device)):
         pytest.skip("torch's matrix products on the CPU depend on the number of rows")
     ranks = [(16, 16, 16), (8, 64, 0), (40, 8, 8)]
-    group = make_group(QKV, 1096, (40, 24, 24), ranks, torch.bfloat16, device)
+    group = make_group(QKV, 600, (40, 24, 24), ranks, torch.bfloat16, device)
     x, y = activations(group, 11)
     slots = [0, 0, 0, 1, None, 2, 2, 2, 2, 2, 0]
     crowd = y.clone()
