@@ -37,8 +37,8 @@ def environment(args: argparse.Namespace) -> Row:
 class Results:
     """One run's rows, written after each, so that an interrupted run keeps what it has.
 
-    The file holds `{"runs": [{command, commit, gpu, versions, rows}, ...]}`: a run adds itself and
-    takes out older rows of the same `key`, so that a file may be made in several runs.
+    The file holds the run, `{command, commit, gpu, versions, rows}`, and under `earlier` those
+    before it, less their rows of the same `key`: a file may be made in several runs.
     """
 
     def __init__(self, args: argparse.Namespace, key: tuple[str, ...]) -> None:
@@ -67,8 +67,8 @@ class Results:
         self._earlier = [run for run in self._earlier if run["rows"]]
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"runs": [*self._earlier, self._run]}, indent=1)
-            self._path.write_text(text + "\n")
+            earlier = {"earlier": self._earlier} if self._earlier else {}
+            self._path.write_text(json.dumps({**self._run, **earlier}, indent=1) + "\n")
 
     def print_table(self, columns: tuple[str, ...]) -> None:
         """The rows in brief."""
@@ -91,8 +91,9 @@ def read_rows(path: Path) -> list[Row]:
 def _runs(path: Path | None) -> list[Row]:
     if path is None or not path.is_file():
         return []
-    runs: list[Row] = json.loads(path.read_text())["runs"]
-    return runs
+    latest: Row = json.loads(path.read_text())
+    earlier: list[Row] = latest.pop("earlier", [])
+    return [*earlier, latest]
 
 
 def _shown(row: Mapping[str, Any], name: str) -> str:

@@ -222,6 +222,7 @@ class DeviceInputs:
         for name, (start, shape) in sections.items():
             part = self._buffer[start : start + prod(shape)].view(shape)
             self._tensors[name] = part.view(torch.float32) if name in _SAMPLING else part
+        self._tensors["kv_slots"].fill_(-1)  # until it is filled, a step is padding alone
 
     def copy(self, host: HostInputs, elements: int) -> None:
         """Take over the first `elements` elements; asynchronous where the host's are pinned."""
