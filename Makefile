@@ -29,7 +29,7 @@ demo: $(BOX)  ## start a router and two runners, serve every example adapter at 
 
 .PHONY: test
 test: $(DEV)  ## run every test that needs no GPU
-	$(PY) -m pytest -m "not gpu" --numprocesses 2 --dist loadfile --durations 10
+	$(PY) -m pytest -m "not gpu" --numprocesses 2 --dist worksteal --durations 10
 
 .PHONY: gpu-test
 gpu-test: $(DEV) $(NAMESPACE)  ## run the tests that need a GPU

@@ -19,6 +19,7 @@ import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from granatum.client.client import Client
+from granatum.router.keys import Identity, add
 from granatum.v1.transport import Tls
 
 START_S = 90.0
@@ -165,17 +166,11 @@ class Cluster:
 
     def tenant_key(self, tenant: str) -> str:
         """A new key of the tenant."""
-        return self._new_key("--tenant", tenant)
+        return add(self.keys_file, Identity(tenant))
 
     def admin_key(self) -> str:
         """A new admin key."""
-        return self._new_key("--admin")
-
-    def _new_key(self, *whose: str) -> str:
-        command = [sys.executable, "-m", "granatum.router.keys", "add", *whose]
-        command += ["--file", str(self.keys_file)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        return output.split()[-1]
+        return add(self.keys_file, Identity(None))
 
     def start_router(self, name: str = "router-0", *arguments: str) -> Process:
         """Start a router and wait; `addresses[name]` is where it listens."""
