@@ -109,7 +109,7 @@ def build_engine(options: EngineOptions, open_source: OpenSource) -> Engine:
     if device.type == "cpu":
         torch.set_num_threads(1)  # tiny models, several runners on a machine
     else:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     config = read_config(options.model)
     weights = _weights(options, config, device)
     log.info("weights loaded", seconds=round(time.monotonic() - started, 1))
