@@ -14,22 +14,20 @@ implementation; its baseline's time becomes `vllm_us`.
 import argparse
 import json
 import math
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import lora_ops_cases as cases
 import torch
+from results import Row, add_options, environment
 
 from granatum.kernels import lora
 from granatum.kernels.bench import setup, tile_batch
 from granatum.kernels.layout import GROUPS, AdapterTable
 
-Row = dict[str, Any]
 POOL_BYTES = 250e6
 BATCHES = [
     *(cases.decode(rows, "distinct") for rows in (1, 2, 4, 8, 16, 32, 64)),
@@ -224,9 +222,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path)
-    what.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "PICTURE"))
+    add_options(parser)
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "PICTURE"))
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--models", default="7b,8b")
     parser.add_argument("--ranks", default="16," + ",".join(str(rank) for rank in OTHER_RANKS))
@@ -254,16 +251,10 @@ def main() -> None:
             report(f"{model} rank {rank}", mine)
             rows += mine
         rows += mixed_rows(model, bandwidth)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    result = {
-        "command": "python benchmarks/lora_ops.py",
-        "commit": commit.stdout.strip() or "unknown",
-        "gpu": torch.cuda.get_device_name(),
-        "read_bandwidth": bandwidth,
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    result = {**environment(args), "read_bandwidth": bandwidth, "rows": rows}
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
