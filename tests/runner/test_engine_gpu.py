@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from granatum.examples.tasks import BASE, BASE_MODEL
 from granatum.kernels.layout import AdapterTable
+from granatum.runner.adapter_loader import MemoryImages
 from granatum.runner.arena import Arena, allocate_arena, page_tokens
 from granatum.runner.config import ModelConfig, Rope
 from granatum.runner.engine import Engine
+from granatum.runner.engine_process import EngineOptions, build_engine
 from granatum.runner.executor import Executor
 from granatum.runner.model import Model
 from granatum.runner.pages import PagePool
@@ -120,6 +123,17 @@ def test_alone_and_in_a_crowd(pair: tuple[Built, Built]) -> None:
     together = run(engine, submits, 0)
     for submit in submits:
         assert run(engine, [submit], 0)[submit.sequence_id] == together[submit.sequence_id]
+
+
+def test_the_engine_process_builds_on_a_gpu_without_a_number() -> None:
+    options = EngineOptions(
+        BASE_MODEL, "cuda", max_batch=4, step_tokens=64, arena_bytes=32 << 20, host_bytes=8 << 20
+    )
+    engine = build_engine(options, lambda _: MemoryImages({}))
+    begin = 257
+    word = tuple(BASE.prompt("granite").encode())
+    tokens = run(engine, [Submit(0, (begin, *word), max_tokens=8)], 0)[0]
+    assert bytes(tokens).decode() == BASE.expected("granite") + BASE.stop
 
 
 def test_a_probe_leaves_no_trace(pair: tuple[Built, Built]) -> None:
