@@ -224,7 +224,7 @@ def main() -> None:
         for row in bench_model(args, model):
             found.add(row)
         gc.collect()  # graphs and what they compute refer to each other
-        torch.cuda.empty_cache()  # the next model sizes its arena by what is free; no-op on a CPU
+        torch.cuda.empty_cache()  # the next one sizes its arena by what is free
     found.print_table(("step_ms", "p99_ms", "tokens_per_s", "idle"))
 
 

@@ -70,10 +70,11 @@ def runs_kernel(tensor: torch.Tensor) -> bool:
 def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
     """Options with which a kernel on `tensor`'s device may start while its predecessor ends.
 
-    PDL is the kernel's own: it must then call `gdc_wait` in every block, before it reads what a
-    kernel of the step writes and before it writes at all. Since each block of each kernel waits,
-    all kernels before the predecessor are then complete as well. Before it waits, it may read
-    weights, and what was copied to the device before the step.
+    PDL is the kernel's own: it must then call `gdc_wait` in every block that has work, before it
+    reads what a kernel of the step writes and before it writes at all; and in one block at least,
+    whatever the work, so that it is not complete before its predecessor is. All kernels before the
+    predecessor are then complete as well. Before it waits, it may read weights, and what was
+    copied to the device before the step.
     """
     if tensor.is_cuda and _overlaps(tensor.get_device()):
         return {"PDL": True, "launch_pdl": True}
