@@ -119,8 +119,12 @@ def test_one_mixed_batch_of_every_adapter(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adapter", [None, "r40"])
-def test_logits(adapter: str | None, bed: Bed, started: Any) -> None:
-    engine = started()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits(
+    family: str, adapter: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bed = Bed(tmp_path, family)
+    engine = bed.engine()
     seen: list[torch.Tensor] = []
     forward = engine.model.forward
 
@@ -128,19 +132,24 @@ def test_logits(adapter: str | None, bed: Bed, started: Any) -> None:
         seen.append(forward(*arguments))
         return seen[-1]
 
-    engine.model.forward = watched
+    monkeypatch.setattr(engine.model, "forward", watched)
     prompt = prompt_of(1, 20)
     tokens = engine.run(Submit(1, prompt, adapter=adapter, max_tokens=10))[1].tokens
     expected = reference_logits(bed.reference, adapter, [*prompt, *tokens])[19:-1]
     torch.testing.assert_close(torch.cat(seen), expected, atol=1e-3, rtol=0)
+    engine.close()
 
 
-def test_alone_and_in_a_crowd(started: Any) -> None:
-    submits = crowd()
-    together = started().run(*submits)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alone_and_in_a_crowd(family: str, tmp_path: Path) -> None:
+    bed, submits = Bed(tmp_path, family), crowd()
+    crowded, quiet = bed.engine(), bed.engine()
+    together = crowded.run(*submits)
     for submit in submits:
-        alone = started().run(submit)
+        alone = quiet.run(submit)
         assert alone[submit.sequence_id].tokens == together[submit.sequence_id].tokens
+    crowded.close()
+    quiet.close()
 
 
 @pytest.mark.parametrize("budget", [16, 23])
