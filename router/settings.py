@@ -75,16 +75,12 @@ class Settings(BaseSettings):
     @property
     def tls(self) -> Tls | None:
         """Of the listening port."""
-        if not (self.tls_cert or self.tls_key or self.tls_ca):
-            return None
-        return Tls(self.tls_cert, self.tls_key, self.tls_ca)
+        return Tls.given(self.tls_cert, self.tls_key, self.tls_ca)
 
     @property
     def runner_tls(self) -> Tls | None:
         """Of the channels to runners."""
-        if not (self.runner_ca or self.runner_cert or self.runner_key):
-            return None
-        return Tls(self.runner_cert, self.runner_key, self.runner_ca)
+        return Tls.given(self.runner_cert, self.runner_key, self.runner_ca)
 
     @property
     def limits(self) -> Limits:

@@ -112,16 +112,12 @@ class Settings(BaseSettings):
     @property
     def tls(self) -> Tls | None:
         """Of the listening port."""
-        if not (self.tls_cert or self.tls_key or self.tls_ca):
-            return None
-        return Tls(self.tls_cert, self.tls_key, self.tls_ca)
+        return Tls.given(self.tls_cert, self.tls_key, self.tls_ca)
 
     @property
     def router_tls(self) -> Tls | None:
         """Of the channels to routers."""
-        if not (self.router_ca or self.router_cert or self.router_key):
-            return None
-        return Tls(self.router_cert, self.router_key, self.router_ca)
+        return Tls.given(self.router_cert, self.router_key, self.router_ca)
 
     def address(self, port: int) -> str:
         """Where routers reach the runner, which listens on `port`."""

@@ -58,6 +58,11 @@ class Tls:
         if (self.cert is None) != (self.key is None):
             raise InvalidRequest("TLS needs a certificate and its key together: give both or none")
 
+    @classmethod
+    def given(cls, cert: Path | None, key: Path | None, ca: Path | None) -> Tls | None:
+        """TLS with these files; None if there is none of them."""
+        return cls(cert, key, ca) if cert or key or ca else None
+
     def server_credentials(self) -> grpc.ServerCredentials:
         """Credentials of a listening port; mutual TLS if `ca` is given."""
         if self.cert is None or self.key is None:
