@@ -44,9 +44,9 @@ class DecodeConfig:
     blocks: int
 
 
-GROUPED = DecodeConfig(True, 64, 4, 3, 4 * 132)
+GROUPED = DecodeConfig(True, 64, 2, 3, 4 * 132)
 """Where query heads share keys."""
-SINGLE = DecodeConfig(False, 32, 1, 1, 16 * 132)
+SINGLE = DecodeConfig(False, 16, 1, 2, 8 * 132)
 """Where each has its own."""
 _LOG2_E = 1.4426950408889634
 _NEVER = tl.constexpr(-1e30)

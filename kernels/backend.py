@@ -74,7 +74,8 @@ def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
     reads what a kernel of the step writes and before it writes at all; and in one block at least,
     whatever the work, so that it is not complete before its predecessor is. All kernels before the
     predecessor are then complete as well. Before it waits, it may read weights, and what was
-    copied to the device before the step.
+    copied to the device before the step. If the predecessor waits before it calls
+    `gdc_launch_dependents`, what it reads may be read at once, too.
     """
     if tensor.is_cuda and _overlaps(tensor.get_device()):
         return {"PDL": True, "launch_pdl": True}

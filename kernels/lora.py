@@ -57,12 +57,16 @@ def add_lora(
     out_features: tuple[int, ...],
     tiles: Tiles,
     workspace: torch.Tensor,
+    *,
+    beside_linear: bool = False,
 ) -> None:
     """Add to y, in place, what each tile's adapter makes of x: `shrink`, then `expand`.
 
     y: [T, sum(out_features)], any float dtype; x: [T, K] of the arena's dtype; both with adjacent
     elements in a row. arena: contiguous, at least 16-byte aligned. group: 0 qkv, 1 o, 2 gate_up,
     3 down. workspace: float32, `workspace_elements` at least. Rows in no tile stay as they are.
+    beside_linear: the launch before this one was `linear` of this x into y, beside which the shrink
+    then runs, since it needs x alone.
 
     Raises:
         ValueError: a shape, stride or dtype that the op cannot take.
@@ -70,5 +74,7 @@ def add_lora(
     if not runs_kernel(x):
         reference.add_lora(y, x, arena, table, layer, group, out_features, tiles)
         return
-    shrink(x, arena, table, layer, group, out_features, tiles, workspace)
+    shrink(
+        x, arena, table, layer, group, out_features, tiles, workspace, beside_linear=beside_linear
+    )
     expand(y, x.shape[1], arena, table, layer, group, out_features, tiles, workspace)

@@ -55,13 +55,15 @@ def _shrink_rows_kernel(
     RANK_BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BESIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One block: a chunk of K, a tile, every RANK_BLOCKS-th block of BLOCK_R stacked ranks.
 
     The chunk of A is loaded once, into registers, and serves the tile's rows in turn, each by
     the same sums whatever its company; the next row of x is loaded while one is multiplied.
-    Adjacent lanes hold BLOCK_K adjacent features.
+    Adjacent lanes hold BLOCK_K adjacent features. BESIDE: x and `partials` are free to use at
+    once, for the kernel before this one waited for whoever used them before it let this one start.
     """
     chunk = tl.program_id(0)
     tile = tl.program_id(1)
@@ -88,7 +90,7 @@ def _shrink_rows_kernel(
         a = load_inside(a_at, ((begin + r) < stacked)[None, :, None] & (k < K)[:, None, :], FULL)
         x_at = x + source_rows(order, first, True) * x_stride + k
         row = source_rows(order, first + tl.where(rows > 1, 1, 0), True)
-        if PDL:
+        if PDL and not BESIDE:
             tl.extra.cuda.gdc_wait()
         out = partials + (chunk * rows_total + first).to(tl.int64) * width + r
         x_row = tl.load(x_at, mask=k < K, other=0.0)
@@ -108,7 +110,7 @@ def _shrink_rows_kernel(
                     a = load_inside(a_at, inside, FULL)
             m = m_next
             x_row = x_next
-    elif PDL and chunk + tile + rank_block == 0:
+    if PDL and chunk + tile + rank_block == 0:
         tl.extra.cuda.gdc_wait()  # one block that waits keeps the next kernel from overtaking
 
 
@@ -136,6 +138,7 @@ def _shrink_tiles_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BESIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One block as in `_shrink_rows_kernel`, on the tensor cores, in steps of BLOCK_K."""
@@ -152,7 +155,7 @@ def _shrink_tiles_kernel(
         stacked += tl.load(ranks + place * 7 + PROJECTION + p)
     begin = rank_block * BLOCK_R
     if (rows > 0) & (begin < stacked):
-        if PDL:
+        if PDL and not BESIDE:
             tl.extra.cuda.gdc_wait()
         m = tl.arange(0, BLOCK_M)
         x_rows = x + source_rows(order, first + m, m < rows)[:, None] * x_stride
@@ -169,7 +172,7 @@ def _shrink_tiles_kernel(
                 sums = dot(xs, a, sums)
             kept = (m < rows)[:, None] & (rank < stacked)[None, :]
             tl.store(out[:, None] + rank[None, :], sums, mask=kept)
-    elif PDL and chunk + tile + rank_block == 0:
+    if PDL and chunk + tile + rank_block == 0:
         tl.extra.cuda.gdc_wait()  # as in `_shrink_rows_kernel`
 
 
@@ -182,10 +185,12 @@ def shrink(
     out_features: tuple[int, ...],
     tiles: Tiles,
     workspace: torch.Tensor,
+    *,
+    beside_linear: bool = False,
 ) -> None:
     """workspace[c, t, j] = x[t, chunk c] @ A[j, chunk c], for each row j of t's stacked A.
 
-    Arguments as in `lora.add_lora`. It needs x alone, so it may run beside the base model's GEMM.
+    Arguments as in `lora.add_lora`.
 
     Raises:
         ValueError: a shape, stride or dtype that the op cannot take.
@@ -200,7 +205,9 @@ def shrink(
     if not runs_kernel(x):
         reference.shrink(x, arena, table, layer, group, out_features, tiles, workspace)
         return
-    launch_shrink(x, arena, table, layer, group, tiles, workspace, shape, config)
+    launch_shrink(
+        x, arena, table, layer, group, tiles, workspace, shape, config, beside_linear=beside_linear
+    )
 
 
 def launch_shrink(
@@ -213,6 +220,8 @@ def launch_shrink(
     workspace: torch.Tensor,
     shape: Shape,
     config: Config,
+    *,
+    beside_linear: bool = False,
 ) -> None:
     """The kernel in one configuration; its arguments were checked."""
     kernel = _shrink_tiles_kernel if shape.dot else _shrink_rows_kernel
@@ -239,6 +248,7 @@ def launch_shrink(
         RANK_BLOCKS=config.rank_blocks,
         BLOCK_K=config.shrink_k,
         BLOCK_R=config.shrink_r,
+        BESIDE=beside_linear,
         PDL=config.pdl,
         num_warps=config.shrink_warps,
         num_stages=config.shrink_stages,

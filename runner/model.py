@@ -101,7 +101,7 @@ class Model:
             outs = self.config.out_features[group]
             add_lora(
                 y, x, self._arena.pages, self._table, index, GROUPS.index(group), outs,
-                step.tiles, self._partials,
+                step.tiles, self._partials, beside_linear=True,
             )  # fmt: skip
         return y
 
