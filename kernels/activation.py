@@ -15,8 +15,8 @@ def _silu_mul_kernel(
 ):  # fmt: skip
     """One block: BLOCK_N columns of a row."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     at = gate_up + row * in_stride + n

@@ -97,8 +97,8 @@ def _decode_kernel(
     head = kv_head * GROUP + g
     real = (g < GROUP)[:, None] & (d < D)[None, :]
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     q_at = q + row * q_stride + head[:, None] * D + d[None, :]
     qs = tl.load(q_at, mask=real, other=0.0)
     table = page_table + row * table_stride
@@ -146,8 +146,8 @@ def _combine_kernel(
 ):  # fmt: skip
     """One block: a head of a row; weighs its splits, in order, by their softmax maxima."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     rows = tl.num_programs(0).to(tl.int64)

@@ -70,12 +70,12 @@ def runs_kernel(tensor: torch.Tensor) -> bool:
 def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
     """Options with which a kernel on `tensor`'s device may start while its predecessor ends.
 
-    PDL is the kernel's own: it must then call `gdc_wait` in every block that has work, before it
-    reads what a kernel of the step writes and before it writes at all; and in one block at least,
-    whatever the work, so that it is not complete before its predecessor is. All kernels before the
-    predecessor are then complete as well. Before it waits, it may read weights, and what was
-    copied to the device before the step. If the predecessor waits before it calls
-    `gdc_launch_dependents`, what it reads may be read at once, too.
+    PDL is the kernel's own. Every block that has work calls `gdc_wait` before it reads what a
+    kernel of the step writes and before it writes at all, and only then `gdc_launch_dependents`:
+    kernels that start further ahead would hold places on the GPU that the next one needs. One
+    block at least waits, whatever the work, so that the kernel is not complete before its
+    predecessor is; all kernels before it are then complete as well. Before it waits, a block may
+    read weights, and what was copied to the device before the step.
     """
     if tensor.is_cuda and _overlaps(tensor.get_device()):
         return {"PDL": True, "launch_pdl": True}

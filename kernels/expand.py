@@ -69,8 +69,6 @@ def _expand_rows_kernel(
     """
     block = tl.program_id(0)
     tile = tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     slot, first, rows = load_tile(entries, count, tile)
     p, column, width, begin = _find_slice(block, N0, N1, N2, BLOCK_N)
     place = (slot * layers + layer) * 7 + PROJECTION
@@ -90,6 +88,7 @@ def _expand_rows_kernel(
         row = source_rows(order, first + 1, rows > 1)
         if PDL:
             tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         chunk_row = c.to(tl.int64) * rows_total + first
         v_at = partials + chunk_row[:, None] * workspace_width + stacked_row + r[None, :]
         known = (c < CHUNKS)[:, None] & (r < rank)[None, :]
@@ -174,8 +173,6 @@ def _expand_tiles_kernel(
     """
     block = tl.program_id(0)
     tile = tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     slot, first, rows = load_tile(entries, count, tile)
     p, column, width, begin = _find_slice(block, N0, N1, N2, SPAN)
     place = (slot * layers + layer) * 7 + PROJECTION
@@ -185,6 +182,7 @@ def _expand_tiles_kernel(
     if (rows > 0) & (rank > 0):
         if PDL:
             tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         m = tl.arange(0, BLOCK_M)
         r = tl.arange(0, BLOCK_R)
         present = (m < rows)[:, None]

@@ -91,7 +91,7 @@ def _linear_kernel(
     x_at = x + m[None, :] * x_stride + k[:, None]
     there = (m < rows)[None, :]
     if PDL:
-        tl.extra.cuda.gdc_wait()  # before others may start: a shrink of the same x need not wait
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     turned = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(begin, end):

@@ -28,8 +28,8 @@ def _rms_norm_kernel(
     inside = n < N
     weights = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     values = tl.load(x + row * x_stride + n, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         at = residual + row * residual_stride + n

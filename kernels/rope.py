@@ -44,8 +44,8 @@ def _rope_kernel(
     c = tl.load(cos + position * (D // 2) + half, mask=inside, other=0.0)
     s = tl.load(sin + position * (D // 2) + half, mask=inside, other=0.0)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if slot >= 0:
         if head < HEADS:
             at = q + row * q_stride + head * D

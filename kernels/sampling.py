@@ -62,8 +62,8 @@ def _greedy_block_kernel(
 ):
     """One block: the best of BLOCK logits of a row, as (order of logit, lowness of index)."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     n = block * BLOCK + tl.arange(0, BLOCK)
@@ -76,8 +76,8 @@ def _greedy_block_kernel(
 def _greedy_kernel(keys, out, blocks, BLOCKS_POWER: tl.constexpr, PDL: tl.constexpr):
     """One block: a row's best block."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS_POWER)
     found = tl.load(keys + row * blocks + block, mask=block < blocks, other=_LEAST)

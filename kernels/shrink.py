@@ -62,14 +62,12 @@ def _shrink_rows_kernel(
 
     The chunk of A is loaded once, into registers, and serves the tile's rows in turn, each by
     the same sums whatever its company; the next row of x is loaded while one is multiplied.
-    Adjacent lanes hold BLOCK_K adjacent features. BESIDE: x and `partials` are free to use at
-    once, for the kernel before this one waited for whoever used them before it let this one start.
+    Adjacent lanes hold BLOCK_K adjacent features. BESIDE: x is there and `partials` free
+    from the start, as the kernel before this one waited for the one before it.
     """
     chunk = tl.program_id(0)
     tile = tl.program_id(1)
     rank_block = tl.program_id(2)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     slot, first, rows = load_tile(entries, count, tile)
     place = slot * layers + layer
     a_start = arena + tl.multiple_of(tl.load(a_offsets + place * 4 + GROUP), 32)
@@ -90,8 +88,10 @@ def _shrink_rows_kernel(
         a = load_inside(a_at, ((begin + r) < stacked)[None, :, None] & (k < K)[:, None, :], FULL)
         x_at = x + source_rows(order, first, True) * x_stride + k
         row = source_rows(order, first + tl.where(rows > 1, 1, 0), True)
-        if PDL and not BESIDE:
-            tl.extra.cuda.gdc_wait()
+        if PDL:
+            if not BESIDE:
+                tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         out = partials + (chunk * rows_total + first).to(tl.int64) * width + r
         x_row = tl.load(x_at, mask=k < K, other=0.0)
         start, m = begin, 0
@@ -145,8 +145,6 @@ def _shrink_tiles_kernel(
     chunk = tl.program_id(0)
     tile = tl.program_id(1)
     rank_block = tl.program_id(2)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     slot, first, rows = load_tile(entries, count, tile)
     place = slot * layers + layer
     a_start = arena + tl.multiple_of(tl.load(a_offsets + place * 4 + GROUP), 32)
@@ -155,8 +153,10 @@ def _shrink_tiles_kernel(
         stacked += tl.load(ranks + place * 7 + PROJECTION + p)
     begin = rank_block * BLOCK_R
     if (rows > 0) & (begin < stacked):
-        if PDL and not BESIDE:
-            tl.extra.cuda.gdc_wait()
+        if PDL:
+            if not BESIDE:
+                tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         m = tl.arange(0, BLOCK_M)
         x_rows = x + source_rows(order, first + m, m < rows)[:, None] * x_stride
         out = partials + (chunk * rows_total + first + m).to(tl.int64) * width
