@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +13,9 @@ from granatum.kernels import lora
 from granatum.kernels.backend import INTERPRETING, runs_kernel
 from granatum.kernels.expand import launch_expand
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
+from granatum.kernels.linear import Config as LinearConfig
+from granatum.kernels.linear import Workspace, launch_linear
+from granatum.kernels.norm import rms_norm
 from granatum.kernels.shrink import launch_shrink
 from granatum.kernels.tuning import Shape, default_config
 
@@ -340,3 +343,44 @@ def test_overlapping_launches_give_the_same_bits() -> None:
             launch_expand(out, *rest, shape, config)
         results.append(out)
     assert torch.equal(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_m", [2, 64])
+def test_a_shrink_beside_its_linear_reads_and_writes_in_order(block_m: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    device = torch.device("cuda")
+    size, slots = 4096, [0, 1, 2, None, 3, 1, 0] * 3
+    ranks = [(16,), (8,), (64,), (256,)]
+    group = make_group(OUT, size, (size,), ranks, torch.bfloat16, device)
+    tiles = tiles_of(slots, block_m, device)
+    x = torch.empty(len(slots), size, dtype=torch.bfloat16, device=device)
+    weight = (size**-0.5 * torch.randn(size, size, device=device)).bfloat16()
+    ones = torch.ones(size, dtype=torch.bfloat16, device=device)
+    sums = Workspace.of_size(32 * size * 2, size // 64, device)
+    partials = group.workspace(len(slots), block_m)
+
+    def run(synchronize: Callable[[], None], *, beside: bool) -> torch.Tensor:
+        y, x_next = x, torch.empty_like(x)
+        for _ in range(30):
+            rms_norm(y, ones, 1e-6, x_next)  # which the step before it still reads
+            synchronize()
+            y = launch_linear(x_next, weight, None, sums, LinearConfig(64, 128, 2, 4, 4))
+            synchronize()
+            lora.add_lora(
+                y, x_next, group.arena, group.table, LAYER, OUT, group.outs, tiles, partials,
+                beside_linear=beside,
+            )  # fmt: skip
+            synchronize()
+        return y
+
+    x.normal_()
+    run(torch.cuda.synchronize, beside=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run(lambda: None, beside=True)
+    for _ in range(5):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(found, run(torch.cuda.synchronize, beside=False))
