@@ -6,10 +6,14 @@ Deciding is here, moving is behind `Mover` (adapter_mover.py); nothing here bloc
 runs a sequence never leaves. Others leave least recently used first: the device for KV or for
 another adapter, the host pages for another image. Pages are given up only after `release`, which
 the scheduler calls when no launched step uses them, so a copy may overwrite them at once.
+
+The next step may use an adapter whose copy has only begun, for the device can wait for it. Mostly
+it need not: the copy has as long as the step in flight takes. So that it never waits for more than
+one, this is so of the oldest copy alone; the others' adapters are had when they have landed.
 """
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -90,7 +94,9 @@ class AdapterCache:
         self._free_slots = list(range(slots - 1, -1, -1))
         self._entries: dict[str, Entry] = {}
         self._pending: dict[str, Entry] = {}  # on their way, in the order they were asked for
+        self._copying: deque[Entry] = deque()  # they land in this order
         self._idle: OrderedDict[str, Entry] = OrderedDict()  # resident without users, oldest first
+        self._idle_pages = 0
         self._hosted: OrderedDict[str, Entry] = OrderedDict()  # with host pages, oldest first
         self._backoffs: dict[str, Backoff] = {}
         self._round = 0
@@ -103,27 +109,26 @@ class AdapterCache:
         if self._resident is None:
             resident = (e.digest for e in self._entries.values() if e.state is State.RESIDENT)
             self._resident = tuple(resident)
-        reclaimable = sum(entry.size for entry in self._idle.values())
-        return AdapterFigures(self._resident, self._loads, reclaimable)
+        return AdapterFigures(self._resident, self._loads, self._idle_pages)
 
     def acquire(self, digest: str) -> int | None:
-        """The adapter's slot, with one user more; None while it is being brought.
+        """The adapter's slot for steps launched from now on, with one user more.
 
-        The first call starts that, later ones poll. Raises GranatumError if it cannot be had; the
-        same error for everybody until it is tried again.
+        None while it is being brought: the first call starts that, later ones poll. Raises
+        GranatumError if it cannot be had; the same error for everybody until it is tried again.
         """
         entry = self._entries.get(digest) or self._begin(digest)
         entry.asked = self._round
         if entry.digest in self._hosted:
             self._hosted.move_to_end(digest)
-        if entry.state is not State.RESIDENT:
-            if digest not in self._pending:
-                entry.since = self._clock()
-                self._pending[digest] = entry
-                self._advance()
+        if entry.state is not State.RESIDENT and digest not in self._pending:
+            entry.since = self._clock()
+            self._pending[digest] = entry
+            self._advance()
+        if not self._is_usable(entry):
             return None
         entry.users += 1
-        self._idle.pop(digest, None)
+        self._stop_idling(entry)
         return entry.slot
 
     def release(self, digest: str) -> None:
@@ -131,8 +136,7 @@ class AdapterCache:
         entry = self._entries[digest]
         assert entry.users > 0, "released more often than acquired"
         entry.users -= 1
-        if not entry.users:
-            self._idle[digest] = entry
+        self._idle_if_unused(entry)
 
     def pages_of(self, digest: str) -> int:
         """Pages that an acquired adapter takes."""
@@ -151,6 +155,22 @@ class AdapterCache:
         Those that nobody waits for go first. Nothing is freed if there are not so many.
         """
         return self._evict(pages, 0, sorted(self._idle.values(), key=self._is_wanted))
+
+    def _is_usable(self, entry: Entry) -> bool:
+        """Whether steps launched from now on may use it; they wait for a copy under way."""
+        if entry.state is State.COPYING and entry is self._copying[0]:
+            self._mover.fence(entry.digest)
+            return True
+        return entry.state is State.RESIDENT
+
+    def _idle_if_unused(self, entry: Entry) -> None:
+        if entry.state is State.RESIDENT and not entry.users:
+            self._idle[entry.digest] = entry
+            self._idle_pages += entry.size
+
+    def _stop_idling(self, entry: Entry) -> None:
+        if self._idle.pop(entry.digest, None) is not None:
+            self._idle_pages -= entry.size
 
     def _begin(self, digest: str) -> Entry:
         """Start a load, or raise why its last one failed."""
@@ -199,8 +219,10 @@ class AdapterCache:
 
     def _settle(self, entry: Entry) -> None:
         """An adapter has reached the device."""
+        landed = self._copying.popleft()
+        assert landed is entry, "a copy overtook another"
         entry.state = State.RESIDENT
-        self._idle[entry.digest] = entry
+        self._idle_if_unused(entry)
         self._pending.pop(entry.digest, None)
         self._backoffs.pop(entry.digest, None)
         self._loads += 1
@@ -257,6 +279,7 @@ class AdapterCache:
         pages = self._pool.allocate(entry.size)
         assert pages is not None
         entry.pages, entry.slot, entry.state = pages, self._free_slots.pop(), State.COPYING
+        self._copying.append(entry)
         self._mover.copy(entry.digest, entry.slot, entry.host_pages, pages)
         return True
 
@@ -280,7 +303,7 @@ class AdapterCache:
         return freed
 
     def _leave_device(self, entry: Entry) -> None:
-        del self._idle[entry.digest]
+        self._stop_idling(entry)
         self._pool.free(entry.pages)
         self._free_slots.append(entry.slot)
         entry.pages, entry.slot = (), -1

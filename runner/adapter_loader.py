@@ -138,6 +138,12 @@ class AdapterLoader:
             arrived.record(self._stream)
         self._flights.append(_Flight(digest, arrived))
 
+    def fence(self, digest: str) -> None:
+        """Have the current stream wait for the copy; on a CPU it has ended already."""
+        for flight in self._flights:
+            if flight.digest == digest:
+                torch.cuda.current_stream(self._arena.device).wait_event(flight.arrived)
+
     def events(self) -> list[Event]:
         """What has ended since the last call."""
         ended: list[Event] = []

@@ -62,7 +62,11 @@ class Mover(Protocol):
     def copy(
         self, digest: str, slot: int, host_pages: tuple[int, ...], pages: tuple[int, ...]
     ) -> None:
-        """Copy to the device, then write the slot's table row; ends as Copied."""
+        """Copy to the device, then write the slot's table row; ends as Copied, in order."""
+        ...
+
+    def fence(self, digest: str) -> None:
+        """Have the device run what is launched from now on after the copy, which is under way."""
         ...
 
     def events(self) -> list[Event]:

@@ -22,9 +22,10 @@ class Adapters(Protocol):
     """Adapters on the device, by digest. Nothing here blocks."""
 
     def acquire(self, digest: str) -> int | None:
-        """The adapter's slot, with one user more; None while it is being brought.
+        """The adapter's slot for steps launched from now on, with one user more.
 
-        The first call starts that and later calls poll. Raises if it cannot be had.
+        None while it is being brought: the first call starts that, later ones poll. Raises if it
+        cannot be had.
         """
 
     def release(self, digest: str) -> None:

@@ -6,6 +6,7 @@ front  <-- Ready once, then StepReport ---------  engine
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Self
 
 
 class Finish(Enum):
@@ -115,6 +116,10 @@ class SequenceNews:
     logprobs: tuple[TokenLogprobs, ...] = ()
     """As many as tokens, or none if not asked for."""
     outcome: Finish | Departure | Failure | None = None
+
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
+        """One of every sequence is pickled in every step: three times as fast as by fields."""
+        return type(self), (self.sequence_id, self.tokens, self.logprobs, self.outcome)
 
 
 @dataclass(frozen=True, slots=True)

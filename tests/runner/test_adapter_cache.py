@@ -8,6 +8,8 @@ import pytest
 from granatum.runner.adapter_cache import BACKOFF_S, PATIENCE_S, AdapterCache
 from granatum.runner.adapter_mover import Copied, Event, Failed, Measured, Read
 from granatum.runner.pages import PagePool
+from granatum.runner.records import Submit
+from granatum.runner.scheduler import Limits, Scheduler
 from granatum.v1.errors import GranatumError, InvalidRequest, Unavailable
 
 
@@ -23,6 +25,7 @@ class BookMover:
     ended: list[Event] = field(default_factory=list)
     writing: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     copies: list[str] = field(default_factory=list)
+    fences: list[str] = field(default_factory=list)
 
     def size(self, digest: str) -> int | None:
         return self.sizes[digest] if self.known else None
@@ -42,6 +45,10 @@ class BookMover:
         self._hold(digest, host_pages, pages)
         self.copies.append(digest)
         self.begun.append(Copied(digest))
+
+    def fence(self, digest: str) -> None:
+        assert Copied(digest) in self.begun + self.ended, "there is nothing to wait for"
+        self.fences.append(digest)
 
     def events(self) -> list[Event]:
         ended, self.ended = self.ended, []
@@ -97,21 +104,84 @@ def test_first_use_goes_through_every_tier() -> None:
     assert cache.acquire("a") is None
     assert mover.begun == [Measured("a", 3)]
     assert bring(cache, mover, "a") in (0, 1)
+    settle(cache, mover)
     assert cache.figures.resident == ("a",)
     assert (cache.figures.loads, cache.figures.reclaimable_pages) == (1, 0)
     cache.release("a")
     assert cache.figures.reclaimable_pages == 3
 
 
-def test_host_image_is_copied_without_waiting_for_a_poll() -> None:
-    mover = BookMover({"a": 3, "b": 7})
+def in_host_memory(*digests: str) -> tuple[AdapterCache, BookMover]:
+    """Adapters of two pages each that have been on the device and left it."""
+    mover = BookMover(dict.fromkeys(digests, 2))
+    cache = AdapterCache(PagePool(2 * len(digests)), mover, len(digests), clock=Clock())
+    for digest in digests:
+        bring(cache, mover, digest)
+        cache.release(digest)
+    settle(cache, mover)
+    assert cache.reclaim(2 * len(digests)) == 2 * len(digests)
+    mover.copies.clear()
+    mover.fences.clear()
+    return cache, mover
+
+
+def test_adapter_in_host_memory_is_had_at_once_behind_its_copy() -> None:
+    cache, mover = in_host_memory("a")
+    assert cache.acquire("a") == 0
+    assert mover.begun == [Copied("a")]
+    assert mover.fences == ["a"]
+    settle(cache, mover)
+    assert cache.acquire("a") == 0
+    assert mover.fences == ["a"], "what has landed is not waited for"
+
+
+def test_image_that_was_read_is_had_in_the_same_round() -> None:
+    mover = BookMover({"a": 3})
     cache = AdapterCache(PagePool(8), mover, slots=2, clock=Clock())
+    assert cache.acquire("a") is None
+    mover.finish()
+    cache.poll()
+    assert cache.acquire("a") is not None
+    assert mover.fences == ["a"]
+
+
+def test_steps_wait_for_one_copy_at_most() -> None:
+    cache, mover = in_host_memory("a", "b", "c")
+    assert [cache.acquire(digest) is None for digest in "abc"] == [False, True, True]
+    mover.finish(1)
+    cache.poll()
+    assert [cache.acquire(digest) is None for digest in "abc"] == [False, False, True]
+    assert mover.fences == ["a", "b"]
+    mover.finish()
+    cache.poll()
+    assert cache.acquire("c") is not None
+    assert mover.fences == ["a", "b"]
+
+
+def test_adapter_given_back_before_it_has_landed_leaves_only_afterwards() -> None:
+    cache, mover = in_host_memory("a")
+    cache.acquire("a")
+    cache.release("a")
+    assert cache.reclaim(1) == cache.figures.reclaimable_pages == 0
+    settle(cache, mover)
+    assert cache.figures.reclaimable_pages == 2
+    assert cache.reclaim(1) == 2
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_scheduled_next_from_the_device_or_from_host_memory_alike(cold: bool) -> None:
+    mover, pool = BookMover({"a": 2}), PagePool(8)
+    cache = AdapterCache(pool, mover, slots=1, clock=Clock())
     bring(cache, mover, "a")
     cache.release("a")
-    assert cache.reclaim(1) == 3
-    assert cache.acquire("a") is None
-    assert mover.begun == [Copied("a")]
-    assert mover.copies == ["a", "a"]
+    settle(cache, mover)
+    if cold:
+        cache.reclaim(2)
+    scheduler = Scheduler(Limits(4, 4, 16, 4, 64), pool, cache)
+    scheduler.submit(Submit(1, (1, 2, 3), adapter="a", max_tokens=4))
+    (chunk,) = scheduler.schedule().chunks
+    assert (chunk.rows, chunk.sequence.slot) == (3, 0)
+    assert mover.begun == [Copied("a")] * cold, "the step waits on the device, not here"
 
 
 def test_pages_of_adapters_in_use_are_never_reclaimed() -> None:
@@ -120,6 +190,7 @@ def test_pages_of_adapters_in_use_are_never_reclaimed() -> None:
     cache = AdapterCache(pool, mover, slots=2, clock=Clock())
     bring(cache, mover, "a")
     bring(cache, mover, "b")
+    settle(cache, mover)
     assert cache.reclaim(1) == 0
     cache.release("a")
     assert cache.reclaim(4) == 0, "nothing is evicted in vain"
@@ -159,8 +230,7 @@ def test_a_load_does_not_displace_what_another_waits_for_until_patience_ends() -
     cache.acquire("b")
     cache.poll()
     assert cache.figures.resident == ()
-    mover.finish()
-    cache.poll()
+    settle(cache, mover)
     assert cache.figures.resident == ("b",)
 
 
@@ -213,9 +283,10 @@ def test_host_pages_of_the_least_recently_asked_for_give_way() -> None:
     for digest in "abc":
         bring(cache, mover, digest)
         cache.release(digest)
+    settle(cache, mover)
     assert cache.reclaim(6) == 6
     mover.copies.clear()
-    assert cache.acquire("b") is None
+    assert cache.acquire("b") is not None
     assert mover.copies == ["b"], "b is still in host memory"
     assert cache.acquire("a") is None
     assert mover.copies == ["b"], "a gave its host pages to c and is read again"
@@ -282,10 +353,13 @@ class Chaos:
             self.pool.free(self.kv.pop(self.random.randrange(len(self.kv))))
 
     def check(self) -> None:
-        resident = self.cache.figures.resident
-        assert set(self.users) <= set(resident), "an adapter in use has left"
-        assert len(set(self.slots.values())) == len(self.slots), "two adapters share a slot"
         entries = self.cache._entries.values()
+        on_device = {entry.digest for entry in entries if entry.pages}
+        assert set(self.users) <= on_device, "an adapter in use has left"
+        assert set(self.cache.figures.resident) <= on_device
+        idle = [entry.size for entry in self.cache._idle.values()]
+        assert self.cache.figures.reclaimable_pages == sum(idle)
+        assert len(set(self.slots.values())) == len(self.slots), "two adapters share a slot"
         held = [page for entry in entries for page in entry.pages]
         held += [page for pages in self.kv for page in pages]
         assert len(held) == len(set(held)), "a page has two owners"

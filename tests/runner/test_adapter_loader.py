@@ -273,6 +273,7 @@ def test_images_from_memory() -> None:
     images = {digest_of(n): random_image(SHAPE, rank=8, seed=n) for n in range(2)}
     bench = Bench(MemoryImages(images))
     slots = [bench.bring(digest) for digest in images]
+    bench.cache.poll()
     assert sorted(bench.cache.figures.resident) == sorted(images)
     deltas = [bench.delta(slot, 1, "down_proj") for slot in slots]
     assert not torch.equal(*deltas)
