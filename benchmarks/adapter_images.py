@@ -6,6 +6,7 @@ so that kernels read as many bytes as if the contents differed.
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -59,6 +60,7 @@ class FileImages:
         self._directory.mkdir(parents=True, exist_ok=True)
         image = random_image(shape, rank, seed=0)
         self._pages = int(image.pages.shape[0])
+        self._cleaner = ThreadPoolExecutor(1)
         for number in range(files):
             self._write(number, image)
 
@@ -74,7 +76,7 @@ class FileImages:
         path = self._path(number)
         row = read_image(path, digest_of(number), self._shape, pages)
         if self.cold:
-            _forget(path)
+            self._cleaner.submit(_forget, path)  # nobody waits for that
         return row
 
     def _write(self, number: int, image: AdapterImage) -> None:

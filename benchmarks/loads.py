@@ -2,17 +2,19 @@
 
     python benchmarks/loads.py --out benchmarks/results/h200/loads.json
 
-A real engine with random weights and the real adapter cache and loader, driven in this process.
-Images lie in `--files` files on local disk; digests beyond that share them, but every digest has
-its own pages in host memory and on the device. Parts, by --only:
+Real engines with random weights and the real adapter cache and loader, each driven in a process of
+its own: one of few adapters for start and arrivals, one of many for scale and churn. Images lie in
+`--files` files on local disk; digests beyond that share them, but every digest has its own pages in
+host memory and on the device. Parts, by --only:
 
+* start: seconds until an engine serves.
 * arrivals: `batch` - 1 streams decode while short requests arrive, with no adapter to load
   (`resident`), with one from pinned host memory every 100 ms, and with one from the disk every
-  500 ms (read past the operating system's cache). `quiet`: nothing arrives.
+  500 ms (read past the operating system's cache). `quiet`: nothing arrives. `added_ms`: to the
+  percentiles of the time to the first token, by what must be loaded.
 * scale: `batch` users with S-LoRA's lengths over 2,000 adapters, about 200 of them on the device
   at a time, beside the same users with one resident adapter each.
 * churn: nothing but loads, and the memory they leave behind.
-* start: seconds until an engine serves.
 """
 
 import argparse
@@ -43,11 +45,11 @@ from granatum.runner.engine import Engine
 KEY = ("scenario", "model", "batch", "tier", "popularity", "adapters")
 COLUMNS = (
     *("tokens_per_s", "share", "inter_token_ms_p50", "inter_token_ms_p99", "p99_by_resident"),
-    *("ttft_ms_p50", "ttft_ms_p99", "added_ms_p50", "loads"),
+    *("ttft_ms_p50", "ttft_ms_p99", "added_ms_p50", "added_ms_p90", "loads"),
     *("device_grown_mib", "pinned_grown_mib", "resident_grown_mib", "total_s", "graphs_s"),
 )
 PARTS = ("start", "arrivals", "scale", "churn")
-PROMPT, ARRIVING_PROMPT, ARRIVING_OUTPUT = 512, 32, 8
+PROMPT, ARRIVING_PROMPT, ARRIVING_OUTPUT = 512, 32, 4
 HOST_EVERY_S, DISK_EVERY_S = 0.1, 0.5
 SPARE_SLOTS = 4
 """Slots that arriving adapters take turns in."""
@@ -63,6 +65,10 @@ class Rig:
     def __init__(self, args: argparse.Namespace, slots: int, host_adapters: int) -> None:
         config = SHAPES[args.model]
         model = write_model(args.dir / args.model, config)
+        began = time.monotonic()
+        if args.device == "cuda":
+            torch.zeros(1, device="cuda")
+        self.driver_s = time.monotonic() - began
         began = time.monotonic()
         with capture_logs() as self.logs:
             self.engine: Engine = start_engine(
@@ -92,40 +98,64 @@ class Rig:
         return self.engine.figures.adapter_loads
 
 
-def arrivals(args: argparse.Namespace) -> Rows:
+def few_adapters(args: argparse.Namespace) -> Rows:
+    """Start and arrivals."""
+    on_device = args.batch - 1 + SPARE_SLOTS
+    rig = Rig(args, on_device, on_device + HOST_ADAPTERS + 8)
+    if "start" in args.only:
+        yield from start(rig)
+    if "arrivals" in args.only:
+        yield from arrivals(rig, args)
+
+
+def many_adapters(args: argparse.Namespace) -> Rows:
+    """Scale and churn."""
+    rig = Rig(args, args.resident, args.hosted)
+    if "scale" in args.only:
+        yield from scale(rig, args)
+    if "churn" in args.only:
+        yield from churn(rig, args)
+
+
+def start(rig: Rig) -> Rows:
+    """From nothing to serving; imports and the driver's start are not in it."""
+    began = time.monotonic()
+    rig.users.drive(((Request(PROMPT, 1),),))
+    first = time.monotonic() - began
+    said = {str(log["event"]): log for log in rig.logs}
+    row: Row = {"scenario": "start", "driver_s": round(rig.driver_s, 2)}
+    row["weights_s"] = said["weights loaded"]["seconds"]
+    row["graphs_s"] = said.get("graphs captured", {}).get("seconds", 0.0)
+    row["graphs"] = said.get("graphs captured", {}).get("graphs", 0)
+    yield {**row, "total_s": round(rig.start_s, 1), "first_token_s": round(first, 3)}
+
+
+def arrivals(rig: Rig, args: argparse.Namespace) -> Rows:
     """Loads beside streams."""
     decoding = args.batch - 1
     hosted = range(1000, 1000 + HOST_ADAPTERS)
-    on_disk = range(2000, 2000 + 4 * HOST_ADAPTERS)
-    rig = Rig(args, decoding + SPARE_SLOTS, decoding + SPARE_SLOTS + HOST_ADAPTERS + 8)
-    streams = traffic.decoders(decoding, PROMPT, args.seconds)
+    on_disk = range(2000, 2000 + int(args.seconds / DISK_EVERY_S))
 
-    def measure(tier: str, every_s: float, adapters: range) -> Row:
-        arriving = traffic.arriving(
-            every_s, args.seconds, ARRIVING_PROMPT, ARRIVING_OUTPUT, adapters
-        )
+    def measure(tier: str, every_s: float, adapters: range, seconds: float) -> Row:
+        arriving = traffic.arriving(every_s, seconds, ARRIVING_PROMPT, ARRIVING_OUTPUT, adapters)
+        streams = traffic.decoders(decoding, PROMPT, seconds)
         before = rig.loads
-        records = rig.users.drive((*streams, *arriving), args.seconds)
+        records = rig.users.drive((*streams, *arriving), seconds)
         row: Row = {"scenario": "arrivals", "tier": tier, "every_ms": round(every_s * 1e3)}
         row |= _beside(records, decoding)
         return {**row, "loads": rig.loads - before}
 
-    rig.users.touch(range(decoding))
-    quiet = measure("none", args.seconds, range(1))
-    yield {**quiet, "tier": "quiet"}
+    rig.users.touch([*hosted, *range(decoding)])
+    quiet = measure("quiet", args.seconds, range(1), max(args.seconds / 3, 2.0))
+    yield quiet
     for tier, every_s, adapters in (
         ("host", HOST_EVERY_S, hosted),
         ("disk", DISK_EVERY_S, on_disk),
     ):
         rig.images.cold = tier == "disk"
-        rig.users.touch([*range(decoding), *adapters, *range(decoding)])
-        resident = measure("resident", every_s, range(1))
-        yield {**resident, "tier": f"{tier}: resident instead"}
-        row = measure(tier, every_s, adapters)
-        p99, ttft = "inter_token_ms_p99", "ttft_ms_p50"
-        row["p99_by_resident"] = round(row[p99] / resident[p99], 3)
-        row["p99_by_quiet"] = round(row[p99] / quiet[p99], 3)
-        yield {**row, "added_ms_p50": round(row[ttft] - resident[ttft], 3)}
+        resident = measure(f"{tier}: resident instead", every_s, range(1), args.seconds)
+        yield resident
+        yield _compared(measure(tier, every_s, adapters, args.seconds), resident, quiet)
 
 
 def _beside(records: list[Record], decoding: int) -> Row:
@@ -136,9 +166,19 @@ def _beside(records: list[Record], decoding: int) -> Row:
     return {**row, "arrived": len(first), **percentiles("ttft_ms", first)}
 
 
-def scale(args: argparse.Namespace) -> Rows:
+def _compared(row: Row, resident: Row, quiet: Row) -> Row:
+    """What loads cost the streams, and those who wait for them."""
+    for name, other in (("resident", resident), ("quiet", quiet)):
+        p99 = "inter_token_ms_p99"
+        row[f"p99_by_{name}"] = round(row[p99] / other[p99], 3)
+    for p in (50, 90, 99):
+        ttft = f"ttft_ms_p{p}"
+        row[f"added_ms_p{p}"] = round(row[ttft] - resident[ttft], 3)
+    return row
+
+
+def scale(rig: Rig, args: argparse.Namespace) -> Rows:
     """Many adapters, most of them somewhere else."""
-    rig = Rig(args, args.resident, args.hosted)
     own: list[Iterator[int]] = [itertools.repeat(i) for i in range(args.batch)]
     rig.users.touch(range(args.batch))
     baseline = 0.0
@@ -147,7 +187,7 @@ def scale(args: argparse.Namespace) -> Rows:
         if popularity != "own":
             exponent = 0.0 if popularity == "uniform" else 1.0
             chosen = [traffic.zipf(args.adapters, exponent, i) for i in range(args.batch)]
-            rig.users.touch(list(itertools.islice(chosen[0], 2 * args.resident)))
+            rig.users.touch(list(itertools.islice(chosen[0], args.resident)))
         users = traffic.closed(chosen, args.seconds)
         before = rig.loads
         records = rig.users.drive(users, args.seconds)
@@ -161,15 +201,14 @@ def scale(args: argparse.Namespace) -> Rows:
         yield {**row, "resident": args.resident, "loads": rig.loads - before}
 
 
-def churn(args: argparse.Namespace) -> Rows:
+def churn(rig: Rig, args: argparse.Namespace) -> Rows:
     """Loads without end, one token each."""
-    rig = Rig(args, args.resident, args.hosted)
     chosen = traffic.zipf(args.adapters, 0.0, 0)
 
     def touch(adapters: int) -> None:
         rig.users.touch(list(itertools.islice(chosen, adapters)))
 
-    touch(4 * args.resident)  # now everything has been in use
+    touch(2 * args.resident)  # now everything has been in use
     begun, before = time.monotonic(), rig.loads
     samples = [(0, Memory.now(args.device))]
     while samples[-1][0] < args.loads:
@@ -182,36 +221,17 @@ def churn(args: argparse.Namespace) -> Rows:
     yield {**row, "samples": [{"loads": count, **memory.row} for count, memory in samples]}
 
 
-def start(args: argparse.Namespace) -> Rows:
-    """From nothing to serving; imports and the driver's start are not in it."""
-    began = time.monotonic()
-    if args.device == "cuda":
-        torch.zeros(1, device="cuda")
-    driver = time.monotonic() - began
-    rig = Rig(args, args.batch, args.batch)
-    began = time.monotonic()
-    rig.users.drive(((Request(PROMPT, 1),),))
-    first = time.monotonic() - began
-    said = {str(log["event"]): log for log in rig.logs}
-    row: Row = {"scenario": "start", "driver_s": round(driver, 2)}
-    row["weights_s"] = said["weights loaded"]["seconds"]
-    row["graphs_s"] = said.get("graphs captured", {}).get("seconds", 0.0)
-    row["graphs"] = said.get("graphs captured", {}).get("graphs", 0)
-    yield {**row, "total_s": round(rig.start_s, 1), "first_token_s": round(first, 3)}
-
-
 def measure(args: argparse.Namespace, found: Results) -> None:
-    """The parts that were asked for, each with an engine of its own."""
-    parts: dict[str, Part] = {
-        "start": start,
-        "arrivals": arrivals,
-        "scale": scale,
-        "churn": churn,
+    """The parts that were asked for, with the engines that they need."""
+    engines: dict[Part, set[str]] = {
+        few_adapters: {"start", "arrivals"},
+        many_adapters: {"scale", "churn"},
     }
     common = {"model": args.model, "batch": args.batch, "rank": args.rank}
-    for name in args.only:
-        for row in in_child(parts[name], args):
-            found.add({**common, **row})
+    for engine, parts in engines.items():
+        if parts & {*args.only}:
+            for row in in_child(engine, args):
+                found.add({**common, **row})
 
 
 def parse_args() -> argparse.Namespace:
@@ -229,7 +249,7 @@ def parse_args() -> argparse.Namespace:
     option("--resident", type=int, default=200, help="adapters on the device in scale and churn")
     option("--hosted", type=int, default=100, help="adapters in host memory in scale and churn")
     option("--loads", type=int, default=10_000, help="of churn")
-    option("--files", type=int, default=32, help="that images lie in")
+    option("--files", type=int, default=16, help="that images lie in")
     option("--adapter-bytes", type=int, default=84 << 20, help="of pinned memory per adapter")
     option("--arena-bytes", type=int, help="of KV and adapters; else what the GPU has left")
     option("--dir", type=Path, default=Path(tempfile.gettempdir()) / "granatum-bench")

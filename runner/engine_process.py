@@ -5,6 +5,7 @@ drain commands -> step -> report; when idle: wait for a command, probe the devic
 
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ PROBE_S = 0.4
 """Seconds between reports of an idle engine."""
 POLL_S = 0.001
 """Seconds between looks at adapters on their way while nothing else is to do."""
+SWITCH_S = 0.0001
+"""Longest time that a thread which fetches an adapter goes on in Python while a step wants to."""
 
 CPU_ARENA_BYTES = 256 << 20
 """The arena of an engine on a CPU, where no size is given."""
@@ -105,6 +108,7 @@ def build_engine(options: EngineOptions, open_source: OpenSource) -> Engine:
         InvalidRequest: what the model directory or an option should be instead.
     """
     started = time.monotonic()
+    sys.setswitchinterval(SWITCH_S)
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # tiny models, several runners on a machine

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from granatum.adapters_store.base_model import GROUPS as PROJECTIONS_OF
+from granatum.adapters_store.base_model import BaseModel
 from granatum.examples.tasks import BASE, BASE_MODEL
 from granatum.kernels.layout import AdapterTable
-from granatum.runner.adapter_loader import MemoryImages
+from granatum.runner.adapter_cache import AdapterCache
+from granatum.runner.adapter_image import ImageShape, random_image
+from granatum.runner.adapter_loader import AdapterLoader, MemoryImages
 from granatum.runner.arena import Arena, allocate_arena, page_tokens
 from granatum.runner.config import ModelConfig, Rope
 from granatum.runner.engine import Engine
@@ -19,7 +23,7 @@ from granatum.runner.model import Model
 from granatum.runner.pages import PagePool
 from granatum.runner.records import Sampling, Submit
 from granatum.runner.scheduler import Limits
-from granatum.runner.weights import empty_weights, random_weights, targets
+from granatum.runner.weights import Weights, empty_weights, random_weights, targets
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from random_adapters import RandomAdapters
@@ -54,13 +58,46 @@ class Built:
     engine: Engine
 
 
-def build(device: str, like: Built | None = None) -> Built:
-    """An engine with random weights and adapters; those of `like` if given."""
-    on, cpu = torch.device(device), torch.device("cpu")
-    weights = empty_weights(CONFIG, torch.float32, on)
-    source = dict(targets(CONFIG, random_weights(CONFIG, torch.float32, cpu)))
+def weights_on(device: torch.device) -> Weights:
+    """The same random weights on every device."""
+    weights = empty_weights(CONFIG, torch.float32, device)
+    source = dict(targets(CONFIG, random_weights(CONFIG, torch.float32, torch.device("cpu"))))
     for name, tensor in targets(CONFIG, weights):
         tensor.copy_(source[name] * (1 if "norm" in name else 6))
+    return weights
+
+
+def build_with_loads(device: str, slots: int) -> tuple[Engine, AdapterLoader]:
+    """An engine on which fewer adapters have room than there are."""
+    on = torch.device(device)
+    arena = allocate_arena(CONFIG, LIMITS.page_tokens, PAGES, torch.float32, on)
+    table = AdapterTable.allocate(slots, CONFIG.layers, on, RANK)
+    shape = ImageShape(base_model(), torch.float32, arena.kv.page_elements)
+    images = {str(i): random_image(shape, RANK, seed=i) for i in range(ADAPTERS)}
+    for image in images.values():
+        image.pages.mul_(5)
+    pages = sum(len(image.pages) for image in images.values())
+    loader = AdapterLoader(arena.pages, table, MemoryImages(images), pages * shape.page_bytes)
+    pool = PagePool(PAGES)
+    executor = Executor(Model(CONFIG, weights_on(on), arena, table, LIMITS), LIMITS)
+    return Engine(executor, LIMITS, pool, AdapterCache(pool, loader, slots)), loader
+
+
+def base_model() -> BaseModel:
+    """CONFIG as adapters know it."""
+    inputs, outputs = CONFIG.in_features, CONFIG.out_features
+    features = {
+        name: (inputs[group], out)
+        for group, names in PROJECTIONS_OF.items()
+        for name, out in zip(names, outputs[group], strict=True)
+    }
+    return BaseModel("test", CONFIG.layers, features, "f" * 64)
+
+
+def build(device: str, like: Built | None = None) -> Built:
+    """An engine with random weights and adapters; those of `like` if given."""
+    on = torch.device(device)
+    weights = weights_on(on)
     arena = allocate_arena(CONFIG, LIMITS.page_tokens, PAGES, torch.float32, on)
     table = AdapterTable.allocate(ADAPTERS, CONFIG.layers, on, RANK)
     pool = PagePool(PAGES)
@@ -123,6 +160,17 @@ def test_alone_and_in_a_crowd(pair: tuple[Built, Built]) -> None:
     together = run(engine, submits, 0)
     for submit in submits:
         assert run(engine, [submit], 0)[submit.sequence_id] == together[submit.sequence_id]
+
+
+def test_adapters_come_and_go_between_steps() -> None:
+    """A step that began before its adapter's copy ended would compute with another's."""
+    found = []
+    for device, slots in (("cpu", ADAPTERS), ("cuda", ADAPTERS), ("cuda", 2)):
+        engine, loader = build_with_loads(device, slots)
+        found.append([run(engine, crowd(sampled=False), gap) for gap in (0, 1)])
+        assert engine.figures.adapter_loads > ADAPTERS or slots == ADAPTERS
+        loader.close()
+    assert found[1] == found[2] == found[0]
 
 
 def test_the_engine_process_builds_on_a_gpu_without_a_number() -> None:
