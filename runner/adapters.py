@@ -11,7 +11,7 @@ class AdapterFigures:
     """What the device holds of adapters."""
 
     resident: tuple[str, ...]
-    """Digests on the device."""
+    """Digests on the device; the same object until they change."""
     loads: int
     """Adapters brought onto the device so far."""
     reclaimable_pages: int

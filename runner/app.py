@@ -127,7 +127,7 @@ class Runner:
             reclaimable_pages=figures.reclaimable_pages,
             page_tokens=ready.page_tokens,
             sequences=figures.sequences,
-            resident_adapters=figures.resident_adapters,
+            resident_adapters=front.resident,
             decode_steps=figures.decode_steps,
             decode_sequences=figures.decode_sequences,
             decode_adapters=figures.decode_adapters,

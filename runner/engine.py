@@ -65,12 +65,16 @@ class Engine:
             total_pages=self._pool.total,
             free_pages=self._pool.free_pages,
             reclaimable_pages=adapters.reclaimable_pages,
-            resident_adapters=adapters.resident,
             decode_steps=self._decoded.steps,
             decode_sequences=self._decoded.sequences,
             decode_adapters=self._decoded.adapters,
             adapter_loads=adapters.loads,
         )
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Digests of the adapters on the device; the same object until they change."""
+        return self._adapters.figures.resident
 
     def submit(self, submit: Submit) -> None:
         """Take in a sequence; its news come from `step`."""

@@ -177,6 +177,7 @@ def serve(engine: Engine, channel: Channel[Report, Command]) -> None:
         )
     )
     reported = time.monotonic()
+    resident: tuple[str, ...] = ()
     while True:
         for command in channel.receive_all(_patience(engine, reported)):
             if isinstance(command, Stop):
@@ -187,7 +188,9 @@ def serve(engine: Engine, channel: Channel[Report, Command]) -> None:
         if overdue and not engine.in_flight:
             engine.probe()
         if news or overdue:
-            channel.send(StepReport(tuple(news), engine.figures))
+            changed = engine.resident is not resident
+            resident = engine.resident
+            channel.send(StepReport(tuple(news), engine.figures, resident if changed else None))
             reported = time.monotonic()
 
 

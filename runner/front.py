@@ -45,6 +45,8 @@ class Front:
         self._ready: Ready | None = None
         self._figures: EngineFigures | None = None
         self._reported: float | None = None
+        self.resident: tuple[str, ...] = ()
+        """Digests of the adapters on the device."""
         self.loaded = asyncio.Event()
         """Set when the engine is ready; what is read of it before raises Unavailable."""
         self.draining = False
@@ -138,6 +140,8 @@ class Front:
             self._ready = report
             self.loaded.set()
             return
+        if report.resident is not None:
+            self.resident = report.resident
         for news in report.news:
             session = self._sessions.get(news.sequence_id)
             if session is not None:

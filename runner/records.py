@@ -130,7 +130,6 @@ class EngineFigures:
     total_pages: int
     free_pages: int
     reclaimable_pages: int
-    resident_adapters: tuple[str, ...]
     decode_steps: int
     decode_sequences: int
     decode_adapters: int
@@ -157,6 +156,8 @@ class StepReport:
 
     news: tuple[SequenceNews, ...]
     figures: EngineFigures
+    resident: tuple[str, ...] | None = None
+    """Digests of the adapters on the device, if they have changed since the last report."""
 
 
 Report = Ready | StepReport

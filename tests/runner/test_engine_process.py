@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_models import TinyEngine, make_model
 
-from granatum.runner.adapter_image import ImageShape
+from granatum.runner.adapter_image import ImageShape, random_image
 from granatum.runner.adapter_loader import MemoryImages
 from granatum.runner.channel import Channel, ChannelClosed, socket_pair
 from granatum.runner.engine_process import EngineOptions, run, serve
@@ -30,9 +30,11 @@ from granatum.runner.records import (
     Submit,
 )
 
+ADAPTER = "a" * 64
 
-def no_images(_: ImageShape) -> MemoryImages:
-    return MemoryImages({})
+
+def one_image(shape: ImageShape) -> MemoryImages:
+    return MemoryImages({ADAPTER: random_image(shape, rank=8, seed=0)})
 
 
 @dataclass
@@ -45,11 +47,15 @@ class Started:
 
     def news(self, until: int) -> list[SequenceNews]:
         """News, up to the outcome of sequence `until`."""
-        heard: list[SequenceNews] = []
-        while not any(n.sequence_id == until and n.outcome for n in heard):
+        return [news for report in self.reports(until) for news in report.news]
+
+    def reports(self, until: int) -> list[StepReport]:
+        """Reports, up to that with the outcome of sequence `until`."""
+        heard: list[StepReport] = []
+        while not any(n.sequence_id == until and n.outcome for r in heard for n in r.news):
             for report in self.channel.receive_all(20):
                 assert isinstance(report, StepReport)
-                heard += report.news
+                heard.append(report)
         return heard
 
 
@@ -57,10 +63,10 @@ def start(model: Path) -> Started:
     ours, theirs = socket_pair()
     options = EngineOptions(
         model, "cpu", max_batch=4, max_waiting=4, step_tokens=32, max_rank=8, arena_bytes=1 << 20,
-        host_bytes=1 << 16,
+        host_bytes=1 << 18,
     )  # fmt: skip
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=run, args=(options, no_images, theirs), daemon=True)
+    process = context.Process(target=run, args=(options, one_image, theirs), daemon=True)
     process.start()
     theirs.close()
     channel: Channel[Command, Report] = Channel(ours)
@@ -126,6 +132,15 @@ def test_a_bad_adapter_fails_its_own_sequence_alone(started: Started) -> None:
     outcomes = {n.sequence_id: n.outcome for n in heard if n.outcome}
     assert outcomes[21] is Finish.LENGTH
     assert isinstance(outcomes[20], Failure)
+
+
+def test_adapters_on_the_device_are_told_when_they_change(started: Started) -> None:
+    for i in (25, 26):
+        started.channel.send(Submit(i, (1, 2), adapter=ADAPTER, max_tokens=8))
+    told = [report.resident for report in started.reports(until=26)]
+    assert [resident for resident in told if resident is not None] == [(ADAPTER,)]
+    started.channel.send(Submit(27, (1, 2), adapter=ADAPTER, max_tokens=8))
+    assert {report.resident for report in started.reports(until=27)} == {None}
 
 
 def test_ctrl_c_is_the_fronts_business(started: Started) -> None:

@@ -49,7 +49,7 @@ from granatum.v1.transport import bearer, build_server, listen
 
 KEY = "cluster-key"
 BOS = 257
-FIGURES = EngineFigures(0, 100, 100, 0, (), 0, 0, 0, 0)
+FIGURES = EngineFigures(0, 100, 100, 0, 0, 0, 0, 0)
 READY = Ready(max_batch=4, page_tokens=16, max_context=256, figures=FIGURES)
 Stream = grpc.aio.StreamStreamCall[SessionRequest, SessionResponse]
 
@@ -68,8 +68,8 @@ class Runner:
         self.routers.append(channel)
         return RunnerServiceStub(channel).Session(metadata=bearer(key))
 
-    def report(self, *news: SequenceNews) -> None:
-        self.engine.send(StepReport(news, FIGURES))
+    def report(self, *news: SequenceNews, resident: tuple[str, ...] | None = None) -> None:
+        self.engine.send(StepReport(news, FIGURES, resident))
 
     async def submitted(self) -> Submit:
         command = await asyncio.wait_for(self.engine.receive(), 5)
@@ -162,6 +162,16 @@ async def test_prompt_goes_to_the_engine_and_tokens_come_back(runner: Runner) ->
     (last,) = await outputs(stream)
     assert (last.tokens[0].id, last.tokens[0].text, last.prompt_tokens) == (258, "", 0)
     assert last.finished == inference_pb2.FINISH_REASON_STOP
+
+
+async def test_adapters_on_the_device_are_as_last_told(runner: Runner) -> None:
+    stream = runner.session()
+    await stream.write(submission(1, asks()))
+    submit = await runner.submitted()
+    runner.report(resident=("a", "b"))
+    runner.report(SequenceNews(submit.sequence_id, (65,)))
+    await outputs(stream)
+    assert runner.front.resident == ("a", "b")
 
 
 async def test_one_message_carries_a_step_of_all_of_a_router(runner: Runner) -> None:
