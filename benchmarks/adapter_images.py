@@ -46,17 +46,13 @@ class MemoryTwins:
 
 
 class FileImages:
-    """Random images in `files` files below `directory`; adapter i has the one of i modulo `files`.
-
-    `cold`: what was read leaves the operating system's cache, so that the next read of the same
-    file is one of the disk again.
-    """
+    """Random images in `files` files below `directory`: adapter i's is number i modulo `files`."""
 
     def __init__(self, shape: ImageShape, rank: int, directory: Path, files: int) -> None:
         self._shape = shape
         self._directory = directory / f"{shape.key.hex()[:16]}-{rank}"
         self._files = files
-        self.cold = False
+        self._cold = False
         self._directory.mkdir(parents=True, exist_ok=True)
         image = random_image(shape, rank, seed=0)
         self._pages = int(image.pages.shape[0])
@@ -70,12 +66,21 @@ class FileImages:
 
     measure = size
 
+    def cool(self) -> None:
+        """Have every read be one of the disk from now on.
+
+        What is read leaves the operating system's cache, so that a file's next read is so too.
+        """
+        self._cold = True
+        for number in range(self._files):
+            _forget(self._path(number))
+
     def read(self, digest: str, pages: Sequence[memoryview]) -> TableRow:
         """Read the image's file into page buffers."""
         number = int(digest, 16) % self._files
         path = self._path(number)
         row = read_image(path, digest_of(number), self._shape, pages)
-        if self.cold:
+        if self._cold:
             self._cleaner.submit(_forget, path)  # nobody waits for that
         return row
 

@@ -152,7 +152,8 @@ def arrivals(rig: Rig, args: argparse.Namespace) -> Rows:
         ("host", HOST_EVERY_S, hosted),
         ("disk", DISK_EVERY_S, on_disk),
     ):
-        rig.images.cold = tier == "disk"
+        if tier == "disk":
+            rig.images.cool()
         resident = measure(f"{tier}: resident instead", every_s, range(1), args.seconds)
         yield resident
         yield _compared(measure(tier, every_s, adapters, args.seconds), resident, quiet)
