@@ -8,8 +8,8 @@ another adapter, the host pages for another image. Pages are given up only after
 the scheduler calls when no launched step uses them, so a copy may overwrite them at once.
 
 The next step may use an adapter whose copy has only begun, for the device can wait for it. Mostly
-it need not: the copy has as long as the step in flight takes. So that it never waits for more than
-one, this is so of the oldest copy alone; the others' adapters are had when they have landed.
+it need not: the copy has as long as the step in flight takes. So that others hardly ever wait, this
+is so of the oldest copy alone, and if it is quick; the rest is had when it has landed.
 """
 
 import time
@@ -158,10 +158,12 @@ class AdapterCache:
 
     def _is_usable(self, entry: Entry) -> bool:
         """Whether steps launched from now on may use it; they wait for a copy under way."""
-        if entry.state is State.COPYING and entry is self._copying[0]:
+        if entry.state is not State.COPYING:
+            return entry.state is State.RESIDENT
+        soon = entry is self._copying[0] and entry.size <= self._mover.quick_pages
+        if soon:
             self._mover.fence(entry.digest)
-            return True
-        return entry.state is State.RESIDENT
+        return soon
 
     def _idle_if_unused(self, entry: Entry) -> None:
         if entry.state is State.RESIDENT and not entry.users:

@@ -15,6 +15,8 @@ from granatum.runner.adapter_layout import TableRow
 from granatum.runner.adapter_mover import Copied, Event, Failed, Measured, Read
 from granatum.v1.errors import GranatumError, Internal
 
+QUICK_BYTES = 192 << 20
+"""A copy of so much takes 3.5 ms at 54 GB/s, a 7B model's step without company 4."""
 CHUNK_BYTES = 256 << 20
 """Host memory is pinned in pieces of this size: torch rounds each up to a power of two."""
 THREADS = 4
@@ -104,6 +106,11 @@ class AdapterLoader:
     def host_pages(self) -> int:
         """Pages of host memory."""
         return len(self._host)
+
+    @property
+    def quick_pages(self) -> int:
+        """Pages that are copied to the device within the shortest step or so."""
+        return QUICK_BYTES // (self._arena[0].numel() * self._arena.element_size())
 
     def size(self, digest: str) -> int | None:
         """Pages of the adapter, where that is known without I/O."""

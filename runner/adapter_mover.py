@@ -47,6 +47,11 @@ class Mover(Protocol):
         """Pages of host memory that it moves through."""
         ...
 
+    @property
+    def quick_pages(self) -> int:
+        """Pages that are copied to the device within the shortest step or so."""
+        ...
+
     def size(self, digest: str) -> int | None:
         """Pages that the adapter takes, where that is known without I/O."""
         ...

@@ -19,6 +19,7 @@ class BookMover:
 
     sizes: dict[str, int]
     host_pages: int = 16
+    quick_pages: int = 16
     known: bool = True
     broken: set[str] = field(default_factory=set)
     begun: list[Event] = field(default_factory=list)
@@ -156,6 +157,15 @@ def test_steps_wait_for_one_copy_at_most() -> None:
     cache.poll()
     assert cache.acquire("c") is not None
     assert mover.fences == ["a", "b"]
+
+
+def test_steps_wait_for_no_copy_that_takes_long() -> None:
+    cache, mover = in_host_memory("a")
+    mover.quick_pages = 1
+    assert cache.acquire("a") is None
+    settle(cache, mover)
+    assert cache.acquire("a") is not None
+    assert not mover.fences
 
 
 def test_adapter_given_back_before_it_has_landed_leaves_only_afterwards() -> None:
