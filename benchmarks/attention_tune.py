@@ -22,7 +22,6 @@ from workload import SHAPES
 from granatum.kernels.attention import DecodeConfig, launch_decode
 from granatum.kernels.layout import KvLayout
 from granatum.kernels.reference_attention import decode_attention
-from granatum.kernels.rope import Rotary
 
 PAGE_TOKENS = 16
 POOL_BYTES = 300e6
@@ -65,33 +64,20 @@ class Bench:
         table[:, :each] = order
         self.table = table
         self.lengths = torch.full((self.batch,), self.context, dtype=torch.int32, device="cuda")
-        widths = [self.heads * d, self.kv_heads * d, self.kv_heads * d]
-        wide = torch.randn(self.batch, sum(widths), dtype=torch.bfloat16, device="cuda")
-        self.q, self.k, self.v = torch.split(wide, widths, dim=1)
-        angles = torch.randn(self.context, d // 2, device="cuda")
-        self.rotary = Rotary(angles.cos(), angles.sin())
+        wide = torch.randn(self.batch, 3 * self.heads * d, dtype=torch.bfloat16, device="cuda")
+        self.q = wide[:, : self.heads * d]
         self.out = torch.empty(self.batch, self.heads * d, dtype=torch.bfloat16, device="cuda")
         self.expected = torch.empty_like(self.out)
         decode_attention(
-            self.q,
-            self.k,
-            self.v,
-            self.rotary,
-            self.arena,
-            self.kv,
-            1,
-            self.table,
-            self.lengths,
-            0.1,
-            self.expected,
+            self.q, self.arena, self.kv, 1, self.table, self.lengths, 0.1, self.expected
         )
         self.workspace = torch.empty(32 * self.batch * self.heads * (d + 2), device="cuda")
 
     def run(self, config: DecodeConfig, splits: int, layer: int) -> None:
         """Attention of one layer."""
         launch_decode(
-            self.q, self.k, self.v, self.rotary, self.arena, self.kv, layer, self.table,
-            self.lengths, 0.1, self.out, self.workspace, splits, config,
+            self.q, self.arena, self.kv, layer, self.table, self.lengths, 0.1, self.out,
+            self.workspace, splits, config,
         )  # fmt: skip
 
     def us(self, config: DecodeConfig, splits: int) -> float:

@@ -1,4 +1,4 @@
-"""Attention over the arena's pages: flash decoding, with its rows' positions, and chunked prefill.
+"""Attention over the arena's pages: flash decoding, and chunked prefill.
 
     out = softmax(scale * q K^T) V    over a sequence's tokens up to the row's own, per head;
                                       query head h reads kv head h * kv_heads / heads
@@ -22,7 +22,6 @@ from granatum.kernels.backend import (
     triton,
 )
 from granatum.kernels.layout import KvLayout, Tiles
-from granatum.kernels.rope import Rotary, load_angles, load_rotated
 
 _MAX_SPLITS = 16
 _SPLIT_TOKENS = 128
@@ -47,8 +46,9 @@ class DecodeConfig:
 
 GROUPED = DecodeConfig(True, 64, 2, 3, 4 * 132)
 """Where query heads share keys."""
-SINGLE = DecodeConfig(False, 16, 1, 2, 8 * 132)
-"""Where each has its own."""
+SINGLE = DecodeConfig(False, 16, 1, 2, 32 * 132)
+"""Where each has its own. One split at 32 rows is 6 % faster if all sequences are equally long, and
+much slower if not: a block takes 8 KB at a time, and the longest sequence's blocks end last."""
 _LOG2_E = 1.4426950408889634
 _NEVER = tl.constexpr(-1e30)
 """Below every score: no infinities, whose differences are no numbers."""
@@ -74,17 +74,16 @@ def _softmax_step(scores, top, total):
 
 @jit("layer", "table_stride")
 def _decode_kernel(
-    q, k, v, cos, sin, q_norm, k_norm, arena, page_table, lengths, out, workspace,
-    q_stride, k_stride, v_stride, out_stride, table_stride, page_elements, layer, scale, eps,
+    q, arena, page_table, lengths, out, workspace,
+    q_stride, out_stride, table_stride, page_elements, layer, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_TOKENS: tl.constexpr, D: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
     DOT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One block: the query heads of a row that share a kv head, over a split of its tokens.
 
-    The softmax begins with the row's own token, in the first split, which writes its key and value
-    to the arena. With one split a block writes the output, else a partial [splits, row, head] of
-    maximum, sum and unnormalised values, D + 2 apart.
+    With one split it writes the output, else a partial [splits, row, head] of maximum, sum and
+    unnormalised values, D + 2 apart.
     """
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -93,53 +92,41 @@ def _decode_kernel(
     GROUP: tl.constexpr = HEADS // KV_HEADS
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
-    past = tl.maximum(length - 1, 0)
-    per_split = tl.cdiv(tl.cdiv(past, BLOCK_T), SPLITS) * BLOCK_T
+    per_split = tl.cdiv(tl.cdiv(length, BLOCK_T), SPLITS) * BLOCK_T
     begin = split * per_split
-    end = tl.minimum(begin + per_split, past)
-    owner = (split == 0) & (length > 0)
+    end = tl.minimum(begin + per_split, length)
     head = kv_head * GROUP + g
     real = (g < GROUP)[:, None] & (d < D)[None, :]
-    c, s = load_angles(cos, sin, past, d, d < D, D)
-    table = page_table + row * table_stride
-    own_page = tl.load(table + past // PAGE_TOKENS, mask=owner, other=0).to(tl.int64)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    q_at = q + row * q_stride + head[:, None] * D
-    qs = load_rotated(q_at, d, real, c, s, q_norm, eps, D).to(q.dtype.element_ty)
+    q_at = q + row * q_stride + head[:, None] * D + d[None, :]
+    qs = tl.load(q_at, mask=real, other=0.0)
+    table = page_table + row * table_stride
     keys = arena + layer.to(tl.int64) * (2 * KV_HEADS * PAGE_TOKENS * D)
     values = keys + KV_HEADS * PAGE_TOKENS * D
-    owned = (d < tl.where(owner, D, 0))[None, :]
-    k_at = k + row * k_stride + kv_head * D + tl.arange(0, 1)[:, None]
-    own_k = load_rotated(k_at, d, owned, c, s, k_norm, eps, D).to(k.dtype.element_ty)
-    own_v = tl.load(v + row * v_stride + kv_head * D + d[None, :], mask=owned, other=0.0)
-    own_place = (kv_head * PAGE_TOKENS + past % PAGE_TOKENS) * D + d[None, :]
-    tl.store(keys + own_page * page_elements + own_place, own_k, mask=owned)
-    tl.store(values + own_page * page_elements + own_place, own_v, mask=owned)
-    score = tl.sum(qs.to(tl.float32) * own_k.to(tl.float32), axis=1) * scale
-    top = tl.where(owner, score, _NEVER)
-    total = tl.where(owner, tl.full((BLOCK_G,), 1.0, tl.float32), 0.0)
-    summed = tl.zeros((BLOCK_G, BLOCK_D), tl.float32) + own_v.to(tl.float32)
+    top = tl.full((BLOCK_G,), _NEVER, tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    summed = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
         t = start + tl.arange(0, BLOCK_T)
         at = _token_offsets(table, t, end, page_elements, kv_head, PAGE_TOKENS, D)
         there = (t < end)[:, None] & (d < D)[None, :]
-        vs = tl.load(values + at[:, None] + d[None, :], mask=there, other=0.0)
+        v = tl.load(values + at[:, None] + d[None, :], mask=there, other=0.0)
         if DOT:
             turned = (t < end)[None, :] & (d < D)[:, None]
-            ks = tl.load(keys + at[None, :] + d[:, None], mask=turned, other=0.0)
-            scores = dot(qs, ks, tl.zeros((BLOCK_G, BLOCK_T), tl.float32))
+            k = tl.load(keys + at[None, :] + d[:, None], mask=turned, other=0.0)
+            scores = dot(qs, k, tl.zeros((BLOCK_G, BLOCK_T), tl.float32))
         else:
-            ks = tl.load(keys + at[:, None] + d[None, :], mask=there, other=0.0)
-            scores = tl.sum(qs.to(tl.float32) * ks.to(tl.float32), axis=1)[None, :]
+            k = tl.load(keys + at[:, None] + d[None, :], mask=there, other=0.0)
+            scores = tl.sum(qs.to(tl.float32) * k.to(tl.float32), axis=1)[None, :]
         scores = tl.where((t < end)[None, :], scores * scale, _NEVER)
         weights, top, total, kept = _softmax_step(scores, top, total)
         if DOT:
-            summed = dot(weights.to(vs.dtype), vs, summed * kept[:, None])
+            summed = dot(weights.to(v.dtype), v, summed * kept[:, None])
         else:
             column = tl.reshape(weights, (BLOCK_T,))[:, None]
-            summed = summed * kept[:, None] + tl.sum(column * vs.to(tl.float32), axis=0)[None, :]
+            summed = summed * kept[:, None] + tl.sum(column * v.to(tl.float32), axis=0)[None, :]
     if SPLITS == 1:
         result = summed / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + row * out_stride + head[:, None] * D + d[None, :], result, mask=real)
@@ -148,8 +135,7 @@ def _decode_kernel(
         partial = workspace + ((split * rows + row) * HEADS + head) * (D + 2)
         tl.store(partial, top, mask=g < GROUP)
         tl.store(partial + 1, total, mask=g < GROUP)
-        used = owner | (begin < end)
-        filled = (g < tl.where(used, GROUP, 0))[:, None] & (d < D)[None, :]
+        filled = (g < tl.where(begin < end, GROUP, 0))[:, None] & (d < D)[None, :]
         tl.store(partial[:, None] + 2 + d[None, :], summed, mask=filled)
 
 
@@ -242,9 +228,6 @@ def decode_workspace_elements(rows: int, heads: int, kv: KvLayout, max_tokens: i
 
 def decode_attention(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rotary: Rotary,
     arena: torch.Tensor,
     kv: KvLayout,
     layer: int,
@@ -254,41 +237,30 @@ def decode_attention(
     out: torch.Tensor,
     workspace: torch.Tensor,
 ) -> None:
-    """Attention of one row per sequence over its `lengths` tokens, of which the row's own is last.
+    """Attention of one row per sequence over its `lengths` tokens, the row's own among them.
 
-    q and k are rotated to that position first, as `rope.rope_and_write_kv` does, but left as they
-    are; the rotated k, and v, are written to the arena.
-
-    q [T, heads * head_dim], k, v [T, kv_heads * head_dim], out as q; rows evenly apart (views of
-    the fused projections). page_table int32 [T, pages of the longest sequence]; entries past a
-    sequence's end are not read. lengths int32 [T]; 0: a padding row, whose output is 0. workspace
-    float32, `decode_workspace_elements` of `page_table.shape[1] * page_tokens` tokens at least.
+    q, out [T, heads * head_dim], rows evenly apart (q may be a view of the fused projections).
+    page_table int32 [T, pages of the longest sequence]; entries past a sequence's end are not
+    read. lengths int32 [T]; 0: a padding row, whose output is 0. workspace float32,
+    `decode_workspace_elements` of `page_table.shape[1] * page_tokens` tokens at least.
     """
     rows, heads = _require_queries(q, out, kv)
-    for name, tensor in (("k", k), ("v", v)):
-        require_rows(name, tensor, (rows, kv.kv_heads * kv.head_dim))
-    rotary.require(kv.head_dim)
     require(lengths.shape == (rows,), f"lengths must be [{rows}]")
     require_rows("page_table", page_table, (rows, page_table.shape[1]))
     if not runs_kernel(q):
-        reference.decode_attention(
-            q, k, v, rotary, arena, kv, layer, page_table, lengths, scale, out
-        )
+        reference.decode_attention(q, arena, kv, layer, page_table, lengths, scale, out)
         return
     splits = decode_splits(rows, heads, kv, page_table.shape[1] * kv.page_tokens)
     needed = splits * rows * heads * (kv.head_dim + 2)
     require(workspace.numel() >= needed, f"the workspace must be {needed} float32 elements")
     launch_decode(
-        q, k, v, rotary, arena, kv, layer, page_table, lengths, scale, out, workspace, splits,
+        q, arena, kv, layer, page_table, lengths, scale, out, workspace, splits,
         decode_config(heads, kv),
     )  # fmt: skip
 
 
 def launch_decode(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rotary: Rotary,
     arena: torch.Tensor,
     kv: KvLayout,
     layer: int,
@@ -306,26 +278,17 @@ def launch_decode(
     block_d = triton.next_power_of_2(kv.head_dim)
     _decode_kernel[(rows, kv.kv_heads, splits)](
         q,
-        k,
-        v,
-        rotary.cos,
-        rotary.sin,
-        rotary.q_norm,
-        rotary.k_norm,
         arena,
         page_table,
         lengths,
         out,
         workspace,
         q.stride(0),
-        k.stride(0),
-        v.stride(0),
         out.stride(0),
         page_table.stride(0),
         kv.page_elements,
         layer,
         scale * _LOG2_E,
-        rotary.eps,
         HEADS=heads,
         KV_HEADS=kv.kv_heads,
         PAGE_TOKENS=kv.page_tokens,

@@ -13,7 +13,7 @@ from granatum.kernels.layout import AdapterTable
 from granatum.kernels.linear import allocate_workspace, linear
 from granatum.kernels.lora import add_lora, workspace_elements
 from granatum.kernels.norm import add_rms_norm, rms_norm
-from granatum.kernels.rope import Rotary, rope_and_write_kv
+from granatum.kernels.rope import rope_and_write_kv
 from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
 from granatum.runner.arena import Arena
 from granatum.runner.config import GROUPS, ModelConfig
@@ -74,18 +74,22 @@ class Model:
         layer, config, arena = self._weights.layers[index], self.config, self._arena
         qkv = self._linear(step, index, "qkv", layer.qkv, x)
         q, k, v = torch.split(qkv, list(config.out_features["qkv"]), dim=1)
+        rope_and_write_kv(
+            q, k, v, step.positions, self._cos, self._sin, arena.pages, arena.kv, index,
+            step.kv_slots, layer.q_norm, layer.k_norm, config.rms_eps,
+        )  # fmt: skip
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        rotary = Rotary(self._cos, self._sin, layer.q_norm, layer.k_norm, config.rms_eps)
-        place, scale = (arena.pages, arena.kv, index), config.head_dim**-0.5
+        scale = config.head_dim**-0.5
         decodes = step.shape.decodes
         if decodes:
             decode_attention(
-                q[:decodes], k[:decodes], v[:decodes], rotary, *place, step.page_table[:decodes],
+                q[:decodes], arena.pages, arena.kv, index, step.page_table[:decodes],
                 step.lengths, scale, out[:decodes], self._splits,
             )  # fmt: skip
         if step.shape.query_tiles:  # after the decodes, which clear the rows beyond theirs
-            rope_and_write_kv(q, k, v, step.positions, rotary, *place, step.kv_slots)
-            prefill_attention(q, *place, step.page_table, step.query_tiles, scale, out)
+            prefill_attention(
+                q, arena.pages, arena.kv, index, step.page_table, step.query_tiles, scale, out
+            )
         return out
 
     def _linear(
