@@ -113,8 +113,6 @@ def shrink_kernel(
     chunk = gl.program_id(0)
     tile = gl.program_id(1)
     rank_block = gl.program_id(2)
-    if PDL:
-        _launch_dependents()
     slot, first, rows = _load_tile(entries, count, tile)
     place = slot * layers + layer
     a_start = arena + gl.multiple_of(gl.load(a_offsets + place * 4 + GROUP), 32)
@@ -135,8 +133,10 @@ def shrink_kernel(
             inside = start + r < stacked
             a0 = gl.load(a_at, mask=inside & ((k < K) | EVEN), other=0.0)
             a1 = gl.load(a_at + HALF, mask=inside & ((k + HALF < K) | EVEN), other=0.0)
-            if PDL and not BESIDE:
-                _wait()
+            if PDL:
+                if not BESIDE:
+                    _wait()
+                _launch_dependents()
             for done in range(0, rows, 8):
                 if done > 0:
                     source = _source_rows(order, first + done + m, done + m < rows)
