@@ -3,7 +3,8 @@
     python benchmarks/decode.py --models 7b,8b --out benchmarks/results/h200/decode.json
 
 * step_ms: milliseconds from step to step while `batch` sequences decode, over 128 steps from a
-  context of about 528 tokens to 656; median of `--repeats` after a discarded one.
+  context of about 528 tokens to 656; median of `--repeats` after a discarded one. With
+  --contexts running: from contexts as unlike as those of text generation's requests are.
 * --profile: where one step's time goes on the GPU, by kernel, and for how long it is idle.
 """
 
@@ -13,6 +14,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from workload import (
     POPULARITIES,
     SHAPES,
     adapter_ids,
+    running_lengths,
 )
 
 from granatum.kernels.layout import AdapterTable
@@ -42,6 +45,7 @@ from granatum.runner.weights import random_weights
 Adapters = list[str | None]
 WINDOW = 128
 """Steps over which a step is timed."""
+CONTEXTS = ("equal", "running")
 SETTLE = 16
 """Tokens that every sequence makes before that."""
 
@@ -87,13 +91,13 @@ def build(args: argparse.Namespace, config: ModelConfig) -> Bench:
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     weights = random_weights(config, dtype, device)
     tokens = page_tokens(config, args.rank)
-    longest = args.context + SETTLE + WINDOW + 2 * args.max_batch + 64
+    longest = max(args.context, MAX_LENGTH) + SETTLE + WINDOW + 2 * args.max_batch + 64
     limits = Limits(
         max_batch=args.max_batch,
         max_waiting=1 << 20,
         step_tokens=max(args.step_tokens, args.max_batch),
         page_tokens=tokens,
-        max_context=max(longest, MAX_LENGTH),
+        max_context=longest,
     )
     page_bytes = tokens * config.kv_elements * dtype.itemsize
     pages = args.pages or pages_that_fit(page_bytes, device, 0.9)
@@ -114,13 +118,18 @@ def adapters_of(popularity: str, batch: int) -> Adapters:
     return [str(i) for i in adapter_ids(popularity, batch)]
 
 
-def step_ms(bench: Bench, adapters: Adapters, args: argparse.Namespace) -> dict[str, float]:
+def prompts_of(contexts: str, batch: int, context: int) -> list[int]:
+    """Tokens of each sequence's prompt."""
+    return running_lengths(batch) if contexts == "running" else [context] * batch
+
+
+def step_ms(bench: Bench, adapters: Adapters, prompts: list[int], repeats: int) -> dict[str, float]:
     """The time from step to step, median over windows, and that of the slowest steps."""
     batch = len(adapters)
     means, slow = [], []
-    for _ in range(1 + args.repeats):
+    for _ in range(1 + repeats):
         outputs = [SETTLE + WINDOW + 2 * batch + 64] * batch
-        bench.submit([args.context] * batch, outputs, adapters)
+        bench.submit(prompts, outputs, adapters)
         bench.settle(batch)
         times = [time.perf_counter()]
         for _ in range(WINDOW):
@@ -136,13 +145,13 @@ def step_ms(bench: Bench, adapters: Adapters, args: argparse.Namespace) -> dict[
     }
 
 
-def profile(bench: Bench, adapters: Adapters, args: argparse.Namespace) -> dict[str, Any]:
+def profile(bench: Bench, adapters: Adapters, prompts: list[int]) -> dict[str, Any]:
     """GPU milliseconds per step by kernel, and the share of time in which no kernel ran."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     batch, steps = len(adapters), 20
-    bench.submit([args.context] * batch, [SETTLE + 4 * WINDOW] * batch, adapters)
+    bench.submit(prompts, [SETTLE + 4 * WINDOW] * batch, adapters)
     bench.settle(batch)
     with record(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(steps):
@@ -173,15 +182,17 @@ def bench_model(args: argparse.Namespace, name: str) -> Iterator[Row]:
     bench = build(args, SHAPES[name])
     for popularity in args.popularities:
         rank = 0 if popularity == BACKBONE else args.rank
-        common = {"model": name, "popularity": popularity, "rank": rank, "context": args.context}
-        for batch in args.batches:
+        for batch, contexts in product(args.batches, args.contexts):
             adapters = adapters_of(popularity, batch)
-            row: Row = {"scenario": "step", **common, "batch": batch}
-            row |= step_ms(bench, adapters, args)
+            prompts = prompts_of(contexts, batch, args.context)
+            common: Row = {"model": name, "popularity": popularity, "rank": rank, "batch": batch}
+            common["context"] = "running" if contexts == "running" else args.context
+            row: Row = {"scenario": "step", **common}
+            row |= step_ms(bench, adapters, prompts, args.repeats)
             yield {**row, "tokens_per_s": round(batch / row["step_ms"] * 1e3, 1)}
             if args.profile:
-                row = {"scenario": "profile", **common, "batch": batch}
-                yield {**row, **profile(bench, adapters, args)}
+                row = {"scenario": "profile", **common}
+                yield {**row, **profile(bench, adapters, prompts)}
 
 
 def parse_args() -> argparse.Namespace:
@@ -203,6 +214,7 @@ def parse_args() -> argparse.Namespace:
     option("--batches", type=numbers, default=[1, 8, 32], help="of step_ms")
     option("--popularities", type=names, default=[BACKBONE, *POPULARITIES])
     option("--context", type=int, default=512, help="prompt tokens of step_ms")
+    option("--contexts", type=names, default=["equal"], help=", ".join(CONTEXTS))
     option("--step-tokens", type=int, default=2048, help="rows of a step at most")
     option("--pages", type=int, help="of the arena; else as many as fit the GPU")
     option("--repeats", type=int, default=3)
@@ -211,6 +223,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.device == "cpu" and not args.pages:
         parser.error("--device cpu needs --pages")
+    if unknown := {*args.contexts} - {*CONTEXTS}:
+        parser.error(f"there are no contexts {', '.join(sorted(unknown))}")
     if max(args.batches, default=0) > args.max_batch:
         parser.error("--batches must not exceed --max-batch")
     return args
@@ -219,7 +233,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, and write after each row, so that an interrupted run keeps its results."""
     args = parse_args()
-    found = Results(args, ("scenario", "model", "popularity", "batch"))
+    found = Results(args, ("scenario", "model", "popularity", "batch", "context"))
     for model in args.models:
         for row in bench_model(args, model):
             found.add(row)

@@ -45,6 +45,19 @@ def textgen_lengths(requests: int) -> tuple[Ints, Ints]:
     return prompts, outputs
 
 
+def running_lengths(batch: int) -> list[int]:
+    """Tokens so far of `batch` requests of text generation, at any moment of it.
+
+    A request is met as often as it runs long, and has made any part of its output by then.
+    """
+    prompts, outputs = textgen_lengths(16 * batch)
+    rng = np.random.Generator(np.random.PCG64(SEED))
+    met = rng.choice(len(outputs), batch, p=outputs / outputs.sum())
+    made = (rng.random(batch) * outputs[met]).astype(np.int32)
+    lengths: list[int] = (prompts[met] + made).tolist()
+    return lengths
+
+
 def adapter_counts(popularity: str, requests: int) -> list[int]:
     """Requests of each adapter, the most popular first."""
     match popularity:
