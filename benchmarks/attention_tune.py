@@ -30,14 +30,14 @@ _COMPILERS = 14
 
 
 def configs(grouped: bool) -> Iterator[DecodeConfig]:
-    """All that are tried; `blocks` plays no part."""
+    """All that are tried; `blocks` and `splits` play no part."""
     for block_t, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8)):
         for stages in (3, 6):
-            yield DecodeConfig(True, block_t, warps, stages, 0)
+            yield DecodeConfig(True, block_t, warps, stages, 0, 0)
     if not grouped:
         for block_t, warps in ((16, 1), (32, 1), (32, 2), (64, 4)):
             for stages in (1, 2, 3):
-                yield DecodeConfig(False, block_t, warps, stages, 0)
+                yield DecodeConfig(False, block_t, warps, stages, 0, 0)
 
 
 @dataclass

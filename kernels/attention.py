@@ -34,7 +34,8 @@ class DecodeConfig:
 
     dot:     whether the tensor cores multiply, for at least 16 query heads at a time;
     block_t: tokens that a block takes at a time, of 16 bits; half of them are taken of 32;
-    blocks:  how many keep the GPU's memory busy.
+    blocks:  how many keep the GPU's memory busy;
+    splits:  at least so many of a row's tokens, lest the longest sequence's blocks end last.
     """
 
     dot: bool
@@ -42,13 +43,14 @@ class DecodeConfig:
     warps: int
     stages: int
     blocks: int
+    splits: int
 
 
-GROUPED = DecodeConfig(True, 64, 2, 3, 4 * 132)
+GROUPED = DecodeConfig(True, 64, 2, 3, 4 * 132, 1)
 """Where query heads share keys."""
-SINGLE = DecodeConfig(False, 16, 1, 2, 32 * 132)
-"""Where each has its own. One split at 32 rows is 6 % faster if all sequences are equally long, and
-much slower if not: a block takes 8 KB at a time, and the longest sequence's blocks end last."""
+SINGLE = DecodeConfig(False, 16, 1, 2, 16 * 132, 4)
+"""Where each has its own. A block takes but 8 KB at a time: one split at 32 rows is 6 % faster where
+sequences are equally long, and much slower where not."""
 _LOG2_E = 1.4426950408889634
 _NEVER = tl.constexpr(-1e30)
 """Below every score: no infinities, whose differences are no numbers."""
@@ -212,7 +214,8 @@ def _prefill_kernel(
 def decode_splits(rows: int, heads: int, kv: KvLayout, max_tokens: int) -> int:
     """Splits of each row's tokens, by shapes alone: enough blocks to keep the memory busy."""
     config = decode_config(heads, kv)
-    splits = min(config.blocks // (rows * kv.kv_heads), max_tokens // _SPLIT_TOKENS, _MAX_SPLITS)
+    splits = max(config.blocks // (rows * kv.kv_heads), config.splits)
+    splits = min(splits, max_tokens // _SPLIT_TOKENS, _MAX_SPLITS)
     return 1 << max(splits, 1).bit_length() - 1
 
 
