@@ -49,8 +49,8 @@ class DecodeConfig:
 GROUPED = DecodeConfig(True, 64, 2, 3, 4 * 132, 1)
 """Where query heads share keys."""
 SINGLE = DecodeConfig(False, 16, 1, 2, 16 * 132, 4)
-"""Where each has its own. A block takes but 8 KB at a time: one split at 32 rows is 6 % faster where
-sequences are equally long, and much slower where not."""
+"""Where each has its own. A block takes but 8 KB at a time: one split at 32 rows is 6 % faster if
+sequences are equally long, and much slower if not."""
 _LOG2_E = 1.4426950408889634
 _NEVER = tl.constexpr(-1e30)
 """Below every score: no infinities, whose differences are no numbers."""

@@ -93,11 +93,13 @@ def _shrink_rows_kernel(
                 tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         out = partials + (chunk * rows_total + first).to(tl.int64) * width + r
-        x_row = tl.load(x_at, mask=k < K, other=0.0)
+        CACHE: tl.constexpr = ".cg" if BESIDE else ""  # without a wait, L1 may hold an older x
+        x_row = tl.load(x_at, mask=k < K, other=0.0, cache_modifier=CACHE)
         start, m = begin, 0
         while start < stacked:
             m_next = tl.where(m + 1 == rows, 0, m + 1)
-            x_next = tl.load(x + row * x_stride + k, mask=k < K, other=0.0)
+            x_next_at = x + row * x_stride + k
+            x_next = tl.load(x_next_at, mask=k < K, other=0.0, cache_modifier=CACHE)
             row = source_rows(order, first + tl.where(m_next + 1 == rows, 0, m_next + 1), True)
             products = x_row.to(tl.float32)[:, None, :] * a.to(tl.float32)
             sums = tl.sum(tl.sum(products, axis=0), axis=1)
