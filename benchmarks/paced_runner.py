@@ -49,6 +49,9 @@ class EveryAdapter:
         """Always there."""
         return 0
 
+    def await_copy(self) -> None:
+        """Nothing is on its way."""
+
     def release(self, digest: str) -> None:
         """Nothing to do."""
 

@@ -25,6 +25,9 @@ class RandomAdapters:
         """The slot."""
         return int(digest)
 
+    def await_copy(self) -> None:
+        """Nothing is on its way."""
+
     def release(self, digest: str) -> None:
         """Nothing: adapters stay."""
 

@@ -1,6 +1,7 @@
 """A real engine with random weights in this process, and users who drive it."""
 
 import heapq
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from latencies import Record
 from traffic import Request, Users
 
 from granatum.runner.engine import Engine
-from granatum.runner.engine_process import POLL_S, EngineOptions, OpenSource, build_engine
+from granatum.runner.engine_process import POLL_S, SWITCH_S, EngineOptions, OpenSource, build_engine
 from granatum.runner.records import Departure, Failure, SequenceNews, Submit
 
 
@@ -32,6 +33,7 @@ class EngineSize:
 
 def start_engine(model: Path, size: EngineSize, source: OpenSource) -> Engine:
     """An engine as the runner builds it, but for its weights."""
+    sys.setswitchinterval(SWITCH_S)
     options = EngineOptions(
         model,
         size.device,

@@ -48,14 +48,15 @@ def textgen_lengths(requests: int) -> tuple[Ints, Ints]:
 def running_lengths(batch: int) -> list[int]:
     """Tokens so far of `batch` requests of text generation, at any moment of it.
 
-    A request is met as often as it runs long, and has made any part of its output by then.
+    A request is met as often as it runs long, and has made any part of its output by then; these
+    are that distribution's quantiles, so that batches of any size compare.
     """
-    prompts, outputs = textgen_lengths(16 * batch)
-    rng = np.random.Generator(np.random.PCG64(SEED))
-    met = rng.choice(len(outputs), batch, p=outputs / outputs.sum())
-    made = (rng.random(batch) * outputs[met]).astype(np.int32)
-    lengths: list[int] = (prompts[met] + made).tolist()
-    return lengths
+    prompts, outputs = textgen_lengths(4096)
+    rng = np.random.Generator(np.random.PCG64(SEED + 1))
+    met = rng.choice(len(outputs), 4096, p=outputs / outputs.sum())
+    made = (rng.random(4096) * outputs[met]).astype(np.int32)
+    lengths: list[int] = np.quantile(prompts[met] + made, (np.arange(batch) + 0.5) / batch).tolist()
+    return [int(lengths[i]) for i in rng.permutation(batch)]
 
 
 def adapter_counts(popularity: str, requests: int) -> list[int]:

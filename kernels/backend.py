@@ -75,7 +75,8 @@ def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
     kernels that start further ahead would hold places on the GPU that the next one needs. One
     block at least waits, whatever the work, so that the kernel is not complete before its
     predecessor is; all kernels before it are then complete as well. Before it waits, a block may
-    read weights, and what was copied to the device before the step.
+    read weights, and what was copied to the device before the step. Behind a kernel of which this
+    is known, what was complete before that one's wait may be used without waiting for that one.
     """
     if tensor.is_cuda and _overlaps(tensor.get_device()):
         return {"PDL": True, "launch_pdl": True}

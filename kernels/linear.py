@@ -136,6 +136,11 @@ def linear(
     return launch_linear(x, weight, bias, workspace, config)
 
 
+def runs_kernel_of_ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `linear` launches its own kernel, which waits before it lets another one start."""
+    return runs_kernel(x) and config_for(x.shape[0], weight) is not None
+
+
 def allocate_workspace(rows: int, weights: Sequence[torch.Tensor]) -> Workspace:
     """What `linear` needs for up to `rows` rows and any of `weights`, or others of their shapes."""
     partials, arrivals = 0, 0

@@ -65,8 +65,8 @@ def add_lora(
     y: [T, sum(out_features)], any float dtype; x: [T, K] of the arena's dtype; both with adjacent
     elements in a row. arena: contiguous, at least 16-byte aligned. group: 0 qkv, 1 o, 2 gate_up,
     3 down. workspace: float32, `workspace_elements` at least. Rows in no tile stay as they are.
-    beside_linear: the launch before this one was `linear` of this x into y, beside which the shrink
-    then runs, since it needs x alone.
+    beside_linear: the launch before this one was `linear`'s own kernel, of this x into y; the
+    shrink then runs beside it, since it needs x alone.
 
     Raises:
         ValueError: a shape, stride or dtype that the op cannot take.

@@ -63,7 +63,8 @@ def _shrink_rows_kernel(
     The chunk of A is loaded once, into registers, and serves the tile's rows in turn, each by
     the same sums whatever its company; the next row of x is loaded while one is multiplied.
     Adjacent lanes hold BLOCK_K adjacent features. BESIDE: x is there and `partials` free
-    from the start, as the kernel before this one waited for the one before it.
+    from the start, as the kernel before this one waited before it let this one start; but where
+    nothing is waited for, L1 may hold an older x.
     """
     chunk = tl.program_id(0)
     tile = tl.program_id(1)
@@ -93,7 +94,7 @@ def _shrink_rows_kernel(
                 tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         out = partials + (chunk * rows_total + first).to(tl.int64) * width + r
-        CACHE: tl.constexpr = ".cg" if BESIDE else ""  # without a wait, L1 may hold an older x
+        CACHE: tl.constexpr = ".cg" if BESIDE else ""
         x_row = tl.load(x_at, mask=k < K, other=0.0, cache_modifier=CACHE)
         start, m = begin, 0
         while start < stacked:
@@ -159,6 +160,7 @@ def _shrink_tiles_kernel(
             if not BESIDE:
                 tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
+        CACHE: tl.constexpr = ".cg" if BESIDE else ""
         m = tl.arange(0, BLOCK_M)
         x_rows = x + source_rows(order, first + m, m < rows)[:, None] * x_stride
         out = partials + (chunk * rows_total + first + m).to(tl.int64) * width
@@ -168,7 +170,7 @@ def _shrink_tiles_kernel(
             for step in range(0, CHUNK_K, BLOCK_K):
                 k = chunk * CHUNK_K + step + tl.arange(0, BLOCK_K)
                 present = (m < rows)[:, None] & (k < K)[None, :]
-                xs = tl.load(x_rows + k[None, :], mask=present, other=0.0)
+                xs = tl.load(x_rows + k[None, :], mask=present, other=0.0, cache_modifier=CACHE)
                 inside = (k < K)[:, None] & (rank < stacked)[None, :]
                 a = tl.load(a_start + rank[None, :] * K + k[:, None], mask=inside, other=0.0)
                 sums = dot(xs, a, sums)

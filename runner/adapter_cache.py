@@ -112,7 +112,7 @@ class AdapterCache:
         return AdapterFigures(self._resident, self._loads, self._idle_pages)
 
     def acquire(self, digest: str) -> int | None:
-        """The adapter's slot for steps launched from now on, with one user more.
+        """The adapter's slot for steps launched after `await_copy`, with one user more.
 
         None while it is being brought: the first call starts that, later ones poll. Raises
         GranatumError if it cannot be had; the same error for everybody until it is tried again.
@@ -149,6 +149,11 @@ class AdapterCache:
             self._take(event)
         self._advance()
 
+    def await_copy(self) -> None:
+        """Have the device end the copy of an adapter in use before it runs what comes next."""
+        if self._copying and self._copying[0].users:
+            self._mover.fence(self._copying[0].digest)
+
     def reclaim(self, pages: int) -> int:
         """Free at least `pages` pages of unused adapters, oldest first; how many it was.
 
@@ -157,13 +162,10 @@ class AdapterCache:
         return self._evict(pages, 0, sorted(self._idle.values(), key=self._is_wanted))
 
     def _is_usable(self, entry: Entry) -> bool:
-        """Whether steps launched from now on may use it; they wait for a copy under way."""
+        """Whether the next step may use it: it is there, or the oldest on its way, and quick."""
         if entry.state is not State.COPYING:
             return entry.state is State.RESIDENT
-        soon = entry is self._copying[0] and entry.size <= self._mover.quick_pages
-        if soon:
-            self._mover.fence(entry.digest)
-        return soon
+        return entry is self._copying[0] and entry.size <= self._mover.quick_pages
 
     def _idle_if_unused(self, entry: Entry) -> None:
         if entry.state is State.RESIDENT and not entry.users:

@@ -13,6 +13,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -143,7 +144,8 @@ def read_image(path: Path, digest: str, shape: ImageShape, pages: Sequence[memor
 def _read_ahead(file: BinaryIO) -> None:
     """Have the disk bring the whole file, with as many requests at a time as it can serve."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError):  # no file system has to know it
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _fill(

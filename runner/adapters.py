@@ -22,11 +22,14 @@ class Adapters(Protocol):
     """Adapters on the device, by digest. Nothing here blocks."""
 
     def acquire(self, digest: str) -> int | None:
-        """The adapter's slot for steps launched from now on, with one user more.
+        """The adapter's slot for steps launched after `await_copy`, with one user more.
 
         None while it is being brought: the first call starts that, later ones poll. Raises if it
         cannot be had.
         """
+
+    def await_copy(self) -> None:
+        """Have the device end the copy of an adapter in use before it runs what comes next."""
 
     def release(self, digest: str) -> None:
         """One user less."""
@@ -53,6 +56,9 @@ class NoAdapters:
     def acquire(self, digest: str) -> int | None:
         """Always refused."""
         raise LookupError(f"this engine was started without adapters and cannot serve {digest}")
+
+    def await_copy(self) -> None:
+        """Nothing is on its way."""
 
     def release(self, digest: str) -> None:
         """Nothing to release."""

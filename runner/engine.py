@@ -91,6 +91,8 @@ class Engine:
     def step(self) -> list[SequenceNews]:
         """Launch the next step and collect the one before."""
         plan = self._scheduler.schedule()
+        if plan.rows:
+            self._adapters.await_copy()
         flight = self._executor.launch(plan) if plan.rows else None
         news = self._collect()
         self._flight = flight

@@ -91,6 +91,7 @@ class EngineOptions:
 def run(options: EngineOptions, open_source: OpenSource, end: socket.socket) -> None:
     """The process's main: build the engine, serve until Stop. An error ends the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front ends us, after its streams
+    sys.setswitchinterval(SWITCH_S)
     channel: Channel[Report, Command] = Channel(end)
     try:
         serve(build_engine(options, open_source), channel)
@@ -108,7 +109,6 @@ def build_engine(options: EngineOptions, open_source: OpenSource) -> Engine:
         InvalidRequest: what the model directory or an option should be instead.
     """
     started = time.monotonic()
-    sys.setswitchinterval(SWITCH_S)
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # tiny models, several runners on a machine

@@ -10,7 +10,7 @@ from granatum.kernels.attention import (
     prefill_attention,
 )
 from granatum.kernels.layout import AdapterTable
-from granatum.kernels.linear import allocate_workspace, linear
+from granatum.kernels.linear import allocate_workspace, linear, runs_kernel_of_ours
 from granatum.kernels.lora import add_lora, workspace_elements
 from granatum.kernels.norm import add_rms_norm, rms_norm
 from granatum.kernels.rope import rope_and_write_kv
@@ -101,7 +101,8 @@ class Model:
             outs = self.config.out_features[group]
             add_lora(
                 y, x, self._arena.pages, self._table, index, GROUPS.index(group), outs,
-                step.tiles, self._partials, beside_linear=True,
+                step.tiles, self._partials,
+                beside_linear=runs_kernel_of_ours(x, base.weight),
             )  # fmt: skip
         return y
 

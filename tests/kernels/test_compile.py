@@ -16,6 +16,8 @@ from granatum.kernels.activation import silu_mul
 from granatum.kernels.layout import AdapterTable, KvLayout, Tiles
 from granatum.kernels.norm import add_rms_norm
 from granatum.kernels.rope import rope_and_write_kv
+from granatum.kernels.shrink import launch_shrink
+from granatum.kernels.tuning import Shape, default_config
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(backend.INTERPRETING, reason="compiles nothing")
@@ -81,6 +83,24 @@ def test_lora(group: int, k: int, outs: tuple[int, ...], block_m: int, compiled:
     for kernel in compiled:
         assert stack_bytes(kernel) == 0
         assert re.search(r"ld\.global\.v4|cp\.async\.cg", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("block_m", [lora.DECODE_BLOCK_M, lora.PREFILL_BLOCK_M])
+def test_a_shrink_waits_before_it_reads_x_or_reads_it_past_l1(
+    block_m: int, beside: bool, compiled: list[Any]
+) -> None:
+    shape = Shape(4096, (4096,), 16, block_m)
+    table, tiles = AdapterTable.allocate(2, 2, "cpu", 16), Tiles.allocate(ROWS, block_m, "cpu")
+    x, arena = torch.empty(ROWS, 4096, dtype=BF16), torch.empty(1024, dtype=BF16)
+    config = default_config(shape, pdl=True)
+    partials = torch.empty(config.workspace_elements(shape, ROWS))
+    launch_shrink(x, arena, table, 1, 1, tiles, partials, shape, config, beside_linear=beside)
+    ptx = compiled[0].asm["ptx"]
+    waits, starts = (ptx.index(f"griddepcontrol.{name}") for name in ("wait", "launch_dependents"))
+    assert (waits > starts) == beside
+    past_l1 = re.search(r"ld\.global\.cg|cp\.async\.cg", ptx)
+    assert past_l1 or not beside
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 8)])

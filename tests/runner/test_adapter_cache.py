@@ -130,10 +130,20 @@ def test_adapter_in_host_memory_is_had_at_once_behind_its_copy() -> None:
     cache, mover = in_host_memory("a")
     assert cache.acquire("a") == 0
     assert mover.begun == [Copied("a")]
+    cache.await_copy()
     assert mover.fences == ["a"]
     settle(cache, mover)
     assert cache.acquire("a") == 0
+    cache.await_copy()
     assert mover.fences == ["a"], "what has landed is not waited for"
+
+
+def test_copy_of_an_adapter_that_the_next_step_does_without_is_not_waited_for() -> None:
+    cache, mover = in_host_memory("a")
+    cache.acquire("a")
+    cache.release("a")
+    cache.await_copy()
+    assert not mover.fences
 
 
 def test_image_that_was_read_is_had_in_the_same_round() -> None:
@@ -143,19 +153,23 @@ def test_image_that_was_read_is_had_in_the_same_round() -> None:
     mover.finish()
     cache.poll()
     assert cache.acquire("a") is not None
+    cache.await_copy()
     assert mover.fences == ["a"]
 
 
 def test_steps_wait_for_one_copy_at_most() -> None:
     cache, mover = in_host_memory("a", "b", "c")
     assert [cache.acquire(digest) is None for digest in "abc"] == [False, True, True]
+    cache.await_copy()
     mover.finish(1)
     cache.poll()
     assert [cache.acquire(digest) is None for digest in "abc"] == [False, False, True]
+    cache.await_copy()
     assert mover.fences == ["a", "b"]
     mover.finish()
     cache.poll()
     assert cache.acquire("c") is not None
+    cache.await_copy()
     assert mover.fences == ["a", "b"]
 
 
@@ -165,6 +179,7 @@ def test_steps_wait_for_no_copy_that_takes_long() -> None:
     assert cache.acquire("a") is None
     settle(cache, mover)
     assert cache.acquire("a") is not None
+    cache.await_copy()
     assert not mover.fences
 
 

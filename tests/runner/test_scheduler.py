@@ -41,6 +41,9 @@ class ToyAdapters:
         self.coming.setdefault(digest, self.delay)
         return None
 
+    def await_copy(self) -> None:
+        pass
+
     def release(self, digest: str) -> None:
         self.users[digest] -= 1
         assert self.users[digest] >= 0
