@@ -1,13 +1,16 @@
 """Both ends of the channel over a real socket pair."""
 
 import asyncio
+import pickle
 import subprocess
 import sys
+from dataclasses import fields
 from threading import Thread
 
 import pytest
 
 from granatum.runner.channel import AsyncChannel, Channel, ChannelClosed, socket_pair
+from granatum.runner.records import Finish, SequenceNews, TokenLogprobs
 
 
 async def ends() -> tuple[AsyncChannel[object, object], Channel[object, object]]:
@@ -102,3 +105,10 @@ def test_torch_stays_out() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_news_arrive_whole() -> None:
+    logprobs = (TokenLogprobs(-0.5, ((7, -0.5), (9, -1.0))),)
+    news = SequenceNews(3, (7,), logprobs, Finish.STOP)
+    assert all(getattr(news, field.name) for field in fields(news)), "a field that is not tested"
+    assert pickle.loads(pickle.dumps(news)) == news
