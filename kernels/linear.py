@@ -127,7 +127,7 @@ def linear(
         ValueError: a shape, stride or dtype that the op cannot take.
     """
     rows, in_features = x.shape
-    config = config_for(rows, weight) if runs_kernel(x) else None
+    config = config_for(rows, weight)
     if config is None:
         return functional.linear(x, weight, bias)
     require_rows("x", x, (rows, in_features))
@@ -138,7 +138,7 @@ def linear(
 
 def runs_kernel_of_ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `linear` launches its own kernel, which waits before it lets another one start."""
-    return runs_kernel(x) and config_for(x.shape[0], weight) is not None
+    return config_for(x.shape[0], weight) is not None
 
 
 def allocate_workspace(rows: int, weights: Sequence[torch.Tensor]) -> Workspace:
@@ -200,7 +200,8 @@ def block_rows(rows: int) -> int:
 
 def config_for(rows: int, weight: torch.Tensor) -> Config | None:
     """How `rows` rows meet `weight`, where that was measured to be faster than the library."""
-    if rows > MAX_ROWS or not weight.is_cuda or weight.dtype.itemsize != 2:
+    on_gpu = weight.is_cuda and runs_kernel(weight)
+    if rows > MAX_ROWS or not on_gpu or weight.dtype.itemsize != 2:
         return None
     out_features, in_features = weight.shape
     return _measured(weight.get_device(), shape_key(in_features, out_features, rows))

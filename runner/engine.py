@@ -91,9 +91,10 @@ class Engine:
     def step(self) -> list[SequenceNews]:
         """Launch the next step and collect the one before."""
         plan = self._scheduler.schedule()
+        flight = None
         if plan.rows:
             self._adapters.await_copy()
-        flight = self._executor.launch(plan) if plan.rows else None
+            flight = self._executor.launch(plan)
         news = self._collect()
         self._flight = flight
         self._decoded.count(plan)

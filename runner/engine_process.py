@@ -188,9 +188,9 @@ def serve(engine: Engine, channel: Channel[Report, Command]) -> None:
         if overdue and not engine.in_flight:
             engine.probe()
         if news or overdue:
-            changed = engine.resident is not resident
-            resident = engine.resident
-            channel.send(StepReport(tuple(news), engine.figures, resident if changed else None))
+            before, resident = resident, engine.resident
+            told = None if resident is before else resident
+            channel.send(StepReport(tuple(news), engine.figures, told))
             reported = time.monotonic()
 
 
