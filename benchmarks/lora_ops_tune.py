@@ -96,7 +96,8 @@ def score(times: dict[str, float]) -> float:
 def shrinks(search: Search) -> Iterator[Config]:
     """The best so far with other shrinks.
 
-    Rank blocks are as many as the usual rank fills: an absent one costs more than a loop.
+    Rank blocks, of 16, are as many as fill some of the ranks: an absent one costs more than a loop
+    of an adapter that has it, and less than a long one's.
     """
     projections = len(search.shape.out_features)
     if search.shape.dot:
@@ -111,9 +112,11 @@ def shrinks(search: Search) -> Iterator[Config]:
                 shrink_stages=stages,
             )
         return
-    for chunk, k, r in ((512, 256, 4), (512, 256, 8), (1024, 128, 4)):
-        blocks = projections * USUAL_RANK // r
-        yield replace(search.best, chunk_k=chunk, shrink_k=k, shrink_r=r, rank_blocks=blocks)
+    for chunk in (256, 512):
+        for ranks in (16, 32, 64, 128):
+            if ranks == 16 or ranks <= search.max_rank // 2:
+                blocks = projections * ranks // 16
+                yield replace(search.best, chunk_k=chunk, shrink_k=chunk, rank_blocks=blocks)
 
 
 def expands(search: Search) -> Iterator[Config]:

@@ -1,11 +1,19 @@
 """SGMV-shrink: the partial sums of x A^T that `expand` reduces."""
 
+from typing import Any
+
 import torch
 
+from granatum.kernels import fragments
 from granatum.kernels import reference_lora as reference
 from granatum.kernels.backend import dot, jit, require, require_rows, runs_kernel, tl
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
 from granatum.kernels.tuning import Config, Shape, config_for, power_of_two
+
+_ROW_FEATURES = 256
+"""Features in adjacent lanes, where rows are multiplied one by one."""
+_ROW_RANKS = 4
+"""Stacked ranks of a block there."""
 
 
 @jit()
@@ -228,9 +236,20 @@ def launch_shrink(
     beside_linear: bool = False,
 ) -> None:
     """The kernel in one configuration; its arguments were checked."""
-    kernel = _shrink_tiles_kernel if shape.dot else _shrink_rows_kernel
-    of_tiles = {"BLOCK_M": power_of_two(shape.block_m)} if shape.dot else {}
-    kernel[(config.chunks(shape), tiles.capacity, config.rank_blocks)](
+    kernel: Any
+    options: dict[str, int] = {}
+    rank_blocks = config.rank_blocks
+    if shape.dot:
+        kernel = _shrink_tiles_kernel
+        options = {"BLOCK_K": config.shrink_k, "BLOCK_R": config.shrink_r}
+        options |= {"BLOCK_M": power_of_two(shape.block_m)}
+    elif fragments.serves(x):
+        kernel = fragments.shrink_kernel
+    else:
+        kernel = _shrink_rows_kernel
+        options = {"BLOCK_K": _ROW_FEATURES, "BLOCK_R": _ROW_RANKS}
+        rank_blocks *= config.shrink_r // _ROW_RANKS
+    kernel[(config.chunks(shape), tiles.capacity, rank_blocks)](
         x,
         arena,
         table.a,
@@ -249,13 +268,11 @@ def launch_shrink(
         PROJECTIONS=len(shape.out_features),
         K=shape.in_features,
         CHUNK_K=config.chunk_k,
-        RANK_BLOCKS=config.rank_blocks,
-        BLOCK_K=config.shrink_k,
-        BLOCK_R=config.shrink_r,
+        RANK_BLOCKS=rank_blocks,
         BESIDE=beside_linear,
         PDL=config.pdl,
         num_warps=config.shrink_warps,
         num_stages=config.shrink_stages,
-        **of_tiles,
+        **options,
         **config.launch_options,
     )

@@ -16,11 +16,11 @@ import torch
 from granatum.kernels.backend import require
 
 DECODE_BLOCK_M = 2
-"""Rows per tile of a decode step: below `DOT_ROWS`, blocks multiply row by row in registers."""
+"""Rows per tile of a decode step: below `DOT_ROWS`, operands stay in registers."""
 PREFILL_BLOCK_M = 64
 """Rows per tile of prefill chunks, multiplied on the tensor cores."""
 DOT_ROWS = 16
-"""The least rows per tile for which the tensor cores are used."""
+"""The least rows per tile whose operands go through shared memory, to the tensor cores."""
 
 _TABLES = {"H200": "h200.json"}
 
@@ -30,8 +30,8 @@ class Config:
     """How a shrink and its expand are cut into blocks.
 
     chunk_k:       input features of one partial sum; the expand adds the partials in order;
-    shrink_k:      input features in adjacent lanes (row by row), or held at a time (tensor cores);
-    shrink_r:      stacked ranks that a block holds at a time;
+    shrink_k:      input features that a shrink block holds at a time;
+    shrink_r:      stacked ranks that it holds at a time; 16 in `fragments`;
     rank_blocks:   blocks that share a tile's stacked ranks, each going through its part;
     expand_n:      output features that a block holds at a time;
     expand_span:   output features that it goes through (row by row: those it holds);
@@ -118,9 +118,9 @@ def default_config(shape: Shape, *, pdl: bool = False) -> Config:
         )
     return Config(
         chunk_k=512,
-        shrink_k=256,
-        shrink_r=4,
-        rank_blocks=4 * projections,
+        shrink_k=512,
+        shrink_r=16,
+        rank_blocks=projections,
         shrink_warps=1,
         shrink_stages=1,
         expand_n=256,

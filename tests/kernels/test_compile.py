@@ -59,15 +59,30 @@ def stack_bytes(kernel: Any) -> int:
     return max(int(stack) for stack in re.findall(r"STACK:(\d+)", usage))
 
 
-@pytest.mark.parametrize("block_m", [lora.DECODE_BLOCK_M, lora.PREFILL_BLOCK_M])
+@pytest.mark.parametrize(
+    ("block_m", "dtype", "kernels"),
+    [
+        (lora.DECODE_BLOCK_M, BF16, ["shrink_kernel", "_expand_rows_kernel"]),
+        (lora.DECODE_BLOCK_M, torch.float16, ["_shrink_rows_kernel", "_expand_rows_kernel"]),
+        (lora.PREFILL_BLOCK_M, BF16, ["_shrink_tiles_kernel", "_expand_tiles_kernel"]),
+    ],
+)
 @pytest.mark.parametrize(("group", "k", "outs"), [(0, 4096, (4096,) * 3), (3, 11008, (4096,))])
-def test_lora(group: int, k: int, outs: tuple[int, ...], block_m: int, compiled: list[Any]) -> None:
+def test_lora(
+    group: int,
+    k: int,
+    outs: tuple[int, ...],
+    block_m: int,
+    dtype: torch.dtype,
+    kernels: list[str],
+    compiled: list[Any],
+) -> None:
     table = AdapterTable.allocate(2, 2, "cpu", 64)
     workspace = torch.empty(lora.workspace_elements(ROWS, k, outs, block_m, 64, "cpu"))
     lora.add_lora(
-        torch.empty(ROWS, sum(outs), dtype=BF16),
-        torch.empty(ROWS, k, dtype=BF16),
-        torch.empty(1024, dtype=BF16),
+        torch.empty(ROWS, sum(outs), dtype=dtype),
+        torch.empty(ROWS, k, dtype=dtype),
+        torch.empty(1024, dtype=dtype),
         table,
         1,
         group,
@@ -75,11 +90,7 @@ def test_lora(group: int, k: int, outs: tuple[int, ...], block_m: int, compiled:
         Tiles.allocate(ROWS, block_m, "cpu"),
         workspace,
     )
-    assert [kernel.name for kernel in compiled] == (
-        ["_shrink_rows_kernel", "_expand_rows_kernel"]
-        if block_m < 16
-        else ["_shrink_tiles_kernel", "_expand_tiles_kernel"]
-    )
+    assert [kernel.name for kernel in compiled] == kernels
     for kernel in compiled:
         assert stack_bytes(kernel) == 0
         assert re.search(r"ld\.global\.v4|cp\.async\.cg", kernel.asm["ptx"])

@@ -1,0 +1,153 @@
+"""A decode step's shrink on the tensor cores, neither operand ever in shared memory.
+
+One warp multiplies 16 ranks with up to eight rows at once: an instruction costs the same for one
+row as for eight, and a row's sums are the same in any company. The order in which a dot product is
+summed is free, so each lane takes eight adjacent features, of A as of x, in one load, and the
+instruction finds them where they are.
+
+Gluon, unlike Triton, says which lane holds what. It knows no interpreter and this kernel no other
+dtype; for these, `shrink` has a kernel that multiplies row by row.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from granatum.kernels.backend import HAS_TRITON, INTERPRETING, tl
+
+AVAILABLE = HAS_TRITON and not INTERPRETING
+if AVAILABLE:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+else:
+    gl = tl  # for annotations
+
+
+def _jit(*runtime_integers: str) -> Callable[[Callable[..., Any]], Any]:
+    """Gluon's kernel of a function; the integers named never lead to another compilation."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if not AVAILABLE:
+            return function
+        return gluon.jit(function, do_not_specialize=list(runtime_integers))
+
+    return decorate
+
+
+def serves(x: torch.Tensor) -> bool:
+    """Whether the kernel takes x's dtype."""
+    return AVAILABLE and x.dtype == torch.bfloat16
+
+
+@_jit()
+def _launch_dependents():
+    """The next kernel may start."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@_jit()
+def _wait():
+    """Until the kernel before this one is complete."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@_jit()
+def _load_tile(entries, count, tile):
+    """As `shrink.load_tile`."""
+    used = tile < gl.load(count)
+    slot = gl.load(entries + tile * 4)
+    first = gl.load(entries + tile * 4 + 1)
+    rows = gl.load(entries + tile * 4 + 2)
+    return gl.where(used, slot, 0).to(gl.int64), first, gl.where(used, rows, 0)
+
+
+@_jit()
+def _source_rows(order, row, present):
+    """As `shrink.source_rows`."""
+    if order is not None:
+        row = gl.load(order + row, mask=present, other=0)
+    return row.to(gl.int64)
+
+
+@_jit("rows_total", "width", "layers", "layer")
+def shrink_kernel(
+    x,
+    arena,
+    a_offsets,
+    ranks,
+    entries,
+    count,
+    order,
+    partials,
+    x_stride,
+    rows_total,
+    width,
+    layers,
+    layer,
+    GROUP: gl.constexpr,
+    PROJECTION: gl.constexpr,
+    PROJECTIONS: gl.constexpr,
+    K: gl.constexpr,
+    CHUNK_K: gl.constexpr,
+    RANK_BLOCKS: gl.constexpr,
+    BESIDE: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """One block: a chunk of K, a tile, every RANK_BLOCKS-th block of 16 stacked ranks.
+
+    Two halves of the chunk are summed apart, so that one's products need not wait for the other's.
+    BESIDE: x and `partials` are free to use at once, for the kernel before this one waited for
+    whoever used them before it let this one start.
+    """
+    HALF: gl.constexpr = CHUNK_K // 2
+    EVEN: gl.constexpr = K % CHUNK_K == 0
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 8)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 8)
+    chunk = gl.program_id(0)
+    tile = gl.program_id(1)
+    rank_block = gl.program_id(2)
+    slot, first, rows = _load_tile(entries, count, tile)
+    place = slot * layers + layer
+    a_start = arena + gl.multiple_of(gl.load(a_offsets + place * 4 + GROUP), 32)
+    stacked = gl.load(ranks + place * 7 + PROJECTION)
+    for p in gl.static_range(1, PROJECTIONS):
+        stacked += gl.load(ranks + place * 7 + PROJECTION + p)
+    begin = rank_block * 16
+    if (rows > 0) & (begin < stacked):
+        r = gl.arange(0, 16, gl.SliceLayout(1, LEFT))[:, None]
+        k = chunk * CHUNK_K + gl.arange(0, HALF, gl.SliceLayout(0, LEFT))[None, :]
+        x_k = chunk * CHUNK_K + gl.arange(0, HALF, gl.SliceLayout(1, RIGHT))[:, None]
+        m = gl.arange(0, 8, gl.SliceLayout(0, RIGHT))
+        out_r = gl.arange(0, 16, gl.SliceLayout(1, SUMS))[:, None]
+        out_m = gl.arange(0, 8, gl.SliceLayout(0, SUMS))[None, :]
+        source = _source_rows(order, first + m, m < rows)
+        for start in range(begin, stacked, RANK_BLOCKS * 16):
+            a_at = a_start + (start + r) * K + k
+            inside = start + r < stacked
+            a0 = gl.load(a_at, mask=inside & ((k < K) | EVEN), other=0.0)
+            a1 = gl.load(a_at + HALF, mask=inside & ((k + HALF < K) | EVEN), other=0.0)
+            if PDL:
+                if not BESIDE:
+                    _wait()
+                _launch_dependents()
+            for done in range(0, rows, 8):
+                if done > 0:
+                    source = _source_rows(order, first + done + m, done + m < rows)
+                x_at = x + source[None, :] * x_stride + x_k
+                present = (done + m < rows)[None, :]
+                x0 = gl.load(x_at, mask=present & ((x_k < K) | EVEN), other=0.0)
+                x1 = gl.load(x_at + HALF, mask=present & ((x_k + HALF < K) | EVEN), other=0.0)
+                zeros = gl.zeros([16, 8], gl.float32, SUMS)
+                sums = mma_v2(a0, x0, zeros) + mma_v2(a1, x1, zeros)
+                row = chunk * rows_total + first + done + out_m
+                kept = (start + out_r < stacked) & (done + out_m < rows)
+                gl.store(partials + row.to(gl.int64) * width + start + out_r, sums, mask=kept)
+    if PDL and chunk + tile + rank_block == 0:
+        _wait()  # one block that waits keeps the next kernel from overtaking
