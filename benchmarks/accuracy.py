@@ -17,14 +17,14 @@ from results import Results, add_options
 from granatum.kernels import lora
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.attention import (
+    allocate_decode_workspace,
     decode_attention,
-    decode_workspace_elements,
     prefill_attention,
 )
 from granatum.kernels.bench import tile_batch
 from granatum.kernels.layout import GROUPS, KvLayout, Tiles, make_query_tiles
 from granatum.kernels.norm import add_rms_norm
-from granatum.kernels.rope import rope_and_write_kv
+from granatum.kernels.rope import Rotary, rope_and_write_kv
 
 HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 32, 128, 4096, 11008
 PAGE_TOKENS = 16
@@ -74,8 +74,10 @@ def _lora(linear: cases.Linear, batch: cases.Batch) -> tuple[torch.Tensor, torch
 
 def attention_outcomes() -> Iterator[Outcome]:
     """Decodes over 600 tokens, and a chunk of 256 rows after 300 tokens, for MHA and GQA."""
+    tokens, rows = 600, 4
+    angles = torch.zeros(tokens, HEAD_DIM // 2, device="cuda")
+    still = Rotary(angles.cos(), angles.sin())
     for kv_heads in (HEADS, 8):
-        tokens, rows = 600, 4
         kv = KvLayout(2 * kv_heads * PAGE_TOKENS * HEAD_DIM, PAGE_TOKENS, kv_heads, HEAD_DIM)
         per_row = -(-tokens // PAGE_TOKENS)
         shape = (rows * per_row, 2, kv_heads, PAGE_TOKENS, HEAD_DIM)
@@ -90,11 +92,15 @@ def attention_outcomes() -> Iterator[Outcome]:
         )  # fmt: skip
         q = _random(rows, HEADS * HEAD_DIM)
         lengths = torch.full((rows,), tokens, dtype=torch.int32, device="cuda")
-        elements = decode_workspace_elements(rows, HEADS, kv, per_row * PAGE_TOKENS)
+        workspace = allocate_decode_workspace(
+            rows, HEADS, kv, per_row * PAGE_TOKENS, torch.device("cuda")
+        )
+        workspace.partials.fill_(math.nan)
         out = torch.full_like(q, math.nan)
-        workspace = torch.full((elements,), math.nan, device="cuda")
         scale = HEAD_DIM**-0.5
-        decode_attention(q, arena, kv, 0, table, lengths, scale, out, workspace)
+        own = [pages[table[:, -1].long(), plane, :, (tokens - 1) % PAGE_TOKENS] for plane in (0, 1)]
+        k, v = (part.reshape(rows, -1) for part in own)
+        decode_attention(q, k, v, still, arena, kv, 0, table, lengths, scale, out, workspace)
         heads = q.double().view(rows, HEADS, 1, HEAD_DIM)
         truth = _attend(heads, keys[:, :, :tokens], values[:, :, :tokens], scale, 0)
         yield f"decode attention, {kv_heads} KV heads", out, truth.reshape(rows, -1)
@@ -156,8 +162,8 @@ def _rope() -> tuple[torch.Tensor, torch.Tensor]:
     kv = KvLayout(2 * HEADS * PAGE_TOKENS * HEAD_DIM, PAGE_TOKENS, HEADS, HEAD_DIM)
     arena = torch.zeros(2, kv.page_elements, dtype=torch.bfloat16, device="cuda")
     slots = torch.arange(32, dtype=torch.int32, device="cuda")
-    tables = (angles.cos().float(), angles.sin().float())
-    rope_and_write_kv(q, k, v, positions, *tables, arena, kv, 0, slots)
+    rotary = Rotary(angles.cos().float(), angles.sin().float())
+    rope_and_write_kv(q, k, v, positions, rotary, arena, kv, 0, slots)
     return q, truth.reshape(32, -1)
 
 

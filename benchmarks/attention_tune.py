@@ -3,135 +3,176 @@
     python benchmarks/attention_tune.py [--batches 32,1,8] [--context 592]
 
 Times decode attention over scattered pages, in a CUDA graph over enough layers that the L2 cache
-does not serve them, for heads with keys of their own (7B) and grouped ones (8B); each
-configuration is checked against float32 first. `kernels/attention.py` names the best.
+does not serve them, for heads with keys of their own (7B) and grouped ones (8B): once with
+sequences that are all of one length, once with lengths as text generation has them at any moment.
+Each configuration is checked against float32 first. `kernels/attention.py` names the best.
 """
 
 import argparse
 import math
+import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
 import lora_ops_cases as cases
+import numpy as np
 import torch
-from workload import SHAPES
+from workload import MAX_LENGTH, SEED, SHAPES, textgen_lengths
 
-from granatum.kernels.attention import DecodeConfig, launch_decode
+from granatum.kernels.attention import DecodeConfig, allocate_decode_workspace, launch_decode
 from granatum.kernels.layout import KvLayout
 from granatum.kernels.reference_attention import decode_attention
+from granatum.kernels.rope import Rotary
 
 PAGE_TOKENS = 16
 POOL_BYTES = 300e6
-SPLITS = (1, 2, 4, 8, 16, 32)
+PIECES = (64, 128, 256, 512, 1024)
 _COMPILERS = 14
 
 
 def configs(grouped: bool) -> Iterator[DecodeConfig]:
-    """All that are tried; `blocks` and `splits` play no part."""
-    for block_t, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8)):
-        for stages in (3, 6):
-            yield DecodeConfig(True, block_t, warps, stages, 0, 0)
-    if not grouped:
-        for block_t, warps in ((16, 1), (32, 1), (32, 2), (64, 4)):
+    """All that are compiled, for `blocks` and `piece` to vary."""
+    if grouped:
+        for block_t, warps in ((32, 2), (64, 2), (64, 4), (128, 4)):
+            for stages in (2, 3, 4):
+                yield DecodeConfig(True, block_t, warps, stages, 0, 0)
+    else:
+        for block_t in (8, 16, 32):
             for stages in (1, 2, 3):
-                yield DecodeConfig(False, block_t, warps, stages, 0, 0)
+                yield DecodeConfig(False, block_t, 1, stages, 0, 0)
+        yield DecodeConfig(True, 64, 2, 3, 0, 0)
+
+
+def equal_lengths(batch: int, context: int) -> list[int]:
+    """All of one length."""
+    return [context] * batch
+
+
+def unlike_lengths(batch: int) -> list[int]:
+    """As text generation's running requests are long: each chosen by how long it runs."""
+    prompts, outputs = textgen_lengths(512)
+    rng = np.random.Generator(np.random.PCG64(SEED))
+    chosen = rng.choice(len(outputs), batch, p=outputs / outputs.sum())
+    made = (rng.random(batch) * outputs[chosen]).astype(int)
+    lengths: list[int] = np.minimum(prompts[chosen] + made + 1, MAX_LENGTH).tolist()
+    return lengths
 
 
 @dataclass
 class Bench:
-    """A batch of sequences of one length, their pages scattered over an arena of some layers."""
+    """Sequences of some lengths, their pages scattered over an arena of some layers."""
 
     model: str
-    batch: int
-    context: int
+    lengths: list[int]
 
     def __post_init__(self) -> None:
         """Make the arena."""
-        shape = SHAPES[self.model]
+        shape, batch = SHAPES[self.model], len(self.lengths)
         self.kv_heads, self.heads, d = shape.kv_heads, shape.heads, shape.head_dim
-        self.bytes = self.batch * self.context * 4 * self.kv_heads * d
+        self.bytes = sum(self.lengths) * 4 * self.kv_heads * d
         self.layers = max(2, math.ceil(POOL_BYTES / self.bytes))
-        each = -(-self.context // PAGE_TOKENS)
         elements = self.layers * 2 * self.kv_heads * PAGE_TOKENS * d
         self.kv = KvLayout(elements, PAGE_TOKENS, self.kv_heads, d)
-        pages = self.batch * each
+        counts = [-(-length // PAGE_TOKENS) for length in self.lengths]
+        pages = sum(counts)
         self.arena = torch.randn(pages, elements, dtype=torch.bfloat16, device="cuda")
-        order = torch.randperm(pages, device="cuda").int().view(self.batch, each)
-        table = torch.zeros(self.batch, 4096 // PAGE_TOKENS, dtype=torch.int32, device="cuda")
-        table[:, :each] = order
-        self.table = table
-        self.lengths = torch.full((self.batch,), self.context, dtype=torch.int32, device="cuda")
-        wide = torch.randn(self.batch, 3 * self.heads * d, dtype=torch.bfloat16, device="cuda")
-        self.q = wide[:, : self.heads * d]
-        self.out = torch.empty(self.batch, self.heads * d, dtype=torch.bfloat16, device="cuda")
+        order = torch.split(torch.randperm(pages, device="cuda").int(), counts)
+        self.table = torch.zeros(batch, 4096 // PAGE_TOKENS, dtype=torch.int32, device="cuda")
+        for row, own in zip(self.table, order, strict=True):
+            row[: len(own)] = own
+        self.tokens = torch.tensor(self.lengths, dtype=torch.int32, device="cuda")
+        widths = [self.heads * d, self.kv_heads * d, self.kv_heads * d]
+        wide = torch.randn(batch, sum(widths), dtype=torch.bfloat16, device="cuda")
+        self.q, self.k, self.v = torch.split(wide, widths, dim=1)
+        angles = torch.randn(MAX_LENGTH, d // 2, device="cuda")
+        self.rotary = Rotary(angles.cos(), angles.sin())
+        self.out = torch.empty(batch, self.heads * d, dtype=torch.bfloat16, device="cuda")
         self.expected = torch.empty_like(self.out)
         decode_attention(
-            self.q, self.arena, self.kv, 1, self.table, self.lengths, 0.1, self.expected
+            self.q, self.k, self.v, self.rotary, self.arena, self.kv, 1, self.table, self.tokens,
+            0.1, self.expected,
+        )  # fmt: skip
+        self.workspace = allocate_decode_workspace(
+            batch, self.heads, self.kv, 4096, self.out.device, DecodeConfig(False, 8, 1, 1, 0, 16)
         )
-        self.workspace = torch.empty(32 * self.batch * self.heads * (d + 2), device="cuda")
 
-    def run(self, config: DecodeConfig, splits: int, layer: int) -> None:
+    def run(self, config: DecodeConfig, layer: int) -> None:
         """Attention of one layer."""
         launch_decode(
-            self.q, self.arena, self.kv, layer, self.table, self.lengths, 0.1, self.out,
-            self.workspace, splits, config,
+            self.q, self.k, self.v, self.rotary, self.arena, self.kv, layer, self.table,
+            self.tokens, 0.1, self.out, self.workspace, config,
         )  # fmt: skip
 
-    def us(self, config: DecodeConfig, splits: int) -> float:
+    def us(self, config: DecodeConfig) -> float:
         """Microseconds per layer; checked first."""
         self.out.fill_(torch.nan)
-        self.run(config, splits, 1)
+        self.run(config, 1)
         torch.testing.assert_close(self.out, self.expected, rtol=2e-2, atol=2e-2)
-        return cases.graph_us([partial(self.run, config, splits, n) for n in range(self.layers)])
+        return cases.graph_us([partial(self.run, config, n) for n in range(self.layers)])
 
 
-def compile_one(grouped: bool, config: DecodeConfig) -> str:
-    """Launch once with all splits, so that the binaries are in the cache."""
+def compile_one(grouped: bool, config: DecodeConfig, batches: tuple[int, ...]) -> str:
+    """Launch once at each batch, so that the binaries are in the cache."""
     try:
-        bench = Bench("8b" if grouped else "7b", 1, 300)
-        for splits in SPLITS:
-            bench.run(config, splits, 0)
+        for batch in batches:
+            bench = Bench("8b" if grouped else "7b", [40] * batch)
+            bench.run(replace(config, blocks=132, piece=256), 0)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{config}: {type(error).__name__}: {str(error)[:150]}"
     return ""
 
 
-def measure(bench: Bench, tried: list[DecodeConfig]) -> None:
-    """Print the best few."""
-    found = []
-    for config in tried:
-        for splits in SPLITS:
-            blocks = bench.batch * bench.kv_heads * splits
-            if blocks >= 128 and blocks <= 4096 and splits * 16 <= bench.context:
-                found.append((bench.us(config, splits), splits, astuple(config)[:4]))
-    found.sort()
-    floor = bench.bytes / 4.28e6
-    print(f"\n{bench.model} batch {bench.batch} context {bench.context}: floor {floor:.1f} us")
-    for us, splits, cut in found[:8]:
-        print(f"  {us:6.2f} us  splits {splits:<2} {cut}")
-    single = min((f for f in found if not f[2][0]), default=None)
-    print("  best without tensor cores", single, flush=True)
+def candidates(compiled: list[DecodeConfig]) -> Iterator[DecodeConfig]:
+    """What is tried."""
+    for config in compiled:
+        for per_sm in (1, 2, 4) if config.dot else (10, 16):
+            for piece in PIECES:
+                yield replace(config, blocks=per_sm * 132, piece=piece)
+
+
+def measure(model: str, batch: int, context: int, compiled: list[DecodeConfig]) -> None:
+    """Print the best few, by the mean of both batches' times over their bytes' time."""
+    benches = [Bench(model, equal_lengths(batch, context)), Bench(model, unlike_lengths(batch))]
+    floors = [bench.bytes / 4.28e6 for bench in benches]
+    found: list[tuple[float, float, float, DecodeConfig]] = []
+    for config in candidates(compiled):
+        equal, unlike = (bench.us(config) for bench in benches)
+        score = statistics.mean((equal / floors[0], unlike / floors[1]))
+        found.append((score, equal, unlike, config))
+    found.sort(key=lambda f: f[0])
+    print(f"\n{model} batch {batch}: floors {floors[0]:.1f} equal, {floors[1]:.1f} unlike")
+    for _, equal, unlike, cut in [*found[:6], *sorted(found, key=lambda f: f[1])[:2]]:
+        print(f"  {equal:6.2f} {unlike:6.2f} us  {astuple(cut)}", flush=True)
 
 
 def main() -> None:
     """Compile, then measure each model and batch."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default="7b,8b")
     parser.add_argument("--batches", default="32,1,8")
     parser.add_argument("--context", type=int, default=592)
     args = parser.parse_args()
     torch.manual_seed(0)
-    work = [(grouped, config) for grouped in (False, True) for config in configs(grouped)]
+    batches = tuple(int(batch) for batch in args.batches.split(","))
+    models = args.models.split(",")
+    work = [
+        (model == "8b", config, batches) for model in models for config in configs(model == "8b")
+    ]
     with ProcessPoolExecutor(_COMPILERS, mp_context=get_context("spawn")) as compilers:
-        errors = dict(zip(work, compilers.map(compile_one, *zip(*work, strict=True)), strict=True))
-    print(len(work), "configurations compiled", *filter(None, errors.values()), sep="\n")
-    for model in ("7b", "8b"):
-        tried = [c for grouped, c in work if grouped == (model == "8b") and not errors[grouped, c]]
-        for batch in args.batches.split(","):
-            measure(Bench(model, int(batch), args.context), tried)
+        errors = list(compilers.map(compile_one, *zip(*work, strict=True)))
+    print(len(work), "configurations compiled", *filter(None, errors), sep="\n")
+    for model in models:
+        tried = [
+            config
+            for (grouped, config, _), error in zip(work, errors, strict=True)
+            if grouped == (model == "8b") and not error
+        ]
+        for batch in batches:
+            measure(model, batch, args.context, tried)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Attention over the arena's pages: flash decoding, and chunked prefill.
+"""Attention over the arena's pages: flash decoding, with its rows' positions, and chunked prefill.
 
     out = softmax(scale * q K^T) V    over a sequence's tokens up to the row's own, per head;
                                       query head h reads kv head h * kv_heads / heads
 
-A row's result depends on its own sequence, on shapes and on the number of splits alone.
+A row's result depends on its own sequence and on shapes alone.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ from granatum.kernels.backend import (
     triton,
 )
 from granatum.kernels.layout import KvLayout, Tiles
+from granatum.kernels.rope import Rotary, load_angles, load_rotated
 
-_MAX_SPLITS = 16
-_SPLIT_TOKENS = 128
-"""A split of fewer tokens costs more than it saves."""
+MAX_PIECES = 16
+"""That a row's tokens are cut into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class DecodeConfig:
     dot:     whether the tensor cores multiply, for at least 16 query heads at a time;
     block_t: tokens that a block takes at a time, of 16 bits; half of them are taken of 32;
     blocks:  how many keep the GPU's memory busy;
-    splits:  at least so many of a row's tokens, lest the longest sequence's blocks end last.
+    piece:   tokens of a piece, where 1024 pairs of a row and a kv head or more are to be served.
     """
 
     dot: bool
@@ -43,14 +43,25 @@ class DecodeConfig:
     warps: int
     stages: int
     blocks: int
-    splits: int
+    piece: int
 
 
-GROUPED = DecodeConfig(True, 64, 2, 3, 4 * 132, 1)
+GROUPED = DecodeConfig(True, 64, 2, 3, 2 * 132, 512)
 """Where query heads share keys."""
-SINGLE = DecodeConfig(False, 16, 1, 2, 16 * 132, 4)
-"""Where each has its own. A block takes but 8 KB at a time: one split at 32 rows is 6 % faster if
-sequences are equally long, and much slower if not."""
+SINGLE = DecodeConfig(False, 16, 1, 2, 16 * 132, 128)
+"""Where each has its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWorkspace:
+    """Partial results, float32; of pieces that are done, arrivals by row and kv head, and what
+    turns blocks have taken, int32, zero between launches."""
+
+    partials: torch.Tensor
+    arrivals: torch.Tensor
+    turns: torch.Tensor
+
+
 _LOG2_E = 1.4426950408889634
 _NEVER = tl.constexpr(-1e30)
 """Below every score: no infinities, whose differences are no numbers."""
@@ -66,105 +77,199 @@ def _token_offsets(
 
 
 @jit()
-def _softmax_step(scores, top, total):
+def _softmax_step(scores, top, total, AXIS: tl.constexpr):
     """Of a running softmax: these scores' weights, new maximum and sum, the old sums' factor."""
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    new_top = tl.maximum(top, tl.max(scores, axis=AXIS))
     kept = tl.exp2(top - new_top)
-    weights = tl.exp2(scores - new_top[:, None])
-    return weights, new_top, total * kept + tl.sum(weights, axis=1), kept
+    weights = tl.exp2(scores - tl.expand_dims(new_top, AXIS))
+    return weights, new_top, total * kept + tl.sum(weights, axis=AXIS), kept
 
 
-@jit("layer", "table_stride")
-def _decode_kernel(
-    q, arena, page_table, lengths, out, workspace,
-    q_stride, out_stride, table_stride, page_elements, layer, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_TOKENS: tl.constexpr, D: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-    DOT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+@jit()
+def _begin_softmax(qs, own_k, own_v, first, scale):
+    """Maximum and sum [N] and values [N, D] of a softmax; over the own token where `first` says."""
+    score = tl.sum(qs.to(tl.float32) * own_k.to(tl.float32), axis=1) * scale
+    top = tl.where(first, score, _NEVER)
+    total = tl.where(first, 1.0, tl.zeros_like(score))
+    return top, total, tl.where(first[:, None], own_v.to(tl.float32), 0.0)
+
+
+@jit()
+def _attend_grouped(
+    qs, keys, values, table, kv_head, begin, end, page_elements, scale, top, total, summed,
+    PAGE_TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One block: the query heads of a row that share a kv head, over a split of its tokens.
-
-    With one split it writes the output, else a partial [splits, row, head] of maximum, sum and
-    unnormalised values, D + 2 apart.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    length = tl.load(lengths + row)
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    g = tl.arange(0, BLOCK_G)
+    """Go on with a softmax of query heads qs [BLOCK_G, BLOCK_D], on the tensor cores."""
     d = tl.arange(0, BLOCK_D)
-    per_split = tl.cdiv(tl.cdiv(length, BLOCK_T), SPLITS) * BLOCK_T
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, length)
-    head = kv_head * GROUP + g
-    real = (g < GROUP)[:, None] & (d < D)[None, :]
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    q_at = q + row * q_stride + head[:, None] * D + d[None, :]
-    qs = tl.load(q_at, mask=real, other=0.0)
-    table = page_table + row * table_stride
-    keys = arena + layer.to(tl.int64) * (2 * KV_HEADS * PAGE_TOKENS * D)
-    values = keys + KV_HEADS * PAGE_TOKENS * D
-    top = tl.full((BLOCK_G,), _NEVER, tl.float32)
-    total = tl.zeros((BLOCK_G,), tl.float32)
-    summed = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
         t = start + tl.arange(0, BLOCK_T)
         at = _token_offsets(table, t, end, page_elements, kv_head, PAGE_TOKENS, D)
         there = (t < end)[:, None] & (d < D)[None, :]
+        turned = (t < end)[None, :] & (d < D)[:, None]
         v = tl.load(values + at[:, None] + d[None, :], mask=there, other=0.0)
-        if DOT:
-            turned = (t < end)[None, :] & (d < D)[:, None]
-            k = tl.load(keys + at[None, :] + d[:, None], mask=turned, other=0.0)
-            scores = dot(qs, k, tl.zeros((BLOCK_G, BLOCK_T), tl.float32))
-        else:
-            k = tl.load(keys + at[:, None] + d[None, :], mask=there, other=0.0)
-            scores = tl.sum(qs.to(tl.float32) * k.to(tl.float32), axis=1)[None, :]
+        k = tl.load(keys + at[None, :] + d[:, None], mask=turned, other=0.0)
+        scores = dot(qs, k, tl.zeros((qs.shape[0], BLOCK_T), tl.float32))
         scores = tl.where((t < end)[None, :], scores * scale, _NEVER)
-        weights, top, total, kept = _softmax_step(scores, top, total)
-        if DOT:
-            summed = dot(weights.to(v.dtype), v, summed * kept[:, None])
-        else:
-            column = tl.reshape(weights, (BLOCK_T,))[:, None]
-            summed = summed * kept[:, None] + tl.sum(column * v.to(tl.float32), axis=0)[None, :]
-    if SPLITS == 1:
-        result = summed / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(out + row * out_stride + head[:, None] * D + d[None, :], result, mask=real)
-    else:
-        rows = tl.num_programs(0).to(tl.int64)
-        partial = workspace + ((split * rows + row) * HEADS + head) * (D + 2)
-        tl.store(partial, top, mask=g < GROUP)
-        tl.store(partial + 1, total, mask=g < GROUP)
-        filled = (g < tl.where(begin < end, GROUP, 0))[:, None] & (d < D)[None, :]
-        tl.store(partial[:, None] + 2 + d[None, :], summed, mask=filled)
+        weights, top, total, kept = _softmax_step(scores, top, total, 1)
+        summed = dot(weights.to(v.dtype), v, summed * kept[:, None])
+    return top, total, summed
 
 
 @jit()
-def _combine_kernel(
-    workspace, out, out_stride,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+def _attend_single(
+    qs, keys, values, table, kv_head, begin, end, page_elements, scale, top, total, summed,
+    PAGE_TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Go on with two softmaxes of a head, qs [2, BLOCK_D] both times, over half of each tile each.
+
+    So half a warp holds a key or value in 16-byte parts, and only scores cross lanes.
+    """
+    d = tl.arange(0, BLOCK_D)
+    HALF: tl.constexpr = BLOCK_T // 2
+    for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
+        t = start + tl.arange(0, 2)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        if PAGE_TOKENS % BLOCK_T == 0:  # a tile lies in one page
+            page = tl.load(table + start // PAGE_TOKENS).to(tl.int64)
+            at = page * page_elements + (kv_head * PAGE_TOKENS + t % PAGE_TOKENS) * D
+        else:
+            at = _token_offsets(table, t, end, page_elements, kv_head, PAGE_TOKENS, D)
+        there = (t < end)[:, :, None] & (d < D)[None, None, :]
+        k = tl.load(keys + at[:, :, None] + d[None, None, :], mask=there, other=0.0)
+        v = tl.load(values + at[:, :, None] + d[None, None, :], mask=there, other=0.0)
+        scores = tl.sum(qs.to(tl.float32)[:, None, :] * k.to(tl.float32), axis=2)
+        scores = tl.where(t < end, scores * scale, _NEVER)
+        weights, top, total, kept = _softmax_step(scores, top, total, 1)
+        summed = summed * kept[:, None] + tl.sum(weights[:, :, None] * v.to(tl.float32), axis=1)
+    return top, total, summed
+
+
+@jit()
+def _join(tops, totals, sums):
+    """Softmaxes [N], [N, D] over parts of the tokens as one, [1], [1, D]."""
+    top = tl.max(tops, axis=0, keep_dims=True)
+    weights = tl.where(totals > 0, tl.exp2(tops - top), 0.0)
+    total = tl.sum(weights * totals, axis=0, keep_dims=True)
+    return top, total, tl.sum(sums * weights[:, None], axis=0, keep_dims=True)
+
+
+@jit("rows", "piece_tokens", "layer", "table_stride")
+def _decode_kernel(
+    q, k, v, cos, sin, q_norm, k_norm, arena, page_table, lengths, out, partials, arrivals, turns,
+    q_stride, k_stride, v_stride, out_stride, table_stride, page_elements, rows, piece_tokens,
+    layer, scale, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_TOKENS: tl.constexpr, D: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    PIECES: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One block: a head of a row; weighs its splits, in order, by their softmax maxima."""
+    """One block: in turn, a piece of a row's tokens for the query heads that share a kv head.
+
+    The softmax begins with the row's own token, in the first piece, which writes its key and value
+    to the arena. A row of one piece is written at once; of several, each piece leaves a partial
+    [row, piece, head] of maximum, sum and unnormalised values, D + 2 apart, and the last of them
+    to be done adds them up in order. Who takes which piece changes nothing.
+    """
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    g = tl.arange(0, BLOCK_G)
+    d = tl.arange(0, BLOCK_D)
+    r = tl.arange(0, BLOCK_ROWS)
+    row_lengths = tl.load(lengths + r, mask=r < rows, other=0)
+    row_pieces = tl.minimum(tl.maximum(tl.cdiv(row_lengths - 1, piece_tokens), 1), PIECES)
+    row_pieces = tl.where(r < rows, row_pieces, 0)
+    row_ends = tl.cumsum(row_pieces, axis=0)
+    items = tl.sum(row_pieces, axis=0) * KV_HEADS
+    keys = arena + layer.to(tl.int64) * (2 * KV_HEADS * PAGE_TOKENS * D)
+    values = keys + KV_HEADS * PAGE_TOKENS * D
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    rows = tl.num_programs(0).to(tl.int64)
-    s = tl.arange(0, SPLITS)
-    d = tl.arange(0, BLOCK_D)
-    at = workspace + ((s * rows + row) * HEADS + head) * (D + 2)
-    tops = tl.load(at)
-    totals = tl.load(at + 1)
-    weights = tl.where(totals > 0, tl.exp2(tops - tl.max(tops, axis=0)), 0.0)
-    there = (totals > 0)[:, None] & (d < D)[None, :]
-    sums = tl.load(at[:, None] + 2 + d[None, :], mask=there, other=0.0)
-    total = tl.sum(weights * totals, axis=0)
-    result = tl.sum(sums * weights[:, None], axis=0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + row * out_stride + head * D + d, result, mask=d < D)
+    item = tl.program_id(0)
+    while item < items:
+        kv_head = item % KV_HEADS
+        place = item // KV_HEADS
+        row32 = tl.sum((row_ends <= place).to(tl.int32), axis=0)
+        mine = r == row32
+        row = row32.to(tl.int64)
+        count = tl.sum(tl.where(mine, row_pieces, 0), axis=0)
+        length = tl.sum(tl.where(mine, row_lengths, 0), axis=0)
+        piece = place - tl.sum(tl.where(mine, row_ends - row_pieces, 0), axis=0)
+        past = tl.maximum(length - 1, 0)
+        per_piece = tl.cdiv(tl.cdiv(past, BLOCK_T), count) * BLOCK_T
+        begin = piece * per_piece
+        end = tl.minimum(begin + per_piece, past)
+        table = page_table + row * table_stride
+        # A head's own key and value are loaded for all of the group's heads, or twice.
+        n = g if DOT else tl.arange(0, 2)
+        head = kv_head * GROUP + tl.where(n < GROUP, n, 0)
+        owner = (piece == 0) & (length > 0)
+        c, s = load_angles(cos, sin, past, d, d < D, D)
+        inside = (n >= 0)[:, None] & (d < D)[None, :]
+        q_at = q + row * q_stride + head[:, None] * D
+        qs = load_rotated(q_at, d, inside, c, s, q_norm, eps, D).to(q.dtype.element_ty)
+        own = kv_head * D + (n * 0)[:, None]
+        k_at = k + row * k_stride + own
+        own_k = load_rotated(k_at, d, inside, c, s, k_norm, eps, D).to(k.dtype.element_ty)
+        own_v = tl.load(v + row * v_stride + own + d[None, :], mask=inside, other=0.0)
+        own_page = tl.load(table + past // PAGE_TOKENS, mask=owner, other=0).to(tl.int64)
+        own_place = (kv_head * PAGE_TOKENS + past % PAGE_TOKENS) * D + d[None, :] + (n * 0)[:, None]
+        written = (n < tl.where(owner, 1, 0))[:, None] & (d < D)[None, :]
+        tl.store(keys + own_page * page_elements + own_place, own_k, mask=written)
+        tl.store(values + own_page * page_elements + own_place, own_v, mask=written)
+        first = n < tl.where(owner, BLOCK_G, 0)
+        top, total, summed = _begin_softmax(qs, own_k, own_v, first, scale)
+        if DOT:
+            top, total, summed = _attend_grouped(
+                qs, keys, values, table, kv_head, begin, end, page_elements, scale,
+                top, total, summed, PAGE_TOKENS, D, BLOCK_T, BLOCK_D, STAGES,
+            )  # fmt: skip
+        else:
+            top, total, summed = _attend_single(
+                qs, keys, values, table, kv_head, begin, end, page_elements, scale,
+                top, total, summed, PAGE_TOKENS, D, BLOCK_T, BLOCK_D, STAGES,
+            )  # fmt: skip
+            top, total, summed = _join(top, total, summed)
+        heads = kv_head * GROUP + g
+        real = (g < GROUP)[:, None] & (d < D)[None, :]
+        done = count == 1
+        if count > 1:
+            row_partials = partials + row * (PIECES * HEADS * (D + 2))
+            own_partial = row_partials + (piece * HEADS + heads) * (D + 2)
+            tl.store(own_partial, top, mask=g < GROUP)
+            tl.store(own_partial + 1, total, mask=g < GROUP)
+            tl.store(own_partial[:, None] + 2 + d[None, :], summed, mask=real)
+            tl.debug_barrier()
+            arrival = arrivals + row * KV_HEADS + kv_head
+            done = tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == count - 1
+            if done:
+                tl.store(arrival, 0)
+                top = tl.full((BLOCK_G,), _NEVER, tl.float32)
+                total = tl.zeros((BLOCK_G,), tl.float32)
+                summed = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+                for p in tl.static_range(PIECES):
+                    at = row_partials + (p * HEADS + heads) * (D + 2)
+                    there = g < tl.where(p < count, GROUP, 0)
+                    part_top = tl.load(at, mask=there, other=_NEVER, cache_modifier=".cg")
+                    part_total = tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg")
+                    part = tl.load(
+                        at[:, None] + 2 + d[None, :],
+                        mask=there[:, None] & (d < D)[None, :],
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                    new_top = tl.maximum(top, part_top)
+                    kept, added = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
+                    total = total * kept + part_total * added
+                    summed = summed * kept[:, None] + part * added[:, None]
+                    top = new_top
+        if done:
+            result = summed / tl.where(total > 0, total, 1.0)[:, None]
+            tl.store(out + row * out_stride + heads[:, None] * D + d[None, :], result, mask=real)
+        item = tl.atomic_add(turns, 1, sem="relaxed") + tl.num_programs(0)
+    if tl.atomic_add(turns + 1, 1, sem="relaxed") == tl.num_programs(0) - 1:
+        tl.store(turns, 0)
+        tl.store(turns + 1, 0)
 
 
 @jit("layer", "table_stride")
@@ -203,7 +308,7 @@ def _prefill_kernel(
             scores = dot(qs, k, tl.zeros((BLOCK_M, BLOCK_T), tl.float32))
             seen = t[None, :] <= (position + m)[:, None]
             scores = tl.where(seen & (t < end)[None, :], scores * scale, _NEVER)
-            weights, top, total, kept = _softmax_step(scores, top, total)
+            weights, top, total, kept = _softmax_step(scores, top, total, 1)
             there = (t < end)[:, None] & (d < D)[None, :]
             v = tl.load(values + at[:, None] + d[None, :], mask=there, other=0.0)
             summed = dot(weights.to(v.dtype), v, summed * kept[:, None])
@@ -211,12 +316,15 @@ def _prefill_kernel(
         tl.store(out_at, summed / total[:, None], mask=real)
 
 
-def decode_splits(rows: int, heads: int, kv: KvLayout, max_tokens: int) -> int:
-    """Splits of each row's tokens, by shapes alone: enough blocks to keep the memory busy."""
-    config = decode_config(heads, kv)
-    splits = max(config.blocks // (rows * kv.kv_heads), config.splits)
-    splits = min(splits, max_tokens // _SPLIT_TOKENS, _MAX_SPLITS)
-    return 1 << max(splits, 1).bit_length() - 1
+def piece_tokens(config: DecodeConfig, rows: int, kv: KvLayout) -> int:
+    """Tokens of a piece, by shapes alone: the fewer rows, the shorter, to keep the memory busy."""
+    share = min(rows * kv.kv_heads, 1024) * config.piece // 1024
+    return max(-(-share // config.block_t), 2) * config.block_t
+
+
+def most_pieces(config: DecodeConfig, rows: int, kv: KvLayout, max_tokens: int) -> int:
+    """Pieces of a row of `max_tokens` tokens."""
+    return min(-(-max_tokens // piece_tokens(config, rows, kv)), MAX_PIECES)
 
 
 def decode_config(heads: int, kv: KvLayout) -> DecodeConfig:
@@ -224,13 +332,31 @@ def decode_config(heads: int, kv: KvLayout) -> DecodeConfig:
     return SINGLE if heads == kv.kv_heads else GROUPED
 
 
-def decode_workspace_elements(rows: int, heads: int, kv: KvLayout, max_tokens: int) -> int:
-    """Float32 elements of workspace that `decode_attention` needs; max_tokens as it sees them."""
-    return decode_splits(rows, heads, kv, max_tokens) * rows * heads * (kv.head_dim + 2)
+def allocate_decode_workspace(
+    max_rows: int,
+    heads: int,
+    kv: KvLayout,
+    max_tokens: int,
+    device: torch.device,
+    config: DecodeConfig | None = None,
+) -> DecodeWorkspace:
+    """What `decode_attention` needs for up to so many rows; max_tokens as it sees them."""
+    config = config or decode_config(heads, kv)
+    pieces = max(
+        rows * most_pieces(config, rows, kv, max_tokens) for rows in range(1, max_rows + 1)
+    )
+    return DecodeWorkspace(
+        torch.empty(pieces * heads * (kv.head_dim + 2), dtype=torch.float32, device=device),
+        torch.zeros(max_rows * kv.kv_heads, dtype=torch.int32, device=device),
+        torch.zeros(2, dtype=torch.int32, device=device),
+    )
 
 
 def decode_attention(
     q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rotary: Rotary,
     arena: torch.Tensor,
     kv: KvLayout,
     layer: int,
@@ -238,32 +364,40 @@ def decode_attention(
     lengths: torch.Tensor,
     scale: float,
     out: torch.Tensor,
-    workspace: torch.Tensor,
+    workspace: DecodeWorkspace,
 ) -> None:
-    """Attention of one row per sequence over its `lengths` tokens, the row's own among them.
+    """Attention of one row per sequence over its `lengths` tokens, of which the row's own is last.
 
-    q, out [T, heads * head_dim], rows evenly apart (q may be a view of the fused projections).
-    page_table int32 [T, pages of the longest sequence]; entries past a sequence's end are not
-    read. lengths int32 [T]; 0: a padding row, whose output is 0. workspace float32,
-    `decode_workspace_elements` of `page_table.shape[1] * page_tokens` tokens at least.
+    q and k are rotated to that position first, as `rope.rope_and_write_kv` does, but left as they
+    are; the rotated k, and v, are written to the arena.
+
+    q [T, heads * head_dim], k, v [T, kv_heads * head_dim], out as q; rows evenly apart (views of
+    the fused projections). page_table int32 [T, pages of the longest sequence]; entries past a
+    sequence's end are not read. lengths int32 [T]; 0: a padding row, whose output is 0. workspace
+    for T rows of `page_table.shape[1] * page_tokens` tokens at least.
     """
     rows, heads = _require_queries(q, out, kv)
+    for name, tensor in (("k", k), ("v", v)):
+        require_rows(name, tensor, (rows, kv.kv_heads * kv.head_dim))
+    rotary.require(kv.head_dim)
     require(lengths.shape == (rows,), f"lengths must be [{rows}]")
     require_rows("page_table", page_table, (rows, page_table.shape[1]))
     if not runs_kernel(q):
-        reference.decode_attention(q, arena, kv, layer, page_table, lengths, scale, out)
+        reference.decode_attention(
+            q, k, v, rotary, arena, kv, layer, page_table, lengths, scale, out
+        )
         return
-    splits = decode_splits(rows, heads, kv, page_table.shape[1] * kv.page_tokens)
-    needed = splits * rows * heads * (kv.head_dim + 2)
-    require(workspace.numel() >= needed, f"the workspace must be {needed} float32 elements")
     launch_decode(
-        q, arena, kv, layer, page_table, lengths, scale, out, workspace, splits,
+        q, k, v, rotary, arena, kv, layer, page_table, lengths, scale, out, workspace,
         decode_config(heads, kv),
     )  # fmt: skip
 
 
 def launch_decode(
     q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rotary: Rotary,
     arena: torch.Tensor,
     kv: KvLayout,
     layer: int,
@@ -271,52 +405,56 @@ def launch_decode(
     lengths: torch.Tensor,
     scale: float,
     out: torch.Tensor,
-    workspace: torch.Tensor,
-    splits: int,
+    workspace: DecodeWorkspace,
     config: DecodeConfig,
 ) -> None:
-    """The kernels in one configuration; the arguments were checked."""
+    """The kernel in one configuration; the arguments were checked."""
     rows, heads = q.shape[0], q.shape[1] // kv.head_dim
     group = heads // kv.kv_heads
-    block_d = triton.next_power_of_2(kv.head_dim)
-    _decode_kernel[(rows, kv.kv_heads, splits)](
+    pieces = most_pieces(config, rows, kv, page_table.shape[1] * kv.page_tokens)
+    enough = workspace.partials.numel() >= rows * pieces * heads * (kv.head_dim + 2)
+    enough &= workspace.arrivals.numel() >= rows * kv.kv_heads
+    require(enough, f"the workspace must be for {rows} rows of {pieces} pieces")
+    _decode_kernel[(min(config.blocks, rows * kv.kv_heads * pieces),)](
         q,
+        k,
+        v,
+        rotary.cos,
+        rotary.sin,
+        rotary.q_norm,
+        rotary.k_norm,
         arena,
         page_table,
         lengths,
         out,
-        workspace,
+        workspace.partials,
+        workspace.arrivals,
+        workspace.turns,
         q.stride(0),
+        k.stride(0),
+        v.stride(0),
         out.stride(0),
         page_table.stride(0),
         kv.page_elements,
+        rows,
+        piece_tokens(config, rows, kv),
         layer,
         scale * _LOG2_E,
+        rotary.eps,
         HEADS=heads,
         KV_HEADS=kv.kv_heads,
         PAGE_TOKENS=kv.page_tokens,
         D=kv.head_dim,
         BLOCK_G=max(16, triton.next_power_of_2(group)) if config.dot else 1,
         BLOCK_T=config.block_t * 2 // q.element_size(),
-        BLOCK_D=block_d,
-        SPLITS=splits,
+        BLOCK_D=triton.next_power_of_2(kv.head_dim),
+        BLOCK_ROWS=triton.next_power_of_2(rows),
+        PIECES=pieces,
         DOT=config.dot,
         STAGES=config.stages,
         num_warps=config.warps,
         **overlap_options(q),
     )
-    if splits > 1:
-        _combine_kernel[(rows, heads)](
-            workspace,
-            out,
-            out.stride(0),
-            HEADS=heads,
-            D=kv.head_dim,
-            BLOCK_D=block_d,
-            SPLITS=splits,
-            num_warps=1,
-            **overlap_options(q),
-        )
 
 
 def prefill_attention(

@@ -102,11 +102,11 @@ def shrink_kernel(
     """One block: a chunk of K, a tile, every RANK_BLOCKS-th block of 16 stacked ranks.
 
     Two halves of the chunk are summed apart, so that one's products need not wait for the other's.
-    BESIDE: x and `partials` are free to use at once, for the kernel before this one waited for
-    whoever used them before it let this one start.
+    BESIDE: as in `shrink._shrink_rows_kernel`.
     """
     HALF: gl.constexpr = CHUNK_K // 2
     EVEN: gl.constexpr = K % CHUNK_K == 0
+    CACHE: gl.constexpr = ".cg" if BESIDE else ""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 8)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 8)
@@ -130,9 +130,9 @@ def shrink_kernel(
         source = _source_rows(order, first + m, m < rows)
         for start in range(begin, stacked, RANK_BLOCKS * 16):
             a_at = a_start + (start + r) * K + k
-            inside = start + r < stacked
-            a0 = gl.load(a_at, mask=inside & ((k < K) | EVEN), other=0.0)
-            a1 = gl.load(a_at + HALF, mask=inside & ((k + HALF < K) | EVEN), other=0.0)
+            real = start + r < stacked
+            a0 = gl.load(a_at, mask=real & ((k < K) | EVEN), other=0.0)
+            a1 = gl.load(a_at + HALF, mask=real & ((k + HALF < K) | EVEN), other=0.0)
             if PDL:
                 if not BESIDE:
                     _wait()
@@ -142,8 +142,10 @@ def shrink_kernel(
                     source = _source_rows(order, first + done + m, done + m < rows)
                 x_at = x + source[None, :] * x_stride + x_k
                 present = (done + m < rows)[None, :]
-                x0 = gl.load(x_at, mask=present & ((x_k < K) | EVEN), other=0.0)
-                x1 = gl.load(x_at + HALF, mask=present & ((x_k + HALF < K) | EVEN), other=0.0)
+                inside = present & ((x_k < K) | EVEN)
+                x0 = gl.load(x_at, mask=inside, other=0.0, cache_modifier=CACHE)
+                inside = present & ((x_k + HALF < K) | EVEN)
+                x1 = gl.load(x_at + HALF, mask=inside, other=0.0, cache_modifier=CACHE)
                 zeros = gl.zeros([16, 8], gl.float32, SUMS)
                 sums = mma_v2(a0, x0, zeros) + mma_v2(a1, x1, zeros)
                 row = chunk * rows_total + first + done + out_m

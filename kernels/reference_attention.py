@@ -3,15 +3,23 @@
 Arguments and effects are those of the launchers of the same names.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from granatum.kernels.layout import KvLayout, Tiles
-from granatum.kernels.reference_layer import kv_planes
+from granatum.kernels.reference_layer import kv_planes, rope_and_write_kv
+
+if TYPE_CHECKING:
+    from granatum.kernels.rope import Rotary
 
 
 def decode_attention(
     q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rotary: "Rotary",
     arena: torch.Tensor,
     kv: KvLayout,
     layer: int,
@@ -21,6 +29,12 @@ def decode_attention(
     out: torch.Tensor,
 ) -> None:
     """As `attention.decode_attention`, without splits and so without their workspace."""
+    positions = lengths.long() - 1
+    pages = page_table[torch.arange(len(lengths), device=q.device), positions // kv.page_tokens]
+    slots = pages * kv.page_tokens + positions % kv.page_tokens
+    slots = torch.where(positions < 0, -1, slots)
+    q = q.clone()
+    rope_and_write_kv(q, k, v, positions, rotary, arena, kv, layer, slots)
     planes = kv_planes(arena, kv, layer)
     for row, length in enumerate(lengths.tolist()):
         if length == 0:

@@ -3,9 +3,14 @@
 Arguments and effects are those of the launchers of the same names.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from granatum.kernels.layout import KvLayout
+
+if TYPE_CHECKING:
+    from granatum.kernels.rope import Rotary
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
@@ -38,23 +43,19 @@ def rope_and_write_kv(
     k: torch.Tensor,
     v: torch.Tensor,
     positions: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    rotary: "Rotary",
     arena: torch.Tensor,
     kv: KvLayout,
     layer: int,
     kv_slots: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
 ) -> None:
     """As `rope.rope_and_write_kv`."""
     used = (kv_slots >= 0).nonzero().squeeze(1)
     where, place = positions[used].long(), kv_slots[used].long()
-    angles = cos[where].unsqueeze(1), sin[where].unsqueeze(1)
+    angles = rotary.cos[where].unsqueeze(1), rotary.sin[where].unsqueeze(1)
     rotated = [
-        _rotated(_heads(x[used], kv.head_dim), weight, eps, *angles).to(x.dtype)
-        for x, weight in ((q, q_norm), (k, k_norm))
+        _rotated(_heads(x[used], kv.head_dim), weight, rotary.eps, *angles).to(x.dtype)
+        for x, weight in ((q, rotary.q_norm), (k, rotary.k_norm))
     ]
     q[used] = rotated[0].flatten(1)
     planes = kv_planes(arena, kv, layer)

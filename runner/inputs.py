@@ -2,8 +2,8 @@
 
 Sections, all of 4-byte elements; R rows, B sequences, P pages of a sequence, C tiles at most:
 
-    tokens, positions          [R]
-    kv_slots                   [R]   page * page_tokens + place of the row's KV; -1: padding
+    tokens                     [R]
+    positions, kv_slots        [R]   of chunks' rows; page * page_tokens + place of their KV, or -1
     lengths                    [B]   tokens of each decode row's sequence, its own included; 0: none
     seats, sample_rows         [B]   of the rows that make a token: sequence's seat, row
     tiles, query_tiles   [C, 4] [1]  with their counts
@@ -147,12 +147,15 @@ class HostInputs:
     def _fill_rows(self, plan: Plan, shape: StepShape) -> None:
         page_tokens = self.limits.page_tokens
         tokens: list[int] = []
-        positions: list[int] = []
-        kv_slots: list[int] = []
         for span in plan.spans:
-            sequence, end = span.sequence, span.start + span.rows
+            sequence = span.sequence
             assert sequence.seat is not None
+            end = span.start + span.rows
             tokens += [-1 - sequence.seat] if span.fed else sequence.tokens[span.start : end]
+        positions = [0] * len(plan.decodes)
+        kv_slots = [-1] * len(plan.decodes)
+        for span in plan.chunks:
+            sequence, end = span.sequence, span.start + span.rows
             positions += range(span.start, end)
             for position in range(span.start, end):
                 page = sequence.pages[position // page_tokens]

@@ -5,15 +5,15 @@ from torch.nn.functional import embedding
 
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.attention import (
+    allocate_decode_workspace,
     decode_attention,
-    decode_workspace_elements,
     prefill_attention,
 )
 from granatum.kernels.layout import AdapterTable
 from granatum.kernels.linear import allocate_workspace, linear, runs_kernel_of_ours
 from granatum.kernels.lora import add_lora, workspace_elements
 from granatum.kernels.norm import add_rms_norm, rms_norm
-from granatum.kernels.rope import rope_and_write_kv
+from granatum.kernels.rope import Rotary, rope_and_write_kv
 from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
 from granatum.runner.arena import Arena
 from granatum.runner.config import GROUPS, ModelConfig
@@ -41,7 +41,10 @@ class Model:
         self._weights, self._arena, self._table = weights, arena, table
         self._cos, self._sin = _angles(config, weights.device)
         self._partials = self._allocate_partials(limits)
-        self._splits = self._allocate_splits(limits)
+        tokens = limits.pages_for(limits.max_context) * limits.page_tokens
+        self._pieces = allocate_decode_workspace(
+            limits.max_batch, config.heads, arena.kv, tokens, self.device
+        )
         first = weights.layers[0]
         linears = (first.qkv, first.o, first.gate_up, first.down)
         shapes = [*(part.weight for part in linears), weights.head]
@@ -74,22 +77,18 @@ class Model:
         layer, config, arena = self._weights.layers[index], self.config, self._arena
         qkv = self._linear(step, index, "qkv", layer.qkv, x)
         q, k, v = torch.split(qkv, list(config.out_features["qkv"]), dim=1)
-        rope_and_write_kv(
-            q, k, v, step.positions, self._cos, self._sin, arena.pages, arena.kv, index,
-            step.kv_slots, layer.q_norm, layer.k_norm, config.rms_eps,
-        )  # fmt: skip
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        scale = config.head_dim**-0.5
+        rotary = Rotary(self._cos, self._sin, layer.q_norm, layer.k_norm, config.rms_eps)
+        place, scale = (arena.pages, arena.kv, index), config.head_dim**-0.5
         decodes = step.shape.decodes
         if decodes:
             decode_attention(
-                q[:decodes], arena.pages, arena.kv, index, step.page_table[:decodes],
-                step.lengths, scale, out[:decodes], self._splits,
+                q[:decodes], k[:decodes], v[:decodes], rotary, *place, step.page_table[:decodes],
+                step.lengths, scale, out[:decodes], self._pieces,
             )  # fmt: skip
         if step.shape.query_tiles:  # after the decodes, which clear the rows beyond theirs
-            prefill_attention(
-                q, arena.pages, arena.kv, index, step.page_table, step.query_tiles, scale, out
-            )
+            rope_and_write_kv(q, k, v, step.positions, rotary, *place, step.kv_slots)
+            prefill_attention(q, *place, step.page_table, step.query_tiles, scale, out)
         return out
 
     def _linear(
@@ -116,16 +115,6 @@ class Model:
             )
             for g in GROUPS
             for rows, block_m in sizes
-        )
-        return torch.empty(elements, dtype=torch.float32, device=self.device)
-
-    def _allocate_splits(self, limits: Limits) -> torch.Tensor:
-        """Room for attention's partial results in the batch that needs the most."""
-        kv, heads = self._arena.kv, self.config.heads
-        tokens = limits.pages_for(limits.max_context) * limits.page_tokens
-        elements = max(
-            decode_workspace_elements(rows, heads, kv, tokens)
-            for rows in range(1, limits.max_batch + 1)
         )
         return torch.empty(elements, dtype=torch.float32, device=self.device)
 

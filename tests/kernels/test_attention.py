@@ -1,6 +1,6 @@
 """Paged attention against float64 over the sequences' own keys and values."""
 
-import math
+from itertools import product
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import torch
 from granatum.kernels import attention
 from granatum.kernels.backend import INTERPRETING, runs_kernel
 from granatum.kernels.layout import KvLayout, Tiles, make_query_tiles
+from granatum.kernels.rope import Rotary
 
 BFLOAT16 = 2e-2 if INTERPRETING else 8e-3  # the interpreter cuts off what rounding would keep
 TOLERANCE = {torch.bfloat16: BFLOAT16, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -32,19 +33,30 @@ class Cache:
         pages = torch.split(torch.randperm(sum(counts) + 2)[: sum(counts)], counts)
         width = max(*counts, 1) + 1
         self.page_table = torch.full((len(lengths), width), 1 << 30, dtype=torch.int32)
-        arena = torch.full((sum(counts) + 2, elements), torch.nan, dtype=dtype)
         self.tokens = [torch.randn(2, kv_heads, length, head_dim).to(dtype) for length in lengths]
-        for sequence, (own, tokens) in enumerate(zip(pages, self.tokens, strict=True)):
+        for sequence, own in enumerate(pages):
             self.page_table[sequence, : len(own)] = own
-            for t in range(lengths[sequence]):
-                for plane in range(2):
-                    for head in range(kv_heads):
-                        place = (LAYER * 2 + plane) * kv_heads + head
-                        start = (place * page_tokens + t % page_tokens) * head_dim
-                        page = int(own[t // page_tokens])
-                        arena[page, start : start + head_dim] = tokens[plane, head, t]
-        self.arena = arena.to(device)
+        self.arena = torch.empty(sum(counts) + 2, elements, dtype=dtype, device=device)
         self.page_table = self.page_table.to(device)
+        self.arena.copy_(self.laid_out())
+
+    def laid_out(self) -> torch.Tensor:
+        """The arena as it shall be."""
+        arena = torch.full(self.arena.shape, torch.nan, dtype=self.arena.dtype)
+        kv = self.kv
+        for own, tokens in zip(self.page_table.tolist(), self.tokens, strict=True):
+            for plane, head, t in product(range(2), range(kv.kv_heads), range(tokens.shape[2])):
+                place = (LAYER * 2 + plane) * kv.kv_heads + head
+                start = (place * kv.page_tokens + t % kv.page_tokens) * kv.head_dim
+                page = own[t // kv.page_tokens]
+                arena[page, start : start + kv.head_dim] = tokens[plane, head, t]
+        return arena
+
+    def forget_last(self) -> None:
+        """Each sequence's last token is yet to be written."""
+        for tokens in self.tokens:
+            tokens[:, :, -1:] = torch.nan
+        self.arena.copy_(self.laid_out())
 
     def truth(self, q: torch.Tensor, sequence: int, length: int, scale: float) -> torch.Tensor:
         """Attention of one row q [heads * head_dim] over the first `length` tokens."""
@@ -59,26 +71,82 @@ class Cache:
         return torch.cat(rows)
 
 
-def decode(cache: Cache, q: torch.Tensor, lengths: list[int], scale: float) -> torch.Tensor:
-    out = torch.full_like(q, torch.nan)
-    table = cache.page_table
-    elements = attention.decode_workspace_elements(
-        q.shape[0], q.shape[1] // cache.kv.head_dim, cache.kv, table.shape[1] * cache.kv.page_tokens
+class Batch:
+    """A row for each of a cache's sequences, its query, key and value not rotated yet."""
+
+    def __init__(self, cache: Cache, heads: int, *, norms: bool = False) -> None:
+        self.cache, d = cache, cache.kv.head_dim
+        rows, width, kv_width = len(cache.tokens), heads * d, cache.kv.kv_heads * d
+        self.qkv = torch.randn(rows, width + 2 * kv_width + 16).to(cache.arena)
+        self.q, self.k, self.v, _ = torch.split(self.qkv, [width, kv_width, kv_width, 16], dim=1)
+        longest = max(tokens.shape[2] for tokens in cache.tokens)
+        angles = torch.outer(torch.arange(longest + 1.0), 1e4 ** -torch.linspace(0, 1, d // 2))
+        self.angles = angles.double()
+        weights = torch.randn(2, d).to(cache.arena) if norms else (None, None)
+        cos, sin = (part.to(cache.arena.device) for part in (angles.cos(), angles.sin()))
+        self.rotary = Rotary(cos, sin, *weights)
+
+    def truth(self, lengths: list[int], scale: float) -> torch.Tensor:
+        """What `decode` shall give, and in the cache's tokens what it shall write."""
+        rows = []
+        for row, length in enumerate(lengths):
+            q, k, v = (part[row].double().cpu() for part in (self.q, self.k, self.v))
+            if length:
+                own = self.cache.tokens[row][:, :, length - 1]
+                own[0] = self._turn(k, length - 1, self.rotary.k_norm)
+                own[1] = v.view(own[1].shape)
+            turned = self._turn(q, length - 1, self.rotary.q_norm).to(self.q.dtype)
+            rows.append(self.cache.truth(turned.flatten(), row, length, scale))
+        return torch.stack(rows)
+
+    def _turn(self, x: torch.Tensor, position: int, weight: torch.Tensor | None) -> torch.Tensor:
+        """A row's heads [heads, head_dim] as complex numbers, turned by the position's angles."""
+        x = x.view(-1, self.cache.kv.head_dim)
+        if weight is not None:
+            x = x / (x.square().mean(1, keepdim=True) + self.rotary.eps).sqrt()
+            x = x * weight.double().cpu()
+        low, high = x.chunk(2, dim=1)
+        angle = self.angles[position]
+        turned = torch.complex(low, high) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat((turned.real, turned.imag), dim=1)
+
+
+def workspace_of(batch: Batch) -> attention.DecodeWorkspace:
+    cache, q = batch.cache, batch.q
+    heads, tokens = (
+        q.shape[1] // cache.kv.head_dim,
+        cache.page_table.shape[1] * cache.kv.page_tokens,
     )
+    workspace = attention.allocate_decode_workspace(q.shape[0], heads, cache.kv, tokens, q.device)
+    workspace.partials.fill_(torch.nan)
+    return workspace
+
+
+def decode(batch: Batch, lengths: list[int], scale: float) -> torch.Tensor:
+    cache, q = batch.cache, batch.q
+    out = torch.full_like(q, torch.nan)
+    before, workspace = batch.qkv.clone(), workspace_of(batch)
     attention.decode_attention(
         q,
+        batch.k,
+        batch.v,
+        batch.rotary,
         cache.arena,
         cache.kv,
         LAYER,
-        table,
+        cache.page_table,
         torch.tensor(lengths, dtype=torch.int32, device=q.device),
         scale,
         out,
-        torch.full((elements,), torch.nan, device=q.device),
+        workspace,
     )
+    assert torch.equal(batch.qkv, before)
+    assert not workspace.arrivals.any()
+    assert not workspace.turns.any()
     return out
 
 
+@pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "page_tokens", "lengths"),
     [
@@ -94,30 +162,32 @@ def test_decode(
     head_dim: int,
     page_tokens: int,
     lengths: list[int],
+    norms: bool,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
     cache = Cache(lengths, kv_heads, head_dim, page_tokens, dtype, device)
+    cache.forget_last()
+    batch = Batch(cache, heads, norms=norms)
     scale = 2 * head_dim**-0.5
-    wide = torch.randn(len(lengths), heads * head_dim + 16).to(cache.arena)
-    q = wide[:, : heads * head_dim]
-    out = decode(cache, q, lengths, scale)
-    expected = torch.stack(
-        [cache.truth(q[i], i, length, scale) for i, length in enumerate(lengths)]
-    )
+    out = decode(batch, lengths, scale)
     tolerance = TOLERANCE[dtype]
+    expected = batch.truth(lengths, scale)
     torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+    expected = cache.laid_out()
+    torch.testing.assert_close(
+        cache.arena.cpu(), expected, rtol=tolerance, atol=tolerance, equal_nan=True
+    )
 
 
 def test_a_decoded_row_is_bit_identical_in_any_company(device: torch.device) -> None:
     if not runs_kernel(torch.empty(0, device=device)):
         pytest.skip("a promise of the kernels")
     lengths = [70, 300, 5]
-    cache = Cache(lengths, 1, 32, 16, torch.bfloat16, device)
-    q = torch.randn(3, 64).to(cache.arena)
-    crowd = decode(cache, q, lengths, 0.2)
+    batch = Batch(Cache(lengths, 1, 32, 16, torch.bfloat16, device), 2)
+    crowd = decode(batch, lengths, 0.2)
     for row in range(3):
-        alone = decode(cache, q, [n if i == row else 0 for i, n in enumerate(lengths)], 0.2)
+        alone = decode(batch, [n if i == row else 0 for i, n in enumerate(lengths)], 0.2)
         assert torch.equal(alone[row], crowd[row])
 
 
@@ -160,12 +230,15 @@ def test_query_tiles_cut_chunks() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 8, 32, 64])
-def test_splits_are_powers_of_two_that_fit_the_context(rows: int) -> None:
-    kv = KvLayout(1, 16, 8, 128)
-    for tokens in (16, 4096, 131072):
-        splits = attention.decode_splits(rows, 32, kv, tokens)
-        assert splits == 2 ** round(math.log2(splits))
-        assert splits == 1 or splits * 128 <= tokens
+@pytest.mark.parametrize("kv_heads", [8, 32])
+def test_pieces_fit_their_tiles_and_are_not_too_many(rows: int, kv_heads: int) -> None:
+    kv = KvLayout(1, 16, kv_heads, 128)
+    config = attention.decode_config(32, kv)
+    tokens = attention.piece_tokens(config, rows, kv)
+    assert tokens % config.block_t == 0
+    assert tokens <= max(config.piece, 2 * config.block_t)
+    for context in (16, 4096, 131072):
+        assert 1 <= attention.most_pieces(config, rows, kv, context) <= attention.MAX_PIECES
 
 
 @pytest.mark.gpu
@@ -173,19 +246,20 @@ def test_graph_replays_other_lengths() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     device = torch.device("cuda")
-    cache = Cache([600, 600, 600], 2, 64, 16, torch.bfloat16, device)
-    q = torch.randn(3, 256).to(cache.arena)
-    out, lengths = torch.empty_like(q), torch.ones(3, dtype=torch.int32, device=device)
-    tokens = cache.page_table.shape[1] * 16
-    elements = attention.decode_workspace_elements(3, 4, cache.kv, tokens)
-    workspace = torch.empty(elements, device=device)
+    batch = Batch(Cache([600, 600, 600], 2, 64, 16, torch.bfloat16, device), 4)
+    cache = batch.cache
+    out = torch.empty_like(batch.q)
+    lengths = torch.ones(3, dtype=torch.int32, device=device)
+    workspace = workspace_of(batch)
 
     def run() -> None:
         attention.decode_attention(
-            q, cache.arena, cache.kv, LAYER, cache.page_table, lengths, 0.2, out, workspace
-        )
+            batch.q, batch.k, batch.v, batch.rotary, cache.arena, cache.kv, LAYER,
+            cache.page_table, lengths, 0.2, out, workspace,
+        )  # fmt: skip
 
     run()
+    batch.truth([1, 1, 1], 0.2)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -193,5 +267,5 @@ def test_graph_replays_other_lengths() -> None:
         lengths.copy_(torch.tensor(new))
         out.fill_(torch.nan)
         graph.replay()
-        expected = torch.stack([cache.truth(q[i], i, n, 0.2) for i, n in enumerate(new)])
+        expected = batch.truth(new, 0.2)
         torch.testing.assert_close(out.double().cpu(), expected, rtol=8e-3, atol=8e-3)

@@ -15,7 +15,7 @@ from granatum.kernels import attention, backend, linear, lora, sampling
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.layout import AdapterTable, KvLayout, Tiles
 from granatum.kernels.norm import add_rms_norm
-from granatum.kernels.rope import rope_and_write_kv
+from granatum.kernels.rope import Rotary, rope_and_write_kv
 from granatum.kernels.shrink import launch_shrink
 from granatum.kernels.tuning import Shape, default_config
 
@@ -119,12 +119,14 @@ def test_attention(heads: int, kv_heads: int, compiled: list[Any]) -> None:
     kv = KvLayout(32 * 2 * kv_heads * 16 * 128, 16, kv_heads, 128)
     q, arena = torch.empty(ROWS, heads * 128, dtype=BF16), torch.empty(1024, dtype=BF16)
     pages = torch.zeros(ROWS, 256, dtype=torch.int32)
-    elements = attention.decode_workspace_elements(ROWS, heads, kv, 256 * 16)
     lengths = torch.zeros(ROWS, dtype=torch.int32)
-    workspace = torch.empty(elements)
-    attention.decode_attention(q, arena, kv, 1, pages, lengths, 0.1, q, workspace)
+    workspace = attention.allocate_decode_workspace(ROWS, heads, kv, 256 * 16, torch.device("cpu"))
+    k, rotary = q[:, : kv_heads * 128], Rotary(torch.empty(64, 64), torch.empty(64, 64))
+    attention.decode_attention(
+        q, k, k, rotary, arena, kv, 1, pages, lengths, 0.1, torch.empty_like(q), workspace
+    )
     attention.prefill_attention(q, arena, kv, 1, pages, Tiles.allocate(9, 64, "cpu"), 0.1, q)
-    assert len(compiled) == 3
+    assert len(compiled) == 2
     for kernel in compiled:
         assert stack_bytes(kernel) == 0
 
@@ -147,7 +149,7 @@ def test_the_rest(compiled: list[Any]) -> None:
     silu_mul(x, x[:, :2048])
     kv = KvLayout(2 * 8 * 16 * 128, 16, 8, 128)
     table = torch.empty(64, 64)
-    rope_and_write_kv(x, x[:, :1024], x[:, :1024], slots, table, table, x, kv, 1, slots)
+    rope_and_write_kv(x, x[:, :1024], x[:, :1024], slots, Rotary(table, table), x, kv, 1, slots)
     logits = torch.empty(ROWS, 32000, dtype=BF16)
     sampling.sample(logits, row, slots, row, row, row, slots)
     elements = sampling.greedy_workspace_elements(ROWS, 32000)

@@ -7,7 +7,7 @@ from granatum.kernels.activation import silu_mul
 from granatum.kernels.backend import INTERPRETING
 from granatum.kernels.layout import KvLayout
 from granatum.kernels.norm import add_rms_norm, rms_norm
-from granatum.kernels.rope import rope_and_write_kv
+from granatum.kernels.rope import Rotary, rope_and_write_kv
 
 BFLOAT16 = 8e-3 if INTERPRETING else 4e-3  # the interpreter cuts off what rounding would keep
 TOLERANCE = {torch.bfloat16: BFLOAT16, torch.float16: 6e-4, torch.float32: 2e-6}
@@ -82,7 +82,8 @@ def test_rope_and_write_kv(
     q_norm, k_norm = (None, None) if norms is None else norms
     before = qkv.clone()
 
-    rope_and_write_kv(q, k, v, positions, cos, sin, arena, kv, layer, slots, q_norm, k_norm, 1e-6)
+    rotary = Rotary(cos, sin, q_norm, k_norm, 1e-6)
+    rope_and_write_kv(q, k, v, positions, rotary, arena, kv, layer, slots)
 
     expected = torch.full_like(arena, 7.0).double()
     for t, slot in enumerate(slots.tolist()):
