@@ -48,7 +48,7 @@ class DecodeConfig:
 
 GROUPED = DecodeConfig(True, 64, 2, 3, 2 * 132, 512)
 """Where query heads share keys."""
-SINGLE = DecodeConfig(False, 16, 1, 2, 16 * 132, 128)
+SINGLE = DecodeConfig(False, 16, 1, 2, 16 * 132, 512)
 """Where each has its own."""
 
 

@@ -134,9 +134,9 @@ def shrink_kernel(
             a0 = gl.load(a_at, mask=real & ((k < K) | EVEN), other=0.0)
             a1 = gl.load(a_at + HALF, mask=real & ((k + HALF < K) | EVEN), other=0.0)
             if PDL:
+                _launch_dependents()
                 if not BESIDE:
                     _wait()
-                _launch_dependents()
             for done in range(0, rows, 8):
                 if done > 0:
                     source = _source_rows(order, first + done + m, done + m < rows)

@@ -98,9 +98,9 @@ def _shrink_rows_kernel(
         x_at = x + source_rows(order, first, True) * x_stride + k
         row = source_rows(order, first + tl.where(rows > 1, 1, 0), True)
         if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
             if not BESIDE:
                 tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
         out = partials + (chunk * rows_total + first).to(tl.int64) * width + r
         CACHE: tl.constexpr = ".cg" if BESIDE else ""
         x_row = tl.load(x_at, mask=k < K, other=0.0, cache_modifier=CACHE)
@@ -165,9 +165,9 @@ def _shrink_tiles_kernel(
     begin = rank_block * BLOCK_R
     if (rows > 0) & (begin < stacked):
         if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
             if not BESIDE:
                 tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
         CACHE: tl.constexpr = ".cg" if BESIDE else ""
         m = tl.arange(0, BLOCK_M)
         x_rows = x + source_rows(order, first + m, m < rows)[:, None] * x_stride

@@ -108,8 +108,9 @@ def test_a_shrink_waits_before_it_reads_x_or_reads_it_past_l1(
     partials = torch.empty(config.workspace_elements(shape, ROWS))
     launch_shrink(x, arena, table, 1, 1, tiles, partials, shape, config, beside_linear=beside)
     ptx = compiled[0].asm["ptx"]
-    waits, starts = (ptx.index(f"griddepcontrol.{name}") for name in ("wait", "launch_dependents"))
-    assert (waits > starts) == beside
+    assert ptx.count("griddepcontrol.wait") == (
+        1 if beside else 2
+    )  # one is the grid's first block's
     past_l1 = re.search(r"ld\.global\.cg|cp\.async\.cg", ptx)
     assert past_l1 or not beside
 
