@@ -29,21 +29,15 @@ from granatum.kernels.rope import Rotary
 
 PAGE_TOKENS = 16
 POOL_BYTES = 300e6
-PIECES = (64, 128, 256, 512, 1024)
+PIECES = (128, 192, 256, 384, 512, 1024, 2048)
 _COMPILERS = 14
 
 
 def configs(grouped: bool) -> Iterator[DecodeConfig]:
     """All that are compiled, for `blocks` and `piece` to vary."""
-    if grouped:
-        for block_t, warps in ((32, 2), (64, 2), (64, 4), (128, 4)):
-            for stages in (2, 3, 4):
-                yield DecodeConfig(True, block_t, warps, stages, 0, 0)
-    else:
-        for block_t in (8, 16, 32):
-            for stages in (1, 2, 3):
-                yield DecodeConfig(False, block_t, 1, stages, 0, 0)
-        yield DecodeConfig(True, 64, 2, 3, 0, 0)
+    for block_t in (16, 32, 64) if grouped else (8, 16, 32):
+        for stages in (1,) if grouped else (1, 2, 3):
+            yield DecodeConfig(block_t, stages, 0, 0)
 
 
 def equal_lengths(batch: int, context: int) -> list[int]:
@@ -96,7 +90,7 @@ class Bench:
             0.1, self.expected,
         )  # fmt: skip
         self.workspace = allocate_decode_workspace(
-            batch, self.heads, self.kv, 4096, self.out.device, DecodeConfig(False, 8, 1, 1, 0, 16)
+            batch, self.heads, self.kv, 4096, self.out.device, DecodeConfig(8, 1, 0, 16)
         )
 
     def run(self, config: DecodeConfig, layer: int) -> None:
@@ -129,7 +123,7 @@ def compile_one(grouped: bool, config: DecodeConfig, batches: tuple[int, ...]) -
 def candidates(compiled: list[DecodeConfig]) -> Iterator[DecodeConfig]:
     """What is tried."""
     for config in compiled:
-        for per_sm in (1, 2, 4) if config.dot else (10, 16):
+        for per_sm in (8, 12, 16):
             for piece in PIECES:
                 yield replace(config, blocks=per_sm * 132, piece=piece)
 

@@ -7,9 +7,11 @@ A row's result depends on its own sequence and on shapes alone.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from granatum.kernels import attention_fragments
 from granatum.kernels import reference_attention as reference
 from granatum.kernels.backend import (
     dot,
@@ -32,23 +34,21 @@ MAX_PIECES = 16
 class DecodeConfig:
     """How decode attention is cut into blocks.
 
-    dot:     whether the tensor cores multiply, for at least 16 query heads at a time;
     block_t: tokens that a block takes at a time, of 16 bits; half of them are taken of 32;
+    stages:  that its loads are ahead, where they go through shared memory;
     blocks:  how many keep the GPU's memory busy;
     piece:   tokens of a piece, where 1024 pairs of a row and a kv head or more are to be served.
     """
 
-    dot: bool
     block_t: int
-    warps: int
     stages: int
     blocks: int
     piece: int
 
 
-GROUPED = DecodeConfig(True, 64, 2, 3, 2 * 132, 512)
+GROUPED = DecodeConfig(32, 3, 8 * 132, 1024)
 """Where query heads share keys."""
-SINGLE = DecodeConfig(False, 16, 1, 2, 16 * 132, 512)
+SINGLE = DecodeConfig(16, 2, 16 * 132, 512)
 """Where each has its own."""
 
 
@@ -86,12 +86,14 @@ def _softmax_step(scores, top, total, AXIS: tl.constexpr):
 
 
 @jit()
-def _begin_softmax(qs, own_k, own_v, first, scale):
-    """Maximum and sum [N] and values [N, D] of a softmax; over the own token where `first` says."""
+def _add_own(qs, own_k, own_v, owner, scale, top, total, summed):
+    """Go on with softmaxes [N], [N, BLOCK_D] of qs [N, BLOCK_D] over the own token, for owners."""
     score = tl.sum(qs.to(tl.float32) * own_k.to(tl.float32), axis=1) * scale
-    top = tl.where(first, score, _NEVER)
-    total = tl.where(first, 1.0, tl.zeros_like(score))
-    return top, total, tl.where(first[:, None], own_v.to(tl.float32), 0.0)
+    new_top = tl.where(owner, tl.maximum(top, score), top)
+    kept = tl.exp2(top - new_top)
+    weight = tl.where(owner, tl.exp2(score - new_top), 0.0)
+    summed = summed * kept[:, None] + weight[:, None] * own_v.to(tl.float32)
+    return new_top, total * kept + weight, summed
 
 
 @jit()
@@ -147,11 +149,56 @@ def _attend_single(
 
 @jit()
 def _join(tops, totals, sums):
-    """Softmaxes [N], [N, D] over parts of the tokens as one, [1], [1, D]."""
-    top = tl.max(tops, axis=0, keep_dims=True)
-    weights = tl.where(totals > 0, tl.exp2(tops - top), 0.0)
-    total = tl.sum(weights * totals, axis=0, keep_dims=True)
-    return top, total, tl.sum(sums * weights[:, None], axis=0, keep_dims=True)
+    """Softmaxes [H, N], [H, N, D] over parts of the tokens as one each, [H], [H, D]."""
+    top = tl.max(tops, axis=1)
+    weights = tl.where(totals > 0, tl.exp2(tops - top[:, None]), 0.0)
+    total = tl.sum(weights * totals, axis=1)
+    return top, total, tl.sum(sums * weights[:, :, None], axis=1)
+
+
+@jit()
+def _piece_of(place, row_lengths, row_ends, row_pieces, BLOCK_T: tl.constexpr):
+    """What comes at a place in turn: row, its length, its pieces, which of them, begin and end."""
+    r = tl.arange(0, row_lengths.shape[0])
+    row = tl.sum((row_ends <= place).to(tl.int32), axis=0)
+    length = tl.sum(tl.where(r == row, row_lengths, 0), axis=0)
+    count = tl.sum(tl.where(r == row, row_pieces, 0), axis=0)
+    piece = place - tl.sum(tl.where(r == row, row_ends - row_pieces, 0), axis=0)
+    past = tl.maximum(length - 1, 0)
+    size = tl.cdiv(tl.cdiv(past, BLOCK_T), tl.maximum(count, 1)) * BLOCK_T
+    begin = piece * size
+    return row.to(tl.int64), length, count, piece, begin, tl.minimum(begin + size, past)
+
+
+@jit()
+def _joined(at, wanted, count, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Attention [H, BLOCK_D] of wanted heads, whose first of `count` partials are at `at` [H].
+
+    Four partials are loaded at a time, in their order.
+    """
+    d = tl.arange(0, BLOCK_D)
+    top = tl.full(at.shape, _NEVER, tl.float32)
+    total = tl.zeros(at.shape, tl.float32)
+    summed = tl.zeros((at.shape[0], BLOCK_D), tl.float32)
+    for start in range(0, count, 4):
+        p = start + tl.arange(0, 4)
+        there = wanted[:, None] & (p < count)[None, :]
+        place = at[:, None] + p[None, :] * (HEADS * (D + 2))
+        tops = tl.load(place, mask=there, other=_NEVER, cache_modifier=".cg")
+        totals = tl.load(place + 1, mask=there, other=0.0, cache_modifier=".cg")
+        sums = tl.load(
+            place[:, :, None] + 2 + d[None, None, :],
+            mask=there[:, :, None] & (d < D)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        part_top, part_total, part = _join(tops, totals, sums)
+        new_top = tl.maximum(top, part_top)
+        kept, added = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
+        total = total * kept + part_total * added
+        summed = summed * kept[:, None] + part * added[:, None]
+        top = new_top
+    return summed / tl.where(total > 0, total, 1.0)[:, None]
 
 
 @jit("rows", "piece_tokens", "layer", "table_stride")
@@ -161,13 +208,13 @@ def _decode_kernel(
     layer, scale, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_TOKENS: tl.constexpr, D: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    PIECES: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    JOINED_HEADS: tl.constexpr, PIECES: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One block: in turn, a piece of a row's tokens for the query heads that share a kv head.
 
-    The softmax begins with the row's own token, in the first piece, which writes its key and value
-    to the arena. A row of one piece is written at once; of several, each piece leaves a partial
+    The first piece's softmax ends with the row's own token, whose key and value it writes to the
+    arena. A row of one piece is written at once; of several, each piece leaves a partial
     [row, piece, head] of maximum, sum and unnormalised values, D + 2 apart, and the last of them
     to be done adds them up in order. Who takes which piece changes nothing.
     """
@@ -176,49 +223,42 @@ def _decode_kernel(
     d = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_ROWS)
     row_lengths = tl.load(lengths + r, mask=r < rows, other=0)
-    row_pieces = tl.minimum(tl.maximum(tl.cdiv(row_lengths - 1, piece_tokens), 1), PIECES)
+    row_pasts = tl.maximum(row_lengths - 1, 0)
+    row_pieces = tl.minimum(tl.maximum(tl.cdiv(row_pasts, piece_tokens), 1), PIECES)
     row_pieces = tl.where(r < rows, row_pieces, 0)
     row_ends = tl.cumsum(row_pieces, axis=0)
     items = tl.sum(row_pieces, axis=0) * KV_HEADS
     keys = arena + layer.to(tl.int64) * (2 * KV_HEADS * PAGE_TOKENS * D)
     values = keys + KV_HEADS * PAGE_TOKENS * D
+    item = tl.program_id(0)
+    row, length, count, piece, begin, end = _piece_of(
+        item // KV_HEADS, row_lengths, row_ends, row_pieces, BLOCK_T
+    )
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    item = tl.program_id(0)
     while item < items:
         kv_head = item % KV_HEADS
-        place = item // KV_HEADS
-        row32 = tl.sum((row_ends <= place).to(tl.int32), axis=0)
-        mine = r == row32
-        row = row32.to(tl.int64)
-        count = tl.sum(tl.where(mine, row_pieces, 0), axis=0)
-        length = tl.sum(tl.where(mine, row_lengths, 0), axis=0)
-        piece = place - tl.sum(tl.where(mine, row_ends - row_pieces, 0), axis=0)
         past = tl.maximum(length - 1, 0)
-        per_piece = tl.cdiv(tl.cdiv(past, BLOCK_T), count) * BLOCK_T
-        begin = piece * per_piece
-        end = tl.minimum(begin + per_piece, past)
         table = page_table + row * table_stride
-        # A head's own key and value are loaded for all of the group's heads, or twice.
+        # A head's own key and value are loaded once for the group's heads, or twice.
         n = g if DOT else tl.arange(0, 2)
+        m = tl.arange(0, 1) if DOT else tl.arange(0, 2)
         head = kv_head * GROUP + tl.where(n < GROUP, n, 0)
-        owner = (piece == 0) & (length > 0)
-        c, s = load_angles(cos, sin, past, d, d < D, D)
-        inside = (n >= 0)[:, None] & (d < D)[None, :]
         q_at = q + row * q_stride + head[:, None] * D
+        inside = (n >= 0)[:, None] & (d < D)[None, :]
+        c, s = load_angles(cos, sin, past, d, inside, D)
         qs = load_rotated(q_at, d, inside, c, s, q_norm, eps, D).to(q.dtype.element_ty)
-        own = kv_head * D + (n * 0)[:, None]
+        own = kv_head * D + (m * 0)[:, None]
         k_at = k + row * k_stride + own
+        inside = (m >= 0)[:, None] & (d < D)[None, :]
+        if DOT:
+            c, s = load_angles(cos, sin, past, d, inside, D)
         own_k = load_rotated(k_at, d, inside, c, s, k_norm, eps, D).to(k.dtype.element_ty)
         own_v = tl.load(v + row * v_stride + own + d[None, :], mask=inside, other=0.0)
-        own_page = tl.load(table + past // PAGE_TOKENS, mask=owner, other=0).to(tl.int64)
-        own_place = (kv_head * PAGE_TOKENS + past % PAGE_TOKENS) * D + d[None, :] + (n * 0)[:, None]
-        written = (n < tl.where(owner, 1, 0))[:, None] & (d < D)[None, :]
-        tl.store(keys + own_page * page_elements + own_place, own_k, mask=written)
-        tl.store(values + own_page * page_elements + own_place, own_v, mask=written)
-        first = n < tl.where(owner, BLOCK_G, 0)
-        top, total, summed = _begin_softmax(qs, own_k, own_v, first, scale)
+        top = tl.full((n.shape[0],), _NEVER, tl.float32)
+        total = tl.zeros((n.shape[0],), tl.float32)
+        summed = tl.zeros((n.shape[0], BLOCK_D), tl.float32)
         if DOT:
             top, total, summed = _attend_grouped(
                 qs, keys, values, table, kv_head, begin, end, page_elements, scale,
@@ -229,11 +269,22 @@ def _decode_kernel(
                 qs, keys, values, table, kv_head, begin, end, page_elements, scale,
                 top, total, summed, PAGE_TOKENS, D, BLOCK_T, BLOCK_D, STAGES,
             )  # fmt: skip
-            top, total, summed = _join(top, total, summed)
+        owner = (piece == 0) & (length > 0)
+        own_page = tl.load(table + past // PAGE_TOKENS, mask=owner, other=0).to(tl.int64)
+        own_place = (kv_head * PAGE_TOKENS + past % PAGE_TOKENS) * D + d[None, :] + (m * 0)[:, None]
+        written = (m < tl.where(owner, 1, 0))[:, None] & (d < D)[None, :]
+        tl.store(keys + own_page * page_elements + own_place, own_k, mask=written)
+        tl.store(values + own_page * page_elements + own_place, own_v, mask=written)
+        first = n < tl.where(owner, BLOCK_G, 0)
+        top, total, summed = _add_own(qs, own_k, own_v, first, scale, top, total, summed)
+        if not DOT:
+            top, total, summed = _join(top[None, :], total[None, :], summed[None, :, :])
         heads = kv_head * GROUP + g
         real = (g < GROUP)[:, None] & (d < D)[None, :]
-        done = count == 1
-        if count > 1:
+        if count == 1:
+            result = summed / tl.where(total > 0, total, 1.0)[:, None]
+            tl.store(out + row * out_stride + heads[:, None] * D + d[None, :], result, mask=real)
+        else:
             row_partials = partials + row * (PIECES * HEADS * (D + 2))
             own_partial = row_partials + (piece * HEADS + heads) * (D + 2)
             tl.store(own_partial, top, mask=g < GROUP)
@@ -241,35 +292,25 @@ def _decode_kernel(
             tl.store(own_partial[:, None] + 2 + d[None, :], summed, mask=real)
             tl.debug_barrier()
             arrival = arrivals + row * KV_HEADS + kv_head
-            done = tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == count - 1
-            if done:
+            if tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == count - 1:
                 tl.store(arrival, 0)
-                top = tl.full((BLOCK_G,), _NEVER, tl.float32)
-                total = tl.zeros((BLOCK_G,), tl.float32)
-                summed = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-                for p in tl.static_range(PIECES):
-                    at = row_partials + (p * HEADS + heads) * (D + 2)
-                    there = g < tl.where(p < count, GROUP, 0)
-                    part_top = tl.load(at, mask=there, other=_NEVER, cache_modifier=".cg")
-                    part_total = tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg")
-                    part = tl.load(
-                        at[:, None] + 2 + d[None, :],
-                        mask=there[:, None] & (d < D)[None, :],
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                    new_top = tl.maximum(top, part_top)
-                    kept, added = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
-                    total = total * kept + part_total * added
-                    summed = summed * kept[:, None] + part * added[:, None]
-                    top = new_top
-        if done:
-            result = summed / tl.where(total > 0, total, 1.0)[:, None]
-            tl.store(out + row * out_stride + heads[:, None] * D + d[None, :], result, mask=real)
-        item = tl.atomic_add(turns, 1, sem="relaxed") + tl.num_programs(0)
-    if tl.atomic_add(turns + 1, 1, sem="relaxed") == tl.num_programs(0) - 1:
-        tl.store(turns, 0)
-        tl.store(turns + 1, 0)
+                h = tl.arange(0, JOINED_HEADS)
+                at = row_partials + (kv_head * GROUP + h) * (D + 2)
+                result = _joined(at, h < GROUP, count, HEADS, D, BLOCK_D)
+                result_at = out + row * out_stride + (kv_head * GROUP + h)[:, None] * D + d[None, :]
+                tl.store(result_at, result, mask=(h < GROUP)[:, None] & (d < D)[None, :])
+        if items > tl.num_programs(0):
+            item = tl.atomic_add(turns, 1, sem="relaxed") + tl.num_programs(0)
+            row, length, count, piece, begin, end = _piece_of(
+                item // KV_HEADS, row_lengths, row_ends, row_pieces, BLOCK_T
+            )
+        else:
+            item = items
+    if items > tl.num_programs(0):
+        ended = tl.atomic_add(turns + 1, 1, sem="relaxed") + 1
+        if ended == tl.num_programs(0):
+            tl.store(turns, 0)
+            tl.store(turns + 1, 0)
 
 
 @jit("layer", "table_stride")
@@ -415,7 +456,19 @@ def launch_decode(
     enough = workspace.partials.numel() >= rows * pieces * heads * (kv.head_dim + 2)
     enough &= workspace.arrivals.numel() >= rows * kv.kv_heads
     require(enough, f"the workspace must be for {rows} rows of {pieces} pieces")
-    _decode_kernel[(min(config.blocks, rows * kv.kv_heads * pieces),)](
+    block_t = config.block_t * 2 // q.element_size()
+    kernel: Any = _decode_kernel
+    if attention_fragments.serves(q, kv.head_dim, group):
+        kernel, options = attention_fragments.decode_kernel, attention_fragments.options(block_t)
+    else:
+        options = {
+            "BLOCK_G": max(16, triton.next_power_of_2(group)) if group > 1 else 1,
+            "BLOCK_D": triton.next_power_of_2(kv.head_dim),
+            "DOT": group > 1,
+            "STAGES": config.stages,
+            "num_warps": 4 if group > 1 else 1,
+        }
+    kernel[(min(config.blocks, rows * kv.kv_heads * pieces),)](
         q,
         k,
         v,
@@ -445,14 +498,11 @@ def launch_decode(
         KV_HEADS=kv.kv_heads,
         PAGE_TOKENS=kv.page_tokens,
         D=kv.head_dim,
-        BLOCK_G=max(16, triton.next_power_of_2(group)) if config.dot else 1,
-        BLOCK_T=config.block_t * 2 // q.element_size(),
-        BLOCK_D=triton.next_power_of_2(kv.head_dim),
+        BLOCK_T=block_t,
         BLOCK_ROWS=triton.next_power_of_2(rows),
+        JOINED_HEADS=triton.next_power_of_2(group),
         PIECES=pieces,
-        DOT=config.dot,
-        STAGES=config.stages,
-        num_warps=config.warps,
+        **options,
         **overlap_options(q),
     )
 

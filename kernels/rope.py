@@ -42,7 +42,11 @@ class Rotary:
 
 @jit()
 def load_angles(cos, sin, position, d, inside, D: tl.constexpr):
-    """Cosine and signed sine by which dimension d of a head and its partner are multiplied."""
+    """Cosine and signed sine by which dimension d of a head and its partner are multiplied.
+
+    As `inside` [N, BLOCK_D] is shaped, and then held by the threads that hold such heads.
+    """
+    d = d[None, :] + tl.zeros(inside.shape, tl.int32)
     at = position.to(tl.int64) * (D // 2) + d % (D // 2)
     s = tl.load(sin + at, mask=inside, other=0.0)
     return tl.load(cos + at, mask=inside, other=0.0), tl.where(d < D // 2, -s, s)
@@ -58,7 +62,7 @@ def load_rotated(at, d, inside, c, s, weight, eps, D: tl.constexpr):
         scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
         x *= scale * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         partner *= scale * tl.load(weight + other, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    return x * c[None, :] + partner * s[None, :]
+    return x * c + partner * s
 
 
 @jit("layer")
@@ -74,12 +78,12 @@ def _rope_kernel(
     slot = tl.load(kv_slots + row).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     position = tl.load(positions + row, mask=slot >= 0, other=0)
-    c, s = load_angles(cos, sin, position, d, d < D, D)
+    inside = (d < D)[None, :]
+    c, s = load_angles(cos, sin, position, d, inside, D)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if slot >= 0:
-        inside = (d < D)[None, :]
         if tl.program_id(1) < HEADS:
             at = q + row * q_stride + head * D
             turned = load_rotated(at, d, inside, c, s, q_norm, eps, D)

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from granatum.kernels import fragments
 from granatum.kernels import reference_lora as reference
+from granatum.kernels import shrink_fragments
 from granatum.kernels.backend import dot, jit, require, require_rows, runs_kernel, tl
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
 from granatum.kernels.tuning import Config, Shape, config_for, power_of_two
@@ -243,8 +243,8 @@ def launch_shrink(
         kernel = _shrink_tiles_kernel
         options = {"BLOCK_K": config.shrink_k, "BLOCK_R": config.shrink_r}
         options |= {"BLOCK_M": power_of_two(shape.block_m)}
-    elif fragments.serves(x):
-        kernel = fragments.shrink_kernel
+    elif shrink_fragments.serves(x):
+        kernel = shrink_fragments.shrink_kernel
     else:
         kernel = _shrink_rows_kernel
         options = {"BLOCK_K": _ROW_FEATURES, "BLOCK_R": _ROW_RANKS}

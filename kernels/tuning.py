@@ -31,7 +31,7 @@ class Config:
 
     chunk_k:       input features of one partial sum; the expand adds the partials in order;
     shrink_k:      input features that a shrink block holds at a time;
-    shrink_r:      stacked ranks that it holds at a time; 16 in `fragments`;
+    shrink_r:      stacked ranks that it holds at a time; 16 in `shrink_fragments`;
     rank_blocks:   blocks that share a tile's stacked ranks, each going through its part;
     expand_n:      output features that a block holds at a time;
     expand_span:   output features that it goes through (row by row: those it holds);

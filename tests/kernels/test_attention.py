@@ -154,6 +154,9 @@ def decode(batch: Batch, lengths: list[int], scale: float) -> torch.Tensor:
         (4, 2, 48, 32, [5, 0, 100]),
         (8, 1, 64, 256, [700, 3]),
         (2, 2, 32, 16, [1100]),
+        (2, 2, 128, 16, [1, 16, 17, 0, 33, 700]),
+        (8, 2, 128, 16, [1, 16, 17, 0, 33, 700]),
+        (8, 1, 128, 32, [1300, 3, 0, 90]),
     ],
 )
 def test_decode(
@@ -180,11 +183,12 @@ def test_decode(
     )
 
 
-def test_a_decoded_row_is_bit_identical_in_any_company(device: torch.device) -> None:
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_a_decoded_row_is_bit_identical_in_any_company(head_dim: int, device: torch.device) -> None:
     if not runs_kernel(torch.empty(0, device=device)):
         pytest.skip("a promise of the kernels")
     lengths = [70, 300, 5]
-    batch = Batch(Cache(lengths, 1, 32, 16, torch.bfloat16, device), 2)
+    batch = Batch(Cache(lengths, 1, head_dim, 16, torch.bfloat16, device), 2)
     crowd = decode(batch, lengths, 0.2)
     for row in range(3):
         alone = decode(batch, [n if i == row else 0 for i, n in enumerate(lengths)], 0.2)
@@ -242,11 +246,12 @@ def test_pieces_fit_their_tiles_and_are_not_too_many(rows: int, kv_heads: int) -
 
 
 @pytest.mark.gpu
-def test_graph_replays_other_lengths() -> None:
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_graph_replays_other_lengths(head_dim: int) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     device = torch.device("cuda")
-    batch = Batch(Cache([600, 600, 600], 2, 64, 16, torch.bfloat16, device), 4)
+    batch = Batch(Cache([600, 600, 600], 2, head_dim, 16, torch.bfloat16, device), 4)
     cache = batch.cache
     out = torch.empty_like(batch.q)
     lengths = torch.ones(3, dtype=torch.int32, device=device)

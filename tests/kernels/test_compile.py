@@ -115,8 +115,11 @@ def test_a_shrink_waits_before_it_reads_x_or_reads_it_past_l1(
     assert past_l1 or not beside
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 8)])
-def test_attention(heads: int, kv_heads: int, compiled: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("kv_heads", "name"), [(32, "_decode_kernel"), (8, "decode_kernel"), (2, "_decode_kernel")]
+)
+def test_attention(kv_heads: int, name: str, compiled: list[Any]) -> None:
+    heads = 32
     kv = KvLayout(32 * 2 * kv_heads * 16 * 128, 16, kv_heads, 128)
     q, arena = torch.empty(ROWS, heads * 128, dtype=BF16), torch.empty(1024, dtype=BF16)
     pages = torch.zeros(ROWS, 256, dtype=torch.int32)
@@ -127,7 +130,7 @@ def test_attention(heads: int, kv_heads: int, compiled: list[Any]) -> None:
         q, k, k, rotary, arena, kv, 1, pages, lengths, 0.1, torch.empty_like(q), workspace
     )
     attention.prefill_attention(q, arena, kv, 1, pages, Tiles.allocate(9, 64, "cpu"), 0.1, q)
-    assert len(compiled) == 2
+    assert [kernel.name for kernel in compiled] == [name, "_prefill_kernel"]
     for kernel in compiled:
         assert stack_bytes(kernel) == 0
 

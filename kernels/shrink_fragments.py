@@ -5,35 +5,12 @@ row as for eight, and a row's sums are the same in any company. The order in whi
 summed is free, so each lane takes eight adjacent features, of A as of x, in one load, and the
 instruction finds them where they are.
 
-Gluon, unlike Triton, says which lane holds what. It knows no interpreter and this kernel no other
-dtype; for these, `shrink` has a kernel that multiplies row by row.
+It knows no other dtype; for these, and under the interpreter, `shrink` multiplies row by row.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from granatum.kernels.backend import HAS_TRITON, INTERPRETING, tl
-
-AVAILABLE = HAS_TRITON and not INTERPRETING
-if AVAILABLE:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-else:
-    gl = tl  # for annotations
-
-
-def _jit(*runtime_integers: str) -> Callable[[Callable[..., Any]], Any]:
-    """Gluon's kernel of a function; the integers named never lead to another compilation."""
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        if not AVAILABLE:
-            return function
-        return gluon.jit(function, do_not_specialize=list(runtime_integers))
-
-    return decorate
+from granatum.kernels.gluon import AVAILABLE, gl, jit, launch_dependents, mma_v2, wait
 
 
 def serves(x: torch.Tensor) -> bool:
@@ -41,23 +18,7 @@ def serves(x: torch.Tensor) -> bool:
     return AVAILABLE and x.dtype == torch.bfloat16
 
 
-@_jit()
-def _launch_dependents():
-    """The next kernel may start."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@_jit()
-def _wait():
-    """Until the kernel before this one is complete."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@_jit()
+@jit()
 def _load_tile(entries, count, tile):
     """As `shrink.load_tile`."""
     used = tile < gl.load(count)
@@ -67,7 +28,7 @@ def _load_tile(entries, count, tile):
     return gl.where(used, slot, 0).to(gl.int64), first, gl.where(used, rows, 0)
 
 
-@_jit()
+@jit()
 def _source_rows(order, row, present):
     """As `shrink.source_rows`."""
     if order is not None:
@@ -75,7 +36,7 @@ def _source_rows(order, row, present):
     return row.to(gl.int64)
 
 
-@_jit("rows_total", "width", "layers", "layer")
+@jit("rows_total", "width", "layers", "layer")
 def shrink_kernel(
     x,
     arena,
@@ -134,9 +95,9 @@ def shrink_kernel(
             a0 = gl.load(a_at, mask=real & ((k < K) | EVEN), other=0.0)
             a1 = gl.load(a_at + HALF, mask=real & ((k + HALF < K) | EVEN), other=0.0)
             if PDL:
-                _launch_dependents()
+                launch_dependents()
                 if not BESIDE:
-                    _wait()
+                    wait()
             for done in range(0, rows, 8):
                 if done > 0:
                     source = _source_rows(order, first + done + m, done + m < rows)
@@ -152,4 +113,4 @@ def shrink_kernel(
                 kept = (start + out_r < stacked) & (done + out_m < rows)
                 gl.store(partials + row.to(gl.int64) * width + start + out_r, sums, mask=kept)
     if PDL and chunk + tile + rank_block == 0:
-        _wait()  # one block that waits keeps the next kernel from overtaking
+        wait()  # one block that waits keeps the next kernel from overtaking

@@ -1,0 +1,54 @@
+"""Gluon, in which a kernel says which lane holds what; the interpreter does not know it.
+
+Where it is missing, files with such kernels still import, and kernels in Triton or torch serve.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from granatum.kernels.backend import HAS_TRITON, INTERPRETING, tl
+
+AVAILABLE = HAS_TRITON and not INTERPRETING
+if AVAILABLE:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+else:
+    gl, mma_v2 = tl, None  # for annotations
+
+__all__ = ["AVAILABLE", "gl", "jit", "launch_dependents", "mma_v2", "sync_warp", "wait"]
+
+
+def jit(*runtime_integers: str) -> Callable[[Callable[..., Any]], Any]:
+    """Gluon's kernel of a function; the integers named never lead to another compilation."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if not AVAILABLE:
+            return function
+        return gluon.jit(function, do_not_specialize=list(runtime_integers))
+
+    return decorate
+
+
+@jit()
+def launch_dependents():
+    """The next kernel may start."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@jit()
+def wait():
+    """Until the kernel before this one is complete."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@jit()
+def sync_warp():
+    """What the warp's lanes have written is there for all of them."""
+    gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
