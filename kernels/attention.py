@@ -201,14 +201,14 @@ def _joined(at, wanted, count, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl
     return summed / tl.where(total > 0, total, 1.0)[:, None]
 
 
-@jit("rows", "piece_tokens", "layer", "table_stride")
+@jit("rows", "pieces", "piece_tokens", "layer", "table_stride")
 def _decode_kernel(
     q, k, v, cos, sin, q_norm, k_norm, arena, page_table, lengths, out, partials, arrivals, turns,
-    q_stride, k_stride, v_stride, out_stride, table_stride, page_elements, rows, piece_tokens,
-    layer, scale, eps,
+    q_stride, k_stride, v_stride, out_stride, table_stride, page_elements, rows, pieces,
+    piece_tokens, layer, scale, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_TOKENS: tl.constexpr, D: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    JOINED_HEADS: tl.constexpr, PIECES: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    JOINED_HEADS: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One block: in turn, a piece of a row's tokens for the query heads that share a kv head.
@@ -224,7 +224,7 @@ def _decode_kernel(
     r = tl.arange(0, BLOCK_ROWS)
     row_lengths = tl.load(lengths + r, mask=r < rows, other=0)
     row_pasts = tl.maximum(row_lengths - 1, 0)
-    row_pieces = tl.minimum(tl.maximum(tl.cdiv(row_pasts, piece_tokens), 1), PIECES)
+    row_pieces = tl.minimum(tl.maximum(tl.cdiv(row_pasts, piece_tokens), 1), pieces)
     row_pieces = tl.where(r < rows, row_pieces, 0)
     row_ends = tl.cumsum(row_pieces, axis=0)
     items = tl.sum(row_pieces, axis=0) * KV_HEADS
@@ -285,7 +285,7 @@ def _decode_kernel(
             result = summed / tl.where(total > 0, total, 1.0)[:, None]
             tl.store(out + row * out_stride + heads[:, None] * D + d[None, :], result, mask=real)
         else:
-            row_partials = partials + row * (PIECES * HEADS * (D + 2))
+            row_partials = partials + row * pieces * (HEADS * (D + 2))
             own_partial = row_partials + (piece * HEADS + heads) * (D + 2)
             tl.store(own_partial, top, mask=g < GROUP)
             tl.store(own_partial + 1, total, mask=g < GROUP)
@@ -490,6 +490,7 @@ def launch_decode(
         page_table.stride(0),
         kv.page_elements,
         rows,
+        pieces,
         piece_tokens(config, rows, kv),
         layer,
         scale * _LOG2_E,
@@ -499,9 +500,8 @@ def launch_decode(
         PAGE_TOKENS=kv.page_tokens,
         D=kv.head_dim,
         BLOCK_T=block_t,
-        BLOCK_ROWS=triton.next_power_of_2(rows),
+        BLOCK_ROWS=max(32, triton.next_power_of_2(rows)),  # lest each batch be compiled for
         JOINED_HEADS=triton.next_power_of_2(group),
-        PIECES=pieces,
         **options,
         **overlap_options(q),
     )

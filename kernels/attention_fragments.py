@@ -175,14 +175,14 @@ def _join(
     gl.store(out + place, result.to(out.dtype.element_ty), mask=g < GROUP)
 
 
-@jit("rows", "piece_tokens", "layer", "table_stride")
+@jit("rows", "pieces", "piece_tokens", "layer", "table_stride")
 def decode_kernel(
     q, k, v, cos, sin, q_norm, k_norm, arena, page_table, lengths, out, partials, arrivals, turns,
-    q_stride, k_stride, v_stride, out_stride, table_stride, page_elements, rows, piece_tokens,
-    layer, scale, eps,
+    q_stride, k_stride, v_stride, out_stride, table_stride, page_elements, rows, pieces,
+    piece_tokens, layer, scale, eps,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, PAGE_TOKENS: gl.constexpr, D: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_ROWS: gl.constexpr, JOINED_HEADS: gl.constexpr,
-    PIECES: gl.constexpr, WEIGHTS: gl.constexpr, VALUES: gl.constexpr, PDL: gl.constexpr,
+    WEIGHTS: gl.constexpr, VALUES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One block, a warp, as `attention._decode_kernel`."""
     GROUP: gl.constexpr = HEADS // KV_HEADS
@@ -198,7 +198,7 @@ def decode_kernel(
     r = gl.arange(0, BLOCK_ROWS, gl.BlockedLayout([1], [32], [1], [0]))
     row_lengths = gl.load(lengths + r, mask=r < rows, other=0)
     row_pasts = gl.maximum(row_lengths - 1, 0)
-    row_pieces = gl.minimum(gl.maximum(gl.cdiv(row_pasts, piece_tokens), 1), PIECES)
+    row_pieces = gl.minimum(gl.maximum(gl.cdiv(row_pasts, piece_tokens), 1), pieces)
     row_pieces = gl.where(r < rows, row_pieces, 0)
     row_ends = gl.associative_scan(row_pieces, 0, _sum_of)
     items = gl.sum(row_pieces, axis=0) * KV_HEADS
@@ -292,7 +292,7 @@ def decode_kernel(
             result = result.to(out.dtype.element_ty)
             gl.store(row_out + place, result, mask=(column < GROUP)[None, :])
         else:
-            row_partials = partials + (row * PIECES * HEADS + kv_head * GROUP) * (D + 2)
+            row_partials = partials + (row * pieces * HEADS + kv_head * GROUP) * (D + 2)
             own_partial = row_partials + piece * (HEADS * (D + 2))
             gl.store(own_partial + head * (D + 2), top, mask=head < GROUP)
             gl.store(own_partial + head * (D + 2) + 1, total, mask=head < GROUP)
