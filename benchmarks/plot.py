@@ -22,7 +22,7 @@ OURS, SERVICE, BARE = "#b5123e", "#e58a9f", "#c9c9c9"
 PEERS = {"vLLM 0.22.1": "#4878a8", "SGLang 0.5.17": "#7fb08a"}
 
 STEPS = {
-    "vLLM 0.22.1": {"1": 6.5, "8": 9.37, "32": 19.6, "32 identical": 9.0},
+    "vLLM 0.22.1": {"1": 6.64, "8": 9.37, "32": 19.5, "32 identical": 9.0},
     "SGLang 0.5.17": {"1": 7.24, "8": 8.23, "32": 11.3, "32 identical": 10.3},
 }
 """Milliseconds of a 7B decode step with an adapter per request; one H200, rank 16."""
@@ -65,15 +65,17 @@ def serving(rows: list[Row]) -> Figure:
         series["granatum, whole service"] = [own["service"][n] for n in names]
     series |= {peer: [speeds[n] for n in names] for peer, speeds in TEXTGEN.items()}
     _bars(left, series, names)
-    left.set(ylabel="tokens per second", title="Text generation, 7B, batch 32")
-    left.legend(frameon=False, fontsize=7)
+    left.set(ylabel="tokens per second", title="Text generation, 7B, batch 32", ylim=(0, 5600))
+    left.legend(frameon=False, fontsize=7, ncols=2, loc="upper left")
     for popularity, color in (("backbone", BARE), ("identical", SERVICE), ("distinct", OURS)):
         mine = [row for row in rows if row.get("popularity") == popularity]
         speeds = _by("batch", "tokens_per_s", mine, "curve", "steady")
         speeds |= _by("batch", "tokens_per_s", mine, "engine", "steady")
         batches = sorted(speeds)
-        right.plot(batches, [speeds[b] for b in batches], "o-", color=color, label=popularity)
-    right.set(xlabel="batch", ylabel="tokens per second", title="In the long run", ylim=(0, None))
+        if batches:
+            right.plot(batches, [speeds[b] for b in batches], "o-", color=color, label=popularity)
+    right.set(xlabel="batch", ylabel="tokens per second", title="In the long run")
+    right.set(xlim=(0, None), ylim=(0, None))
     right.legend(frameon=False)
     return figure
 
