@@ -42,6 +42,7 @@ def decode(rows: list[Row]) -> Figure:
             name = str(row["batch"]) + (" identical" if row["popularity"] == "identical" else "")
             ours[name] = row["step_ms"]
     names = [name for name in STEPS["vLLM 0.22.1"] if name in ours]
+    figure: Figure
     figure, axes = pyplot.subplots(figsize=(6, 2.8))
     series = {"granatum": [ours[name] for name in names]}
     series |= {peer: [steps[name] for name in names] for peer, steps in STEPS.items()}
@@ -57,6 +58,7 @@ def decode(rows: list[Row]) -> Figure:
 
 def serving(rows: list[Row]) -> Figure:
     """Text generation beside peers, and throughput by batch."""
+    figure: Figure
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 2.8))
     own = {m: _by("popularity", "tokens_per_s", rows, m, "textgen") for m in ("engine", "service")}
     names = [n for n in ("distinct", "identical", "backbone") if n in own["engine"]]
@@ -82,6 +84,7 @@ def serving(rows: list[Row]) -> Figure:
 
 def loads(rows: list[Row]) -> Figure:
     """Inter-token times while adapters arrive, and memory over thousands of loads."""
+    figure: Figure
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 2.8))
     arrivals = [row for row in rows if row["scenario"] == "arrivals"]
     names = ["\n".join(row["tier"].split(": ")) for row in arrivals]
