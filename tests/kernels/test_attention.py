@@ -183,6 +183,22 @@ def test_decode(
     )
 
 
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 32), (8, 64), (8, 128)])
+def test_few_blocks_take_many_pieces_by_turn(
+    heads: int, head_dim: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = attention.DecodeConfig(16, 2, blocks=3, piece=32)
+    monkeypatch.setattr(attention, "decode_config", lambda *_: few)
+    lengths = [70, 300, 0, 5, 1]
+    cache = Cache(lengths, 2, head_dim, 16, torch.bfloat16, device)
+    cache.forget_last()
+    batch = Batch(cache, heads)
+    out = decode(batch, lengths, 0.2)
+    expected = batch.truth(lengths, 0.2)
+    tolerance = TOLERANCE[torch.bfloat16]
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("head_dim", [32, 128])
 def test_a_decoded_row_is_bit_identical_in_any_company(head_dim: int, device: torch.device) -> None:
     if not runs_kernel(torch.empty(0, device=device)):
