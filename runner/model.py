@@ -17,7 +17,7 @@ from granatum.kernels.rope import Rotary, rope_and_write_kv
 from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
 from granatum.runner.arena import Arena
 from granatum.runner.config import GROUPS, ModelConfig
-from granatum.runner.inputs import Step
+from granatum.runner.inputs import FEW_ROWS, Step
 from granatum.runner.scheduler import Limits
 from granatum.runner.weights import Linear, Weights
 
@@ -108,7 +108,8 @@ class Model:
     def _allocate_partials(self, limits: Limits) -> torch.Tensor:
         """Room for the LoRA kernels' partial sums in the largest step."""
         config, rank = self.config, self._table.max_rank
-        sizes = ((limits.max_batch, DECODE_BLOCK_M), (limits.step_tokens, PREFILL_BLOCK_M))
+        few = max(limits.max_batch, FEW_ROWS)
+        sizes = ((few, DECODE_BLOCK_M), (limits.step_tokens, PREFILL_BLOCK_M))
         elements = max(
             workspace_elements(
                 rows, config.in_features[g], config.out_features[g], block_m, rank, self.device
