@@ -16,14 +16,11 @@ from results import Results, add_options
 
 from granatum.kernels import lora
 from granatum.kernels.activation import silu_mul
-from granatum.kernels.attention import (
-    allocate_decode_workspace,
-    decode_attention,
-    prefill_attention,
-)
 from granatum.kernels.bench import tile_batch
+from granatum.kernels.decode_attention import allocate_decode_workspace, decode_attention
 from granatum.kernels.layout import GROUPS, KvLayout, Tiles, make_query_tiles
 from granatum.kernels.norm import add_rms_norm
+from granatum.kernels.prefill_attention import prefill_attention
 from granatum.kernels.rope import Rotary, rope_and_write_kv
 
 HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 32, 128, 4096, 11008

@@ -4,15 +4,12 @@ import torch
 from torch.nn.functional import embedding
 
 from granatum.kernels.activation import silu_mul
-from granatum.kernels.attention import (
-    allocate_decode_workspace,
-    decode_attention,
-    prefill_attention,
-)
+from granatum.kernels.decode_attention import allocate_decode_workspace, decode_attention
 from granatum.kernels.layout import AdapterTable
 from granatum.kernels.linear import allocate_workspace, linear, runs_kernel_of_ours
 from granatum.kernels.lora import add_lora, workspace_elements
 from granatum.kernels.norm import add_rms_norm, rms_norm
+from granatum.kernels.prefill_attention import prefill_attention
 from granatum.kernels.rope import Rotary, rope_and_write_kv
 from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
 from granatum.runner.arena import Arena

@@ -5,9 +5,10 @@ from itertools import product
 import pytest
 import torch
 
-from granatum.kernels import attention
+from granatum.kernels import decode_attention as attention
 from granatum.kernels.backend import INTERPRETING, runs_kernel
 from granatum.kernels.layout import KvLayout, Tiles, make_query_tiles
+from granatum.kernels.prefill_attention import prefill_attention
 from granatum.kernels.rope import Rotary
 
 BFLOAT16 = 2e-2 if INTERPRETING else 8e-3  # the interpreter cuts off what rounding would keep
@@ -230,9 +231,7 @@ def test_prefill(
     tiles = Tiles.allocate(9, 16, device)
     tiles.entries.fill_(1 << 30)
     tiles.fill(make_query_tiles(chunks, 16))
-    attention.prefill_attention(
-        q, cache.arena, cache.kv, LAYER, cache.page_table, tiles, scale, out
-    )
+    prefill_attention(q, cache.arena, cache.kv, LAYER, cache.page_table, tiles, scale, out)
     expected = torch.full_like(q, 3.0, dtype=torch.float64, device="cpu")
     for sequence, first, rows, position in chunks:
         for m in range(rows):

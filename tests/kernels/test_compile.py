@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from granatum.kernels import attention, backend, linear, lora, sampling
+from granatum.kernels import backend, linear, lora, sampling
+from granatum.kernels import decode_attention as attention
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.layout import AdapterTable, KvLayout, Tiles
 from granatum.kernels.norm import add_rms_norm
+from granatum.kernels.prefill_attention import prefill_attention
 from granatum.kernels.rope import Rotary, rope_and_write_kv
 from granatum.kernels.shrink import launch_shrink
 from granatum.kernels.tuning import Shape, default_config
@@ -129,7 +131,7 @@ def test_attention(kv_heads: int, name: str, compiled: list[Any]) -> None:
     attention.decode_attention(
         q, k, k, rotary, arena, kv, 1, pages, lengths, 0.1, torch.empty_like(q), workspace
     )
-    attention.prefill_attention(q, arena, kv, 1, pages, Tiles.allocate(9, 64, "cpu"), 0.1, q)
+    prefill_attention(q, arena, kv, 1, pages, Tiles.allocate(9, 64, "cpu"), 0.1, q)
     assert [kernel.name for kernel in compiled] == [name, "_prefill_kernel"]
     for kernel in compiled:
         assert stack_bytes(kernel) == 0

@@ -10,8 +10,8 @@ registers into which they were loaded, 16 adjacent bytes at a time:
         Rows may come in any order, so row 8 e + g of each 64 is d = 8 g + e. The scores that the
         first product leaves in a lane are those whose weights it needs here.
 
-For heads with keys of their own, `attention` has a kernel that was measured to be faster within
-a step; it also serves other dtypes and head dimensions, and the interpreter.
+For heads with keys of their own, `decode_attention` has a kernel that was measured to be faster
+within a step; it also serves other dtypes and head dimensions, and the interpreter.
 """
 
 from functools import cache
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from granatum.kernels.attention import NEVER
 from granatum.kernels.gluon import (
     AVAILABLE,
     gl,
@@ -31,8 +32,6 @@ from granatum.kernels.gluon import (
 
 _HEAD_DIM = 128
 _MAX_GROUP = 8
-_NEVER = gl.constexpr(-1e30)
-"""As in `attention`."""
 
 
 def serves(q: torch.Tensor, head_dim: int, group: int) -> bool:
@@ -149,14 +148,14 @@ def _join(
     HEAD: gl.constexpr = gl.SliceLayout(1, ROW)
     g = gl.arange(0, BLOCK_G, HEAD)
     at_row = gl.arange(0, D, gl.SliceLayout(0, SUMS))[None, :]
-    top = gl.full([BLOCK_G], _NEVER, gl.float32, HEAD)
+    top = gl.full([BLOCK_G], NEVER, gl.float32, HEAD)
     total = gl.full([BLOCK_G], 0.0, gl.float32, HEAD)
     summed = gl.full([BLOCK_G, D], 0.0, gl.float32, SUMS)
     for start in range(0, count, 4):
         p = start + gl.arange(0, 4, gl.SliceLayout(0, ROW))
         there = (g < GROUP)[:, None] & (p < count)[None, :]
         at = partials + g[:, None] * (D + 2) + p[None, :] * (HEADS * (D + 2))
-        tops = gl.load(at, mask=there, other=_NEVER, cache_modifier=".cg")
+        tops = gl.load(at, mask=there, other=NEVER, cache_modifier=".cg")
         totals = gl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg")
         sums_at = gl.expand_dims(at + 2, 2) + gl.expand_dims(at_row, 1)
         there = gl.expand_dims(there, 2)
@@ -184,7 +183,7 @@ def decode_kernel(
     BLOCK_T: gl.constexpr, BLOCK_ROWS: gl.constexpr, JOINED_HEADS: gl.constexpr,
     WEIGHTS: gl.constexpr, VALUES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """One block, a warp, as `attention._decode_kernel`."""
+    """One block, a warp, as `decode_attention._decode_kernel`."""
     GROUP: gl.constexpr = HEADS // KV_HEADS
     HALF: gl.constexpr = D // 2
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
@@ -202,6 +201,7 @@ def decode_kernel(
     row_pieces = gl.where(r < rows, row_pieces, 0)
     row_ends = gl.associative_scan(row_pieces, 0, _sum_of)
     items = gl.sum(row_pieces, axis=0) * KV_HEADS
+    many = items > gl.num_programs(0)
     keys = arena + layer.to(gl.int64) * (2 * KV_HEADS * PAGE_TOKENS * D)
     values = keys + KV_HEADS * PAGE_TOKENS * D
     half = gl.arange(0, HALF, gl.SliceLayout(0, QUERIES))
@@ -238,7 +238,7 @@ def decode_kernel(
         q_low, q_high = _rotated(q_low, q_high, c, s, q_norm, eps, half)
         q_low = q_low.to(q.dtype.element_ty)
         q_high = q_high.to(q.dtype.element_ty)
-        top = gl.full([8], _NEVER, gl.float32, HEAD)
+        top = gl.full([8], NEVER, gl.float32, HEAD)
         total = gl.full([8], 0.0, gl.float32, HEAD)
         summed = gl.zeros([D, 8], gl.float32, SUMS)
         if (piece == 0) & (length > 0):
@@ -272,7 +272,7 @@ def decode_kernel(
             value_pages = _pages(table, t + BLOCK_T, end, PAGE_TOKENS)
             scores = _scores(q_low, q_high, low, high, BLOCK_T, SUMS)
             scores = gl.convert_layout(scores, WEIGHTS, assert_trivial=True) * scale
-            scores = gl.where((start + weight_t < end)[None, :], scores, _NEVER)
+            scores = gl.where((start + weight_t < end)[None, :], scores, NEVER)
             new_top = gl.maximum(top, gl.max(scores, axis=1))
             kept = gl.exp2(top - new_top)
             weights = gl.exp2(scores - new_top[:, None])
@@ -303,14 +303,14 @@ def decode_kernel(
             if gl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == count - 1:
                 gl.store(arrival, 0)
                 _join(row_partials, row_out, count, GROUP, HEADS, D, JOINED_HEADS, JOINED)
-        if items > gl.num_programs(0):
+        if many:
             item = gl.atomic_add(turns, 1, sem="relaxed") + gl.num_programs(0)
             row, length, count, piece, begin, end = _piece_of(
                 item // KV_HEADS, r, row_lengths, row_ends, row_pieces, BLOCK_T
             )
         else:
             item = items
-    if items > gl.num_programs(0):
+    if many:
         ended = gl.atomic_add(turns + 1, 1, sem="relaxed") + 1
         if ended == gl.num_programs(0):
             gl.store(turns, 0)
