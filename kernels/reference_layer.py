@@ -13,19 +13,11 @@ if TYPE_CHECKING:
     from granatum.kernels.rope import Rotary
 
 
-def embed_rms_norm(
-    tokens: torch.Tensor,
-    last: torch.Tensor,
-    embedding: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    """As `norm.embed_rms_norm`."""
-    drawn = last[(-1 - tokens).clamp(min=0)]
-    residual.copy_(embedding[torch.where(tokens < 0, drawn, tokens)])
-    _rms_norm(residual, weight, eps, out)
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """As `norm.rms_norm`."""
+    values = x.float()
+    scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    out.copy_(values * scale * weight.float())
 
 
 def add_rms_norm(
@@ -34,19 +26,10 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     out: torch.Tensor,
-    rows: torch.Tensor | None = None,
 ) -> None:
     """As `norm.add_rms_norm`."""
-    if rows is not None:
-        x, residual = x[rows], residual[rows]
     residual.copy_(residual.float() + x.float())
-    _rms_norm(residual, weight, eps, out)
-
-
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    values = x.float()
-    scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
-    out.copy_(values * scale * weight.float())
+    rms_norm(residual, weight, eps, out)
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
@@ -102,6 +85,6 @@ def _rotated(
     """The heads [T, heads, head_dim], normalised if there is a weight, rotated, in float32."""
     values = heads.float()
     if weight is not None:
-        _rms_norm(values, weight, eps, values)
+        rms_norm(values, weight, eps, values)
     low, high = values.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
