@@ -13,11 +13,19 @@ if TYPE_CHECKING:
     from granatum.kernels.rope import Rotary
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    """As `norm.rms_norm`."""
-    values = x.float()
-    scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
-    out.copy_(values * scale * weight.float())
+def embed_rms_norm(
+    tokens: torch.Tensor,
+    last: torch.Tensor,
+    embedding: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """As `norm.embed_rms_norm`."""
+    drawn = last[(-1 - tokens).clamp(min=0)]
+    residual.copy_(embedding[torch.where(tokens < 0, drawn, tokens)])
+    _rms_norm(residual, weight, eps, out)
 
 
 def add_rms_norm(
@@ -26,10 +34,19 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     out: torch.Tensor,
+    rows: torch.Tensor | None = None,
 ) -> None:
     """As `norm.add_rms_norm`."""
+    if rows is not None:
+        x, residual = x[rows], residual[rows]
     residual.copy_(residual.float() + x.float())
-    rms_norm(residual, weight, eps, out)
+    _rms_norm(residual, weight, eps, out)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    values = x.float()
+    scale = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    out.copy_(values * scale * weight.float())
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
@@ -85,6 +102,6 @@ def _rotated(
     """The heads [T, heads, head_dim], normalised if there is a weight, rotated, in float32."""
     values = heads.float()
     if weight is not None:
-        rms_norm(values, weight, eps, values)
+        _rms_norm(values, weight, eps, values)
     low, high = values.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)

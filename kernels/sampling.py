@@ -73,7 +73,7 @@ def _greedy_block_kernel(
 
 
 @jit("blocks")
-def _greedy_kernel(keys, out, blocks, BLOCKS_POWER: tl.constexpr, PDL: tl.constexpr):
+def _greedy_kernel(keys, out, last, seats, blocks, BLOCKS_POWER: tl.constexpr, PDL: tl.constexpr):
     """One block: a row's best block."""
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -81,7 +81,9 @@ def _greedy_kernel(keys, out, blocks, BLOCKS_POWER: tl.constexpr, PDL: tl.conste
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS_POWER)
     found = tl.load(keys + row * blocks + block, mask=block < blocks, other=_LEAST)
-    tl.store(out + row, 0x7FFFFFFF - (tl.max(found) & 0x7FFFFFFF).to(tl.int32))
+    token = 0x7FFFFFFF - (tl.max(found) & 0x7FFFFFFF).to(tl.int32)
+    tl.store(out + row, token)
+    tl.store(last + tl.load(seats + row), token)
 
 
 @jit()
@@ -210,15 +212,22 @@ def greedy_workspace_elements(rows: int, vocabulary: int) -> int:
     return rows * -(-vocabulary // _GREEDY_BLOCK)
 
 
-def greedy(logits: torch.Tensor, out: torch.Tensor, workspace: torch.Tensor) -> None:
-    """out[t] = the token of the largest logit, the lowest such token.
+def greedy(
+    logits: torch.Tensor,
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+    last: torch.Tensor,
+    seats: torch.Tensor,
+) -> None:
+    """out[t] = last[seats[t]] = the token of the largest logit, the lowest such token.
 
-    logits [T, vocabulary], any float dtype; out int [T]; workspace int64,
-    `greedy_workspace_elements` at least.
+    logits [T, vocabulary], any float dtype; out, seats int [T]; last int [seats]; of rows with one
+    seat, any remains in it. workspace int64, `greedy_workspace_elements` at least.
     """
     rows, vocabulary = _require_logits(logits)
     if not runs_kernel(logits):
         reference.greedy(logits, out)
+        last[seats.long()] = out.to(last.dtype)
         return
     blocks = triton.cdiv(vocabulary, _GREEDY_BLOCK)
     fits = workspace.dtype == torch.int64 and workspace.numel() >= rows * blocks
@@ -235,7 +244,14 @@ def greedy(logits: torch.Tensor, out: torch.Tensor, workspace: torch.Tensor) -> 
     )
     power = triton.next_power_of_2(blocks)
     _greedy_kernel[(rows,)](
-        workspace, out, blocks, BLOCKS_POWER=power, num_warps=1, **overlap_options(logits)
+        workspace,
+        out,
+        last,
+        seats,
+        blocks,
+        BLOCKS_POWER=power,
+        num_warps=1,
+        **overlap_options(logits),
     )
 
 

@@ -80,7 +80,7 @@ class Executor:
         if general:
             step = self._inputs.view(replace(shape, samples=count))
             logprobs = self._sampler.sample(plan, logits[:count], step, tokens)
-            self._feed(step.seats, tokens)
+            self._last.index_copy_(0, step.seats.long(), tokens)
         out[:count].copy_(tokens, non_blocking=True)
         return Flight(plan, out, logprobs, self._mark())
 
@@ -109,16 +109,9 @@ class Executor:
 
     def _compute(self, step: Step) -> torch.Tensor:
         """Logits [samples, vocab]; the most likely tokens are drawn and feed the next step."""
-        last = self._last.index_select(0, (-1 - step.tokens).clamp_(min=0))
-        tokens = torch.where(step.tokens < 0, last, step.tokens)
-        logits = self._model.forward(step, tokens)
-        drawn = self._drawn[: step.shape.samples]
-        greedy(logits, drawn, self._best)
-        self._feed(step.seats, drawn)
+        logits = self._model.forward(step, self._last)
+        greedy(logits, self._drawn[: step.shape.samples], self._best, self._last, step.seats)
         return logits
-
-    def _feed(self, seats: torch.Tensor, tokens: torch.Tensor) -> None:
-        self._last.index_copy_(0, seats.long(), tokens)
 
     def _mark(self) -> torch.cuda.Event | None:
         if not self._cuda:

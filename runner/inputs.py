@@ -27,6 +27,8 @@ from granatum.runner.scheduler import Limits, Plan, Span
 
 QUERY_TILE_ROWS = 64
 """Rows of a prompt chunk that attend together."""
+FEW_ROWS = 64
+"""Up to which a step with prompt chunks goes through LoRA as decodes do: most rows are theirs."""
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -48,7 +50,7 @@ class StepShape:
     @property
     def tile_rows(self) -> int:
         """Rows of a LoRA tile."""
-        return PREFILL_BLOCK_M if self.query_tiles else DECODE_BLOCK_M
+        return PREFILL_BLOCK_M if self.query_tiles and self.rows > FEW_ROWS else DECODE_BLOCK_M
 
 
 def decode_shape(rows: int, *, lora: bool) -> StepShape:
@@ -58,7 +60,7 @@ def decode_shape(rows: int, *, lora: bool) -> StepShape:
 
 def mixed_shape(rows: int, decodes: int, samples: int, sequences: int) -> StepShape:
     """A step of `rows` rows, prompt chunks among them, of up to `sequences` sequences."""
-    tiles = rows // PREFILL_BLOCK_M + sequences
+    tiles = rows if rows <= FEW_ROWS else rows // PREFILL_BLOCK_M + sequences
     query_tiles = rows // QUERY_TILE_ROWS + sequences
     return StepShape(rows, min(rows, decodes), samples, tiles, query_tiles)
 
@@ -113,7 +115,8 @@ def _shapes(limits: Limits) -> dict[str, tuple[int, ...]]:
     largest = mixed_shape(rows, batch, batch, batch)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("tokens", "positions", "kv_slots"), (rows,))
     shapes |= dict.fromkeys(("lengths", "seats", "sample_rows", "top_k", *_SAMPLING), (batch,))
-    shapes |= {"tiles": (largest.tiles, 4), "query_tiles": (largest.query_tiles, 4)}
+    shapes |= {"tiles": (max(largest.tiles, FEW_ROWS, batch), 4)}
+    shapes |= {"query_tiles": (largest.query_tiles, 4)}
     shapes |= {"counts": (2,)}
     return {**shapes, "page_table": (batch, limits.pages_for(limits.max_context))}
 

@@ -1,20 +1,19 @@
 """The decoder, one page for every family: what differs is data in the config and the weights."""
 
 import torch
-from torch.nn.functional import embedding
 
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.decode_attention import allocate_decode_workspace, decode_attention
 from granatum.kernels.layout import AdapterTable
 from granatum.kernels.linear import allocate_workspace, linear, runs_kernel_of_ours
 from granatum.kernels.lora import add_lora, workspace_elements
-from granatum.kernels.norm import add_rms_norm, rms_norm
+from granatum.kernels.norm import add_rms_norm, embed_rms_norm
 from granatum.kernels.prefill_attention import prefill_attention
 from granatum.kernels.rope import Rotary, rope_and_write_kv
 from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
 from granatum.runner.arena import Arena
 from granatum.runner.config import GROUPS, ModelConfig
-from granatum.runner.inputs import Step
+from granatum.runner.inputs import FEW_ROWS, Step
 from granatum.runner.scheduler import Limits
 from granatum.runner.weights import Linear, Weights
 
@@ -47,15 +46,16 @@ class Model:
         shapes = [*(part.weight for part in linears), weights.head]
         self._sums = allocate_workspace(limits.step_tokens, shapes)
 
-    def forward(self, step: Step, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, step: Step, last: torch.Tensor) -> torch.Tensor:
         """Logits [samples, vocab] of the step's sampling rows; KV of all its rows is written.
 
-        tokens int [rows]: the step's, with those that only the device knew filled in.
+        last int [seats]: what sequences drew last, for tokens that only the device knows.
         """
         weights, eps = self._weights, self.config.rms_eps
-        residual = embedding(tokens, weights.embedding)
+        residual = weights.embedding.new_empty(step.tokens.shape[0], weights.embedding.shape[1])
         x = torch.empty_like(residual)
-        rms_norm(residual, weights.layers[0].input_norm, eps, x)
+        norm = weights.layers[0].input_norm
+        embed_rms_norm(step.tokens, last, weights.embedding, norm, eps, residual, x)
         for index, layer in enumerate(weights.layers):
             if index:
                 add_rms_norm(x, residual, layer.input_norm, eps)
@@ -65,9 +65,9 @@ class Model:
             inner = gate_up.new_empty(gate_up.shape[0], self.config.intermediate)
             silu_mul(gate_up, inner)
             x = self._linear(step, index, "down", layer.down, inner)
-        x, residual = (part.index_select(0, step.sample_rows) for part in (x, residual))
-        add_rms_norm(x, residual, weights.norm, eps)
-        return linear(x, weights.head, None, self._sums)
+        sampled = x.new_empty(step.sample_rows.shape[0], x.shape[1])
+        add_rms_norm(x, residual, weights.norm, eps, sampled, step.sample_rows)
+        return linear(sampled, weights.head, None, self._sums)
 
     def _attend(self, step: Step, index: int, x: torch.Tensor) -> torch.Tensor:
         """Attention's output [rows, heads * head_dim] before the output projection."""
@@ -105,7 +105,8 @@ class Model:
     def _allocate_partials(self, limits: Limits) -> torch.Tensor:
         """Room for the LoRA kernels' partial sums in the largest step."""
         config, rank = self.config, self._table.max_rank
-        sizes = ((limits.max_batch, DECODE_BLOCK_M), (limits.step_tokens, PREFILL_BLOCK_M))
+        few = max(limits.max_batch, FEW_ROWS)
+        sizes = ((few, DECODE_BLOCK_M), (limits.step_tokens, PREFILL_BLOCK_M))
         elements = max(
             workspace_elements(
                 rows, config.in_features[g], config.out_features[g], block_m, rank, self.device

@@ -15,7 +15,7 @@ from granatum.kernels import backend, linear, lora, sampling
 from granatum.kernels import decode_attention as attention
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.layout import AdapterTable, KvLayout, Tiles
-from granatum.kernels.norm import add_rms_norm
+from granatum.kernels.norm import add_rms_norm, embed_rms_norm
 from granatum.kernels.prefill_attention import prefill_attention
 from granatum.kernels.rope import Rotary, rope_and_write_kv
 from granatum.kernels.shrink import launch_shrink
@@ -152,6 +152,7 @@ def test_the_rest(compiled: list[Any]) -> None:
     x, row = torch.empty(ROWS, 4096, dtype=BF16), torch.zeros(ROWS)
     slots = torch.zeros(ROWS, dtype=torch.int32)
     add_rms_norm(x, x.clone(), x[0], 1e-5)
+    embed_rms_norm(slots, slots, x, x[0], 1e-5, x, x)
     silu_mul(x, x[:, :2048])
     kv = KvLayout(2 * 8 * 16 * 128, 16, 8, 128)
     table = torch.empty(64, 64)
@@ -159,10 +160,10 @@ def test_the_rest(compiled: list[Any]) -> None:
     logits = torch.empty(ROWS, 32000, dtype=BF16)
     sampling.sample(logits, row, slots, row, row, row, slots)
     elements = sampling.greedy_workspace_elements(ROWS, 32000)
-    sampling.greedy(logits, slots, torch.empty(elements, dtype=torch.int64))
+    sampling.greedy(logits, slots, torch.empty(elements, dtype=torch.int64), slots, slots)
     counts = torch.zeros(2, 32000, dtype=torch.int32)
     sampling.penalize(logits, counts, slots, row, row, row)
     sampling.count_tokens(counts, slots, slots)
-    assert len(compiled) == 8
+    assert len(compiled) == 9
     for kernel in compiled:
         assert stack_bytes(kernel) == 0

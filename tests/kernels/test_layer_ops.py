@@ -6,7 +6,7 @@ import torch
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.backend import INTERPRETING
 from granatum.kernels.layout import KvLayout
-from granatum.kernels.norm import add_rms_norm, rms_norm
+from granatum.kernels.norm import add_rms_norm, embed_rms_norm
 from granatum.kernels.rope import Rotary, rope_and_write_kv
 
 BFLOAT16 = 8e-3 if INTERPRETING else 4e-3  # the interpreter cuts off what rounding would keep
@@ -26,20 +26,15 @@ def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("n", [64, 100, 4096])
-def test_rms_norm(n: int, dtype: torch.dtype, device: torch.device) -> None:
-    x = torch.randn(3, n, device=device).to(dtype)
+def test_embed_rms_norm(n: int, dtype: torch.dtype, device: torch.device) -> None:
+    embedding = torch.randn(7, n, device=device).to(dtype)
     weight = torch.randn(n, device=device).to(dtype)
-    out = torch.full_like(x, torch.nan)
-    rms_norm(x, weight, 1e-5, out)
-    assert_close(out, normed(x, weight, 1e-5))
-
-
-def test_rms_norm_of_heads_in_place(device: torch.device) -> None:
-    x = torch.randn(3, 5, 24, device=device)
-    weight = torch.randn(24, device=device)
-    expected = normed(x, weight, 1e-6)
-    rms_norm(x, weight, 1e-6, x)
-    assert_close(x, expected)
+    tokens = torch.tensor([6, 0, -3, 5, -1, -3], dtype=torch.int32, device=device)
+    last = torch.tensor([4, 99, 2], dtype=torch.int32, device=device)
+    residual, out = torch.full((2, 6, n), torch.nan, dtype=dtype, device=device)
+    embed_rms_norm(tokens, last, embedding, weight, 1e-5, residual, out)
+    assert torch.equal(residual, embedding[[6, 0, 2, 5, 4, 2]])
+    assert_close(out, normed(residual, weight, 1e-5))
 
 
 def test_add_rms_norm(dtype: torch.dtype, device: torch.device) -> None:
@@ -54,6 +49,17 @@ def test_add_rms_norm(dtype: torch.dtype, device: torch.device) -> None:
     add_rms_norm(x.zero_(), residual, weight, 1e-5)
     assert torch.equal(x, out)
     assert torch.equal(residual, kept)
+
+
+def test_add_rms_norm_of_some_rows(dtype: torch.dtype, device: torch.device) -> None:
+    x, residual = torch.randn(2, 5, 96, device=device).to(dtype)
+    weight = torch.randn(96, device=device).to(dtype)
+    rows = torch.tensor([4, 0, 4], dtype=torch.int32, device=device)
+    some, kept = torch.full_like(x[:3], torch.nan), residual.clone()
+    add_rms_norm(x, residual, weight, 1e-5, some, rows)
+    assert torch.equal(residual, kept)
+    add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(some, x[[4, 0, 4]])
 
 
 def test_silu_mul(dtype: torch.dtype, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from granatum.kernels.expand import launch_expand
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
 from granatum.kernels.linear import Config as LinearConfig
 from granatum.kernels.linear import Workspace, launch_linear
-from granatum.kernels.norm import rms_norm
+from granatum.kernels.norm import add_rms_norm
 from granatum.kernels.shrink import launch_shrink
 from granatum.kernels.tuning import Shape, default_config
 
@@ -362,9 +362,9 @@ def test_a_shrink_beside_its_linear_reads_and_writes_in_order(block_m: int) -> N
     partials = group.workspace(len(slots), block_m)
 
     def run(synchronize: Callable[[], None], *, beside: bool) -> torch.Tensor:
-        y, x_next = x, torch.empty_like(x)
+        y, x_next, residual = x, torch.empty_like(x), torch.zeros_like(x)
         for _ in range(30):
-            rms_norm(y, ones, 1e-6, x_next)  # which the step before it still reads
+            add_rms_norm(y, residual, ones, 1e-6, x_next)  # which the step before it still reads
             synchronize()
             y = launch_linear(x_next, weight, None, sums, LinearConfig(64, 128, 2, 4, 4))
             synchronize()

@@ -113,8 +113,11 @@ def test_greedy_takes_the_lowest_of_the_best(
     out = torch.full((3,), -1, dtype=torch.int64, device=device)
     elements = sampling.greedy_workspace_elements(3, vocabulary)
     workspace = torch.full((elements,), 2**62, device=device)
-    sampling.greedy(logits.to(device), out, workspace)
+    last = torch.full((4,), -1, dtype=torch.int32, device=device)
+    seats = torch.tensor([2, 0, 3], dtype=torch.int32, device=device)
+    sampling.greedy(logits.to(device), out, workspace, last, seats)
     assert out.tolist() == [0, vocabulary // 2, 3]
+    assert last.tolist() == [vocabulary // 2, -1, 0, 3]
 
 
 def test_penalties(dtype: torch.dtype, device: torch.device) -> None:
