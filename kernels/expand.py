@@ -1,12 +1,17 @@
 """SGMV-expand: adds the partial sums of a shrink, multiplies with B and adds to y."""
 
+from typing import Any
+
 import torch
 
 from granatum.kernels import reference_lora as reference
 from granatum.kernels.backend import dot, jit, require, require_rows, runs_kernel, tl, triton
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
-from granatum.kernels.shrink import load_inside, load_tile, source_rows
+from granatum.kernels.shrink import load_inside, load_tile, source_rows, tile_programs
 from granatum.kernels.tuning import Config, Shape, config_for, power_of_two
+
+_FEWEST_BLOCKS = 128
+"""Of long tiles, that keep a GPU busy."""
 
 
 @jit()
@@ -142,6 +147,7 @@ def _dot_expanded(v, b, total):
 @jit("rows_total", "workspace_width", "layers", "layer")
 def _expand_tiles_kernel(
     y,
+    bias,
     arena,
     b_offsets,
     ranks,
@@ -165,49 +171,57 @@ def _expand_tiles_kernel(
     BLOCK_N: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One block: SPAN columns of one projection, in steps of BLOCK_N, of a tile; tensor cores.
+    """One block: SPAN columns of one projection, in steps of BLOCK_N, of every so many-th tile.
 
-    The first BLOCK_R ranks' intermediate is summed once for all columns.
+    The first BLOCK_R ranks' intermediate is summed once for all columns. ADD: to y; if not, y is
+    made, of the bias and what the adapter adds.
     """
-    block = tl.program_id(0)
-    tile = tl.program_id(1)
-    slot, first, rows = load_tile(entries, count, tile)
-    p, column, width, begin = _find_slice(block, N0, N1, N2, SPAN)
-    place = (slot * layers + layer) * 7 + PROJECTION
-    rank, stacked_row = _rank_before(ranks + place, p, PROJECTIONS)
-    b_start = arena + tl.multiple_of(tl.load(b_offsets + place + p), 32)
-    scale = tl.load(scales + place + p)
-    if (rows > 0) & (rank > 0):
+    p, column, width, begin = _find_slice(tl.program_id(0), N0, N1, N2, SPAN)
+    m = tl.arange(0, BLOCK_M)
+    r = tl.arange(0, BLOCK_R)
+    chunk_stride = rows_total.to(tl.int64) * workspace_width
+    for tile in range(tl.program_id(1), tl.load(count), tl.num_programs(1)):
+        slot, first, rows = load_tile(entries, count, tile)
+        place = (tl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
+        rank, stacked_row = _rank_before(ranks + place, p, PROJECTIONS)
+        rank = tl.where(slot < 0, 0, rank)
+        b_start = arena + tl.multiple_of(tl.load(b_offsets + place + p), 32)
+        scale = tl.load(scales + place + p)
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        m = tl.arange(0, BLOCK_M)
-        r = tl.arange(0, BLOCK_R)
-        present = (m < rows)[:, None]
-        y_rows = y + source_rows(order, first + m, m < rows)[:, None] * y_stride + begin
-        v_at = partials + (first + m).to(tl.int64)[:, None] * workspace_width + stacked_row
-        chunk_stride = rows_total.to(tl.int64) * workspace_width
-        known = present & (r < rank)[None, :]
-        v = _sum_chunks(v_at + r[None, :], known, chunk_stride, CHUNKS)
-        for at in range(column, tl.minimum(column + SPAN, width), BLOCK_N):
-            n = at + tl.arange(0, BLOCK_N)
-            kept = present & (n < width)[None, :]
-            base = tl.load(y_rows + n[None, :], mask=kept, other=0.0)
-            b_at = b_start + r[:, None] * width + n[None, :]
-            b = tl.load(b_at, mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
-            delta = _dot_expanded(v, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-            for done in range(BLOCK_R, rank, BLOCK_R):
-                more = done + r
-                b_at = b_start + more[:, None] * width + n[None, :]
-                b = tl.load(b_at, mask=(more < rank)[:, None] & (n < width)[None, :], other=0.0)
-                v_more = _sum_chunks(
-                    v_at + more[None, :], present & (more < rank)[None, :], chunk_stride, CHUNKS
-                )
-                delta = _dot_expanded(v_more, b, delta)
-            tl.store(y_rows + n[None, :], base.to(tl.float32) + scale * delta, mask=kept)
-    elif PDL and block + tile == 0:
+        if (rank > 0) | (not ADD):
+            present = (m < rows)[:, None]
+            y_rows = y + source_rows(order, first + m, m < rows)[:, None] * y_stride + begin
+            v_at = partials + (first + m).to(tl.int64)[:, None] * workspace_width + stacked_row
+            known = present & (r < rank)[None, :]
+            v = _sum_chunks(v_at + r[None, :], known, chunk_stride, CHUNKS)
+            for at in range(column, tl.minimum(column + SPAN, width), BLOCK_N):
+                n = at + tl.arange(0, BLOCK_N)
+                kept = present & (n < width)[None, :]
+                if ADD:
+                    base = tl.load(y_rows + n[None, :], mask=kept, other=0.0).to(tl.float32)
+                b_at = b_start + r[:, None] * width + n[None, :]
+                b = tl.load(b_at, mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
+                delta = _dot_expanded(v, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+                for done in range(BLOCK_R, rank, BLOCK_R):
+                    more = done + r
+                    b_at = b_start + more[:, None] * width + n[None, :]
+                    b = tl.load(b_at, mask=(more < rank)[:, None] & (n < width)[None, :], other=0.0)
+                    v_more = _sum_chunks(
+                        v_at + more[None, :], present & (more < rank)[None, :], chunk_stride, CHUNKS
+                    )
+                    delta = _dot_expanded(v_more, b, delta)
+                total = scale * delta
+                if ADD:
+                    total += base
+                if bias is not None:
+                    total += tl.load(bias + begin + n, mask=n < width).to(tl.float32)[None, :]
+                tl.store(y_rows + n[None, :], total, mask=kept)
+    if PDL and tl.program_id(0) + tl.program_id(1) == 0:
         tl.extra.cuda.gdc_wait()  # as in `_expand_rows_kernel`
 
 
@@ -229,16 +243,56 @@ def expand(
     Raises:
         ValueError: a shape, stride or dtype that the op cannot take.
     """
-    rows = y.shape[0]
-    require_rows("y", y, (rows, sum(out_features)))
-    require(len(out_features) == GROUP_PROJECTIONS[group], f"group {group} is not {out_features}")
-    shape = Shape(in_features, out_features, table.max_rank, tiles.block_m)
-    config = config_for(shape, y.device)
-    config.require_workspace(workspace, shape, rows)
+    shape, config = _check(y, in_features, table, group, out_features, tiles, workspace)
     if not runs_kernel(y):
         reference.expand(y, in_features, arena, table, layer, group, out_features, tiles, workspace)
         return
     launch_expand(y, arena, table, layer, group, tiles, workspace, shape, config)
+
+
+def expand_from(
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    in_features: int,
+    arena: torch.Tensor,
+    table: AdapterTable,
+    layer: int,
+    group: int,
+    out_features: tuple[int, ...],
+    tiles: Tiles,
+    workspace: torch.Tensor,
+) -> None:
+    """y[t, slice p] = bias[slice p] + scale_p * (sum of t's partials of p) @ B_p of tiles' rows t.
+
+    As `expand`, but y is made; rows of tiles without an adapter, and projections that an adapter
+    leaves alone, are the bias, or 0 if there is none. For tiles long enough for the tensor cores.
+    """
+    shape, config = _check(y, in_features, table, group, out_features, tiles, workspace)
+    require(shape.dot, f"tiles of {tiles.block_m} rows are too short")
+    if not runs_kernel(y):
+        y.copy_(torch.zeros_like(y) if bias is None else bias.expand_as(y))
+        reference.expand(y, in_features, arena, table, layer, group, out_features, tiles, workspace)
+        return
+    launch_expand(
+        y, arena, table, layer, group, tiles, workspace, shape, config, add=False, bias=bias
+    )
+
+
+def _check(
+    y: torch.Tensor,
+    in_features: int,
+    table: AdapterTable,
+    group: int,
+    out_features: tuple[int, ...],
+    tiles: Tiles,
+    workspace: torch.Tensor,
+) -> tuple[Shape, Config]:
+    require_rows("y", y, (y.shape[0], sum(out_features)))
+    require(len(out_features) == GROUP_PROJECTIONS[group], f"group {group} is not {out_features}")
+    shape = Shape(in_features, out_features, table.max_rank, tiles.block_m)
+    config = config_for(shape, y.device)
+    config.require_workspace(workspace, shape, y.shape[0])
+    return shape, config
 
 
 def launch_expand(
@@ -251,14 +305,23 @@ def launch_expand(
     workspace: torch.Tensor,
     shape: Shape,
     config: Config,
+    *,
+    add: bool = True,
+    bias: torch.Tensor | None = None,
 ) -> None:
-    """The kernel in one configuration; its arguments were checked."""
+    """The kernel in one configuration; its arguments were checked. Without `add` y is made."""
     outs = (*shape.out_features, 0, 0)[:3]
-    blocks = sum(-(-n // config.expand_span) for n in outs)
-    kernel = _expand_tiles_kernel if shape.dot else _expand_rows_kernel
-    of_tiles = {"BLOCK_M": power_of_two(shape.block_m), "SPAN": config.expand_span}
-    kernel[(blocks, tiles.capacity)](
+    kernel: Any = _expand_rows_kernel
+    made: tuple[torch.Tensor | None, ...] = ()
+    span, across, options = config.expand_span, tiles.capacity, {}
+    if shape.dot:
+        kernel, made = _expand_tiles_kernel, (bias,)
+        across = tile_programs(tiles, y.shape[0])
+        span = _span(config, outs, across)
+        options = {"BLOCK_M": power_of_two(shape.block_m), "SPAN": span, "ADD": add}
+    kernel[(_blocks(outs, span), across)](
         y,
+        *made,
         arena,
         table.b,
         table.rank,
@@ -283,6 +346,21 @@ def launch_expand(
         PDL=config.pdl,
         num_warps=config.expand_warps,
         num_stages=config.expand_stages,
-        **(of_tiles if shape.dot else {}),
+        **options,
         **config.launch_options,
     )
+
+
+def _span(config: Config, outs: tuple[int, ...], across: int) -> int:
+    """Columns that a block goes through: fewer where there are few rows, to fill the GPU.
+
+    That changes no sum.
+    """
+    span = config.expand_span
+    while span > config.expand_n and _blocks(outs, span) * across < _FEWEST_BLOCKS:
+        span //= 2
+    return span
+
+
+def _blocks(outs: tuple[int, ...], span: int) -> int:
+    return sum(-(-n // span) for n in outs)

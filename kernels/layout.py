@@ -70,7 +70,7 @@ class Tiles:
     """A step's rows, cut into pieces of at most `block_m` that one block of a kernel takes.
 
     entries: int32 [capacity, 4], beyond `count` never read as tiles,
-             for LoRA (adapter slot, first row, rows, 0), base-model rows in none;
+             for LoRA (adapter slot, first row, rows, 0), base-model rows in none or of slot -1;
              for prefill attention (row of the page table, first row, rows, position of that row);
     count:   int32 [1];
     order:   int32 [T] or None: LoRA's tiles count rows in this order, order[i] being the i-th, so
@@ -103,16 +103,19 @@ class Tiles:
         self.count.fill_(len(tiles))
 
 
-def make_tiles(slots_per_row: Sequence[int | None], block_m: int) -> list[tuple[int, int, int]]:
+def make_tiles(
+    slots_per_row: Sequence[int | None], block_m: int, *, base: bool = False
+) -> list[tuple[int, int, int]]:
     """Tiles (slot, first row, rows) of at most `block_m` adjacent rows of one adapter each.
 
-    `slots_per_row` holds each row's adapter slot; None or -1 is the base model, in no tile.
+    `slots_per_row` holds each row's adapter slot; None or -1 is the base model, in no tile, or
+    with `base` in tiles of slot -1.
     """
     tiles: list[tuple[int, int, int]] = []
     first = 0
-    for slot, run in groupby(slots_per_row):
+    for slot, run in groupby(-1 if slot is None else slot for slot in slots_per_row):
         end = first + len(list(run))
-        if slot is not None and slot >= 0:
+        if slot >= 0 or base:
             tiles += [(slot, m, min(block_m, end - m)) for m in range(first, end, block_m)]
         first = end
     return tiles

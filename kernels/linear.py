@@ -34,7 +34,7 @@ MAX_ROWS = 64
 """From here on arithmetic counts as well, and the library serves."""
 _LEAST_ROWS = 16
 """The tensor cores' least."""
-_TABLES = {"H200": "h200_linear.json"}
+_TABLES = {"H200": "h200_linear.json", "H100": "h200_linear.json"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,18 @@ result depends on its own adapter, on shapes and on `block_m` alone.
 
 Tiles of fewer than 16 rows are multiplied from registers, as memory-bound work wants; longer tiles
 on the tensor cores. The two sum in different orders, and may differ in the last bits.
+
+`add_lora` adds to what a linear made. `linear_with_lora` goes the other way round where rows are
+many: y is made of what the adapters add, and the linear, which computes long enough to hide that
+it reads y, adds to it. So y travels once less.
 """
 
 import torch
+from torch.nn import functional
 
 from granatum.kernels import reference_lora as reference
 from granatum.kernels.backend import runs_kernel
-from granatum.kernels.expand import expand
+from granatum.kernels.expand import expand, expand_from
 from granatum.kernels.layout import AdapterTable, Tiles, make_tiles
 from granatum.kernels.shrink import shrink
 from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M, Shape, config_for
@@ -28,6 +33,8 @@ __all__ = [
     "Tiles",
     "add_lora",
     "expand",
+    "expand_from",
+    "linear_with_lora",
     "make_tiles",
     "shrink",
     "workspace_elements",
@@ -78,3 +85,34 @@ def add_lora(
         x, arena, table, layer, group, out_features, tiles, workspace, beside_linear=beside_linear
     )
     expand(y, x.shape[1], arena, table, layer, group, out_features, tiles, workspace)
+
+
+def linear_with_lora(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    arena: torch.Tensor,
+    table: AdapterTable,
+    layer: int,
+    group: int,
+    out_features: tuple[int, ...],
+    tiles: Tiles,
+    workspace: torch.Tensor,
+) -> torch.Tensor:
+    """x W^T + b, and what each tile's adapter makes of x; [T, N], new.
+
+    weight [N, K], bias [N]; the rest as in `add_lora`. Tiles are of `DOT_ROWS` at least, and those
+    of slot -1 hold the rows without an adapter: rows in no tile are undefined.
+
+    Raises:
+        ValueError: a shape, stride or dtype that the op cannot take.
+    """
+    if not runs_kernel(x):
+        y = functional.linear(x, weight, bias)
+        reference.add_lora(y, x, arena, table, layer, group, out_features, tiles)
+        return y
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    adapters = (arena, table, layer, group, out_features, tiles, workspace)
+    shrink(x, *adapters)
+    expand_from(bias, y, x.shape[1], *adapters)
+    return torch.addmm(y, x, weight.t(), out=y)

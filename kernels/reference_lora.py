@@ -84,9 +84,9 @@ def expand(
 
 
 def _tile_rows(tiles: Tiles) -> list[tuple[int, slice]]:
-    """Each tile's slot and rows."""
+    """Slot and rows of each tile that has an adapter."""
     entries: list[list[int]] = tiles.entries[: int(tiles.count)].tolist()
-    return [(slot, slice(first, first + rows)) for slot, first, rows, _ in entries]
+    return [(slot, slice(first, first + rows)) for slot, first, rows, _ in entries if slot >= 0]
 
 
 def _source_rows(tiles: Tiles, rows: slice) -> slice | torch.Tensor:

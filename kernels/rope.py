@@ -1,6 +1,7 @@
 """Rotary positions, with the write of keys and values into the arena's pages."""
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 
@@ -15,6 +16,10 @@ from granatum.kernels.backend import (
     triton,
 )
 from granatum.kernels.layout import KvLayout
+
+_BLOCK_HEADS = 8
+"""Of a row that a block takes at most, a warp each: a block of one took longer to start than to do.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +75,21 @@ def _rope_kernel(
     q, k, v, positions, cos, sin, arena, kv_slots, q_norm, k_norm,
     q_stride, k_stride, v_stride, page_elements, layer, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, PAGE_TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One block: a head of a row; first those of q, then of k, each of k with its v."""
+    """One block: some heads of a row; first those of q, then of k, each of k with its v."""
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) + tl.arange(0, 1)[:, None]
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     slot = tl.load(kv_slots + row).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     position = tl.load(positions + row, mask=slot >= 0, other=0)
-    inside = (d < D)[None, :]
+    inside = (head >= 0) & (d < D)[None, :]
     c, s = load_angles(cos, sin, position, d, inside, D)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if slot >= 0:
-        if tl.program_id(1) < HEADS:
+        if tl.program_id(1) * BLOCK_HEADS < HEADS:
             at = q + row * q_stride + head * D
             turned = load_rotated(at, d, inside, c, s, q_norm, eps, D)
             tl.debug_barrier()  # every element was read by two threads
@@ -130,7 +135,8 @@ def rope_and_write_kv(
     if not runs_kernel(q):
         reference.rope_and_write_kv(q, k, v, positions, rotary, arena, kv, layer, kv_slots)
         return
-    _rope_kernel[(rows, heads + kv.kv_heads)](
+    block_heads = gcd(heads, kv.kv_heads, _BLOCK_HEADS)
+    _rope_kernel[(rows, (heads + kv.kv_heads) // block_heads)](
         q,
         k,
         v,
@@ -151,7 +157,8 @@ def rope_and_write_kv(
         KV_HEADS=kv.kv_heads,
         D=d,
         BLOCK_D=triton.next_power_of_2(d),
+        BLOCK_HEADS=block_heads,
         PAGE_TOKENS=kv.page_tokens,
-        num_warps=1,
+        num_warps=block_heads,
         **overlap_options(q),
     )

@@ -14,6 +14,8 @@ _ROW_FEATURES = 256
 """Features in adjacent lanes, where rows are multiplied one by one."""
 _ROW_RANKS = 4
 """Stacked ranks of a block there."""
+_USUAL_SEGMENTS = 4
+"""Of a step with long tiles: runs of rows of one adapter, whose last tiles are not full."""
 
 
 @jit()
@@ -149,43 +151,50 @@ def _shrink_tiles_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BESIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One block as in `_shrink_rows_kernel`, on the tensor cores, in steps of BLOCK_K."""
+    """One block: a chunk of K, every so many-th tile, every RANK_BLOCKS-th block of stacked ranks.
+
+    On the tensor cores, in steps of BLOCK_K.
+    """
     chunk = tl.program_id(0)
-    tile = tl.program_id(1)
     rank_block = tl.program_id(2)
-    slot, first, rows = load_tile(entries, count, tile)
-    place = slot * layers + layer
-    a_start = arena + tl.multiple_of(tl.load(a_offsets + place * 4 + GROUP), 32)
-    stacked = tl.load(ranks + place * 7 + PROJECTION)
-    for p in tl.static_range(1, PROJECTIONS):
-        stacked += tl.load(ranks + place * 7 + PROJECTION + p)
-    begin = rank_block * BLOCK_R
-    if (rows > 0) & (begin < stacked):
+    m = tl.arange(0, BLOCK_M)
+    for tile in range(tl.program_id(1), tl.load(count), tl.num_programs(1)):
+        slot, first, rows = load_tile(entries, count, tile)
+        place = tl.maximum(slot, 0) * layers + layer
+        a_start = arena + tl.multiple_of(tl.load(a_offsets + place * 4 + GROUP), 32)
+        stacked = tl.load(ranks + place * 7 + PROJECTION)
+        for p in tl.static_range(1, PROJECTIONS):
+            stacked += tl.load(ranks + place * 7 + PROJECTION + p)
+        stacked = tl.where(slot < 0, 0, stacked)
         if PDL:
+            tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-            if not BESIDE:
-                tl.extra.cuda.gdc_wait()
-        CACHE: tl.constexpr = ".cg" if BESIDE else ""
-        m = tl.arange(0, BLOCK_M)
         x_rows = x + source_rows(order, first + m, m < rows)[:, None] * x_stride
         out = partials + (chunk * rows_total + first + m).to(tl.int64) * width
-        for start in range(begin, stacked, RANK_BLOCKS * BLOCK_R):
+        for start in range(rank_block * BLOCK_R, stacked, RANK_BLOCKS * BLOCK_R):
             rank = start + tl.arange(0, BLOCK_R)
             sums = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             for step in range(0, CHUNK_K, BLOCK_K):
                 k = chunk * CHUNK_K + step + tl.arange(0, BLOCK_K)
                 present = (m < rows)[:, None] & (k < K)[None, :]
-                xs = tl.load(x_rows + k[None, :], mask=present, other=0.0, cache_modifier=CACHE)
+                xs = tl.load(x_rows + k[None, :], mask=present, other=0.0)
                 inside = (k < K)[:, None] & (rank < stacked)[None, :]
                 a = tl.load(a_start + rank[None, :] * K + k[:, None], mask=inside, other=0.0)
                 sums = dot(xs, a, sums)
             kept = (m < rows)[:, None] & (rank < stacked)[None, :]
             tl.store(out[:, None] + rank[None, :], sums, mask=kept)
-    if PDL and chunk + tile + rank_block == 0:
+    if PDL and chunk + tl.program_id(1) + rank_block == 0:
         tl.extra.cuda.gdc_wait()  # as in `_shrink_rows_kernel`
+
+
+def tile_programs(tiles: Tiles, rows: int) -> int:
+    """Blocks across long tiles: each takes one, or in turn several where there are more than usual.
+
+    Spare blocks cost more than a few turns.
+    """
+    return min(tiles.capacity, rows // tiles.block_m + _USUAL_SEGMENTS)
 
 
 def shrink(
@@ -238,18 +247,20 @@ def launch_shrink(
     """The kernel in one configuration; its arguments were checked."""
     kernel: Any
     options: dict[str, int] = {}
-    rank_blocks = config.rank_blocks
+    rank_blocks, across = config.rank_blocks, tiles.capacity
     if shape.dot:
         kernel = _shrink_tiles_kernel
         options = {"BLOCK_K": config.shrink_k, "BLOCK_R": config.shrink_r}
         options |= {"BLOCK_M": power_of_two(shape.block_m)}
+        across = tile_programs(tiles, x.shape[0])
     elif shrink_fragments.serves(x):
         kernel = shrink_fragments.shrink_kernel
+        options = {"BESIDE": beside_linear}
     else:
         kernel = _shrink_rows_kernel
-        options = {"BLOCK_K": _ROW_FEATURES, "BLOCK_R": _ROW_RANKS}
+        options = {"BLOCK_K": _ROW_FEATURES, "BLOCK_R": _ROW_RANKS, "BESIDE": beside_linear}
         rank_blocks *= config.shrink_r // _ROW_RANKS
-    kernel[(config.chunks(shape), tiles.capacity, rank_blocks)](
+    kernel[(config.chunks(shape), across, rank_blocks)](
         x,
         arena,
         table.a,
@@ -269,7 +280,6 @@ def launch_shrink(
         K=shape.in_features,
         CHUNK_K=config.chunk_k,
         RANK_BLOCKS=rank_blocks,
-        BESIDE=beside_linear,
         PDL=config.pdl,
         num_warps=config.shrink_warps,
         num_stages=config.shrink_stages,

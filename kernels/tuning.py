@@ -22,7 +22,7 @@ PREFILL_BLOCK_M = 64
 DOT_ROWS = 16
 """The least rows per tile whose operands go through shared memory, to the tensor cores."""
 
-_TABLES = {"H200": "h200.json"}
+_TABLES = {"H200": "h200.json", "H100": "h200.json"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from granatum.kernels.sampling import greedy, greedy_workspace_elements
+from granatum.kernels.tuning import PREFILL_BLOCK_M
 from granatum.runner.graphs import Graphs
 from granatum.runner.inputs import (
     DeviceInputs,
@@ -122,17 +123,30 @@ class Executor:
 
 
 def _holds(shape: StepShape, plan: Plan) -> bool:
-    serves = bool(shape.query_tiles) >= bool(plan.chunks) and bool(shape.tiles) >= plan.lora
-    return serves and shape.rows >= plan.rows
+    if shape.rows < plan.rows or shape.decodes < len(plan.decodes):
+        return False
+    return shape.lora >= plan.lora and bool(shape.query_tiles) >= bool(plan.chunks)
 
 
 def _shapes(limits: Limits) -> tuple[StepShape, ...]:
-    """The shapes with a graph: those of decodes, then mixed ones, smallest first."""
+    """The shapes with a graph: of decodes alone, then with prompts' chunks, smallest first.
+
+    Chunks that come alone have graphs of their own, without what decodes need.
+    """
     batch = limits.max_batch
     decodes = {min(n, batch) for n in (1, 2, 4, *range(8, batch + 8, 8))}
-    rows = {limits.step_tokens}
-    while (half := min(rows) // 2) >= max(batch, 32):
-        rows.add(half)
-    mixed = (mixed_shape(n, batch, batch, batch) for n in sorted(rows))
     alone = (decode_shape(n, lora=lora) for n in sorted(decodes) for lora in (False, True))
+    mixed = (mixed_shape(n, d, batch, batch) for n in _mixed_rows(limits) for d in (0, batch))
     return (*alone, *mixed)
+
+
+def _mixed_rows(limits: Limits) -> list[int]:
+    """Rows of steps with chunks: from long tiles on, four sizes to a doubling."""
+    largest = limits.step_tokens
+    rows = {largest}
+    while (half := min(rows) // 2) >= max(limits.max_batch, 32):
+        rows.add(half)
+        if half >= PREFILL_BLOCK_M:
+            between = (half * quarters // 4 for quarters in (5, 6, 7))
+            rows |= {-(-n // PREFILL_BLOCK_M) * PREFILL_BLOCK_M for n in between}
+    return sorted(n for n in rows if n <= largest)

@@ -6,7 +6,7 @@ Sections, all of 4-byte elements; R rows, B sequences, P pages of a sequence, C 
     positions, kv_slots        [R]   of chunks' rows; page * page_tokens + place of their KV, or -1
     lengths                    [B]   tokens of each decode row's sequence, its own included; 0: none
     seats, sample_rows         [B]   of the rows that make a token: sequence's seat, row
-    tiles, query_tiles   [C, 4] [1]  with their counts
+    short_tiles, long_tiles, query_tiles   [C, 4] [1]  with their counts
     ...                        [B]   sampling parameters
     page_table              [B, P]   last, so that a small batch copies little
 
@@ -28,7 +28,7 @@ from granatum.runner.scheduler import Limits, Plan, Span
 QUERY_TILE_ROWS = 64
 """Rows of a prompt chunk that attend together."""
 FEW_ROWS = 64
-"""Up to which a step with prompt chunks goes through LoRA as decodes do: most rows are theirs."""
+"""Up to which all of a step's rows go through LoRA as decodes do."""
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -42,27 +42,33 @@ class StepShape:
     decodes: int
     """Leading rows that attend one query each; those beyond the batch have length 0."""
     samples: int
-    tiles: int
-    """0: every row is the base model's."""
+    short_tiles: int
+    """LoRA's of decodes, or of all rows if these are few: of up to `DECODE_BLOCK_M` of the first
+    so many rows."""
+    long_tiles: int
+    """LoRA's of prompt chunks: of up to `PREFILL_BLOCK_M` rows, all rows in one, without an adapter
+    too; those of decodes as if they had none."""
     query_tiles: int
     """0: a step of decodes alone."""
 
     @property
-    def tile_rows(self) -> int:
-        """Rows of a LoRA tile."""
-        return PREFILL_BLOCK_M if self.query_tiles and self.rows > FEW_ROWS else DECODE_BLOCK_M
+    def lora(self) -> bool:
+        """Whether rows may have adapters."""
+        return self.short_tiles + self.long_tiles > 0
 
 
 def decode_shape(rows: int, *, lora: bool) -> StepShape:
     """A step of `rows` decodes, of which some have an adapter or none has."""
-    return StepShape(rows, rows, rows, rows if lora else 0, 0)
+    return StepShape(rows, rows, rows, rows if lora else 0, 0, 0)
 
 
 def mixed_shape(rows: int, decodes: int, samples: int, sequences: int) -> StepShape:
     """A step of `rows` rows, prompt chunks among them, of up to `sequences` sequences."""
-    tiles = rows if rows <= FEW_ROWS else rows // PREFILL_BLOCK_M + sequences
-    query_tiles = rows // QUERY_TILE_ROWS + sequences
-    return StepShape(rows, min(rows, decodes), samples, tiles, query_tiles)
+    decodes = min(rows, decodes)
+    short, long = decodes, rows // PREFILL_BLOCK_M + sequences + 1
+    if rows <= FEW_ROWS:
+        short, long = rows, 0
+    return StepShape(rows, decodes, samples, short, long, rows // QUERY_TILE_ROWS + sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,8 @@ class Step:
     lengths: torch.Tensor
     seats: torch.Tensor
     sample_rows: torch.Tensor
-    tiles: Tiles
+    short_tiles: Tiles
+    long_tiles: Tiles
     query_tiles: Tiles
     sampling: SamplingInputs
 
@@ -115,9 +122,13 @@ def _shapes(limits: Limits) -> dict[str, tuple[int, ...]]:
     largest = mixed_shape(rows, batch, batch, batch)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("tokens", "positions", "kv_slots"), (rows,))
     shapes |= dict.fromkeys(("lengths", "seats", "sample_rows", "top_k", *_SAMPLING), (batch,))
-    shapes |= {"tiles": (max(largest.tiles, FEW_ROWS, batch), 4)}
-    shapes |= {"query_tiles": (largest.query_tiles, 4)}
-    shapes |= {"counts": (2,)}
+    tiles = {
+        "short_tiles": max(batch, min(rows, FEW_ROWS)),
+        "long_tiles": largest.long_tiles,
+        "query_tiles": largest.query_tiles,
+    }
+    shapes |= {name: (capacity, 4) for name, capacity in tiles.items()}
+    shapes |= {"counts": (len(tiles),)}
     return {**shapes, "page_table": (batch, limits.pages_for(limits.max_context))}
 
 
@@ -182,13 +193,19 @@ class HostInputs:
         slots: list[int | None] = []
         for span in plan.spans:
             slots += [span.sequence.slot] * span.rows
-        self._put_tiles("tiles", 0, [(*tile, 0) for tile in make_tiles(slots, shape.tile_rows)])
+        short = len(plan.decodes) if shape.long_tiles else len(slots)
+        tiles = make_tiles(slots[:short], DECODE_BLOCK_M)
+        self._put_tiles("short_tiles", 0, [(*tile, 0) for tile in tiles])
+        if shape.long_tiles:
+            slots[:short] = [None] * short
+            tiles = make_tiles(slots, PREFILL_BLOCK_M, base=True)
+            self._put_tiles("long_tiles", 1, [(*tile, 0) for tile in tiles])
         if shape.query_tiles:
             chunks, first = [], len(plan.decodes)
             for index, span in enumerate(plan.chunks):
                 chunks.append((len(plan.decodes) + index, first, span.rows, span.start))
                 first += span.rows
-            self._put_tiles("query_tiles", 1, make_query_tiles(chunks, QUERY_TILE_ROWS))
+            self._put_tiles("query_tiles", 2, make_query_tiles(chunks, QUERY_TILE_ROWS))
 
     def _fill_sampling(self, spans: tuple[Span, ...]) -> None:
         all_params = [span.sequence.submit.sampling for span in spans]
@@ -237,7 +254,6 @@ class DeviceInputs:
     def view(self, shape: StepShape) -> Step:
         """The tensors of a step of `shape`."""
         part = self._tensors
-        counts = part["counts"]
         return Step(
             shape=shape,
             tokens=part["tokens"][: shape.rows],
@@ -247,12 +263,15 @@ class DeviceInputs:
             lengths=part["lengths"][: shape.decodes],
             seats=part["seats"][: shape.samples],
             sample_rows=part["sample_rows"][: shape.samples],
-            tiles=Tiles(part["tiles"][: shape.tiles], counts[:1], shape.tile_rows),
-            query_tiles=Tiles(
-                part["query_tiles"][: shape.query_tiles], counts[1:], QUERY_TILE_ROWS
-            ),
+            short_tiles=self._tiles("short_tiles", 0, shape.short_tiles, DECODE_BLOCK_M),
+            long_tiles=self._tiles("long_tiles", 1, shape.long_tiles, PREFILL_BLOCK_M),
+            query_tiles=self._tiles("query_tiles", 2, shape.query_tiles, QUERY_TILE_ROWS),
             sampling=self.sampling(shape.samples),
         )
+
+    def _tiles(self, name: str, index: int, capacity: int, block_m: int) -> Tiles:
+        count = self._tensors["counts"][index : index + 1]
+        return Tiles(self._tensors[name][:capacity], count, block_m)
 
     def sampling(self, samples: int) -> SamplingInputs:
         """The sampling parameters of the first `samples` rows that make a token."""

@@ -6,7 +6,7 @@ from granatum.kernels.activation import silu_mul
 from granatum.kernels.decode_attention import allocate_decode_workspace, decode_attention
 from granatum.kernels.layout import AdapterTable
 from granatum.kernels.linear import allocate_workspace, linear, runs_kernel_of_ours
-from granatum.kernels.lora import add_lora, workspace_elements
+from granatum.kernels.lora import add_lora, linear_with_lora, workspace_elements
 from granatum.kernels.norm import add_rms_norm, embed_rms_norm
 from granatum.kernels.prefill_attention import prefill_attention
 from granatum.kernels.rope import Rotary, rope_and_write_kv
@@ -92,14 +92,20 @@ class Model:
         self, step: Step, index: int, group: str, base: Linear, x: torch.Tensor
     ) -> torch.Tensor:
         """A fused linear [rows, out], with what each row's adapter adds."""
-        y = linear(x, base.weight, base.bias, self._sums)
-        if step.shape.tiles:
-            outs = self.config.out_features[group]
+        outs = self.config.out_features[group]
+        place = (self._arena.pages, self._table, index, GROUPS.index(group), outs)
+        beside = False
+        if step.shape.long_tiles:
+            y = linear_with_lora(
+                x, base.weight, base.bias, *place, step.long_tiles, self._partials
+            )
+        else:
+            y = linear(x, base.weight, base.bias, self._sums)
+            beside = runs_kernel_of_ours(x, base.weight)
+        if n := step.shape.short_tiles:
             add_lora(
-                y, x, self._arena.pages, self._table, index, GROUPS.index(group), outs,
-                step.tiles, self._partials,
-                beside_linear=runs_kernel_of_ours(x, base.weight),
-            )  # fmt: skip
+                y[:n], x[:n], *place, step.short_tiles, self._partials, beside_linear=beside
+            )
         return y
 
     def _allocate_partials(self, limits: Limits) -> torch.Tensor:

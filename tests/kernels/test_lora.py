@@ -119,8 +119,10 @@ def pad8(matrix: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(matrix, (0, 0, 0, -matrix.shape[0] % 8)).contiguous()
 
 
-def tiles_of(slots: Sequence[int | None], block_m: int, device: torch.device) -> Tiles:
-    found = lora.make_tiles(slots, block_m)
+def tiles_of(
+    slots: Sequence[int | None], block_m: int, device: torch.device, *, base: bool = False
+) -> Tiles:
+    found = lora.make_tiles(slots, block_m, base=base)
     tiles = Tiles.allocate(len(found) + 3, block_m, device)
     tiles.entries.fill_(1 << 30)  # spare entries must not be followed
     tiles.entries[:, 3] = 0
@@ -215,6 +217,46 @@ def test_fuzzed_tile_lists(device: torch.device) -> None:
             for _ in range(generator.randint(1, 5))
         ]
         check(group, list(itertools.chain(*runs)), generator.choice([4, 16]))
+
+
+@pytest.mark.parametrize(
+    ("slots", "biased"),
+    [
+        ([None] * 3 + [0] * 20 + [2] + [1] * 5, True),
+        ([0, 1, None, 2, 3, 0, None, 1], False),  # more tiles than blocks across
+        ([None] * 20, True),
+    ],
+)
+def test_a_linear_with_lora(
+    slots: list[int | None], biased: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    ranks = [(8, 16, 40), (16, 0, 8), (0, 0, 0), (24, 24, 24)]
+    outs = (72, 40, 40)
+    group = make_group(QKV, 136, outs, ranks, dtype, device)
+    x, y = activations(group, len(slots))
+    weight = (torch.randn(sum(outs), group.k) * group.k**-0.5).to(x)
+    bias = torch.randn(sum(outs)).to(x) if biased else None
+    base = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    expected = group.truth(base, x, slots)
+    tiles = tiles_of(slots, 16, device, base=True)
+    place = (group.arena, group.table, LAYER, group.group, group.outs, tiles)
+    found = lora.linear_with_lora(
+        x, weight, bias, *place, group.workspace(len(slots), tiles.block_m)
+    )
+    tolerance = TOLERANCE[dtype]
+    # Parts may be rounded before their sum is.
+    offset = torch.zeros_like(base) if bias is None else bias.double()
+    parts = offset.abs() + (base - offset).abs() + (expected.to(device) - base).abs()
+    allowed = 2 * tolerance * (parts + 0.1)
+    assert ((found.double() - expected.to(device)).abs() <= allowed).all()
+
+    workspace = group.workspace(len(slots), tiles.block_m)
+    y.fill_(torch.nan)
+    lora.shrink(x, *place, workspace)
+    lora.expand_from(bias, y, group.k, *place, workspace)
+    start = torch.zeros_like(y) if bias is None else bias.expand_as(y)
+    expected = group.truth(start, x, slots)
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=tolerance, atol=tolerance / 4)
 
 
 def test_a_missing_layer_costs_nothing(device: torch.device) -> None:
