@@ -16,6 +16,7 @@ PROMPT = 128
 _TRIALS = 3
 _TRIAL_MS = 5.0
 _MAX_LAUNCHES = 160
+_TURNS = 40
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,32 @@ def layers_of(batch: Batch, adapters: int) -> int:
 
 def graph_us(launches: Sequence[Callable[[], object]]) -> float:
     """Microseconds per launch inside one CUDA graph of them all: the median of a few trials."""
+    graph = _capture(launches)
+    _replay_ms(graph, 1)
+    replays = math.ceil(_TRIAL_MS / _replay_ms(graph, 1))
+    trials = [_replay_ms(graph, replays) for _ in range(_TRIALS)]
+    return statistics.median(trials) / (replays * len(launches)) * 1e3
+
+
+def alternating_us(*lists: Sequence[Callable[[], object]]) -> list[float]:
+    """Microseconds per launch of each list, in a graph of its own; medians of replays in turn.
+
+    So that all of them meet the clocks to which heavy matrix products drive the GPU.
+    """
+    graphs = [_capture(launches) for launches in lists]
+    trials = [[_replay_ms(graph, 1) for graph in graphs] for _ in range(_TURNS)][_TURNS // 4 :]
+    medians = map(statistics.median, zip(*trials, strict=True))
+    return [ms / len(own) * 1e3 for ms, own in zip(medians, lists, strict=True)]
+
+
+def _capture(launches: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     launches[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for launch in launches:
             launch()
-    _replay_ms(graph, 1)
-    replays = math.ceil(_TRIAL_MS / _replay_ms(graph, 1))
-    trials = [_replay_ms(graph, replays) for _ in range(_TRIALS)]
-    return statistics.median(trials) / (replays * len(launches)) * 1e3
+    return graph
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph, replays: int) -> float:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ DECODE = [
     cases.decode(32, "uniform"),
     cases.decode(32, "identical"),
 ]
-PREFILL = [cases.prefill(2048, p) for p in ("identical", "distinct")]
+PREFILL = [
+    cases.prefill(512, "identical"),
+    *(cases.prefill(2048, p) for p in ("identical", "distinct")),
+]
 USUAL_RANK = 16
 """Also measured where larger ranks are allowed."""
 POOL_BYTES = 250e6
@@ -102,13 +106,13 @@ def shrinks(search: Search) -> Iterator[Config]:
     projections = len(search.shape.out_features)
     if search.shape.dot:
         wide = min(64, power_of_two(USUAL_RANK * projections))
-        for chunk, k, warps, stages in ((1024, 128, 4, 3), (2048, 128, 4, 3), (512, 128, 4, 3)):
+        for chunk, (k, stages) in product((512, 1024, 2048), ((64, 4), (128, 3))):
             yield replace(
                 search.best,
                 chunk_k=chunk,
                 shrink_k=k,
                 shrink_r=wide,
-                shrink_warps=warps,
+                shrink_warps=4,
                 shrink_stages=stages,
             )
         return

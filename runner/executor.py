@@ -1,6 +1,7 @@
 """Runs plans on the device: prepare the inputs, launch, and wait for the tokens when asked."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -100,7 +101,8 @@ class Executor:
             return next(shape for shape in self._shapes if _holds(shape, plan))
         if plan.chunks:
             sampling = max(len(plan.sampling), 1)
-            return mixed_shape(plan.rows, len(plan.decodes), sampling, len(plan.spans))
+            sizes = (plan.rows, len(plan.decodes), sampling, len(plan.spans))
+            return mixed_shape(*sizes, lora=plan.lora)
         return decode_shape(max(plan.rows, 1), lora=plan.lora)
 
     def _run(self, shape: StepShape) -> torch.Tensor:
@@ -131,12 +133,15 @@ def _holds(shape: StepShape, plan: Plan) -> bool:
 def _shapes(limits: Limits) -> tuple[StepShape, ...]:
     """The shapes with a graph: of decodes alone, then with prompts' chunks, smallest first.
 
-    Chunks that come alone have graphs of their own, without what decodes need.
+    Chunks that come alone, and steps without adapters, have graphs of their own.
     """
     batch = limits.max_batch
     decodes = {min(n, batch) for n in (1, 2, 4, *range(8, batch + 8, 8))}
-    alone = (decode_shape(n, lora=lora) for n in sorted(decodes) for lora in (False, True))
-    mixed = (mixed_shape(n, d, batch, batch) for n in _mixed_rows(limits) for d in (0, batch))
+    alone = (decode_shape(n, lora=lora) for n, lora in product(sorted(decodes), (False, True)))
+    mixed = (
+        mixed_shape(rows, beside, batch, batch, lora=lora)
+        for rows, beside, lora in product(_mixed_rows(limits), (0, batch), (False, True))
+    )
     return (*alone, *mixed)
 
 

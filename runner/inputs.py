@@ -62,12 +62,14 @@ def decode_shape(rows: int, *, lora: bool) -> StepShape:
     return StepShape(rows, rows, rows, rows if lora else 0, 0, 0)
 
 
-def mixed_shape(rows: int, decodes: int, samples: int, sequences: int) -> StepShape:
+def mixed_shape(rows: int, decodes: int, samples: int, sequences: int, *, lora: bool) -> StepShape:
     """A step of `rows` rows, prompt chunks among them, of up to `sequences` sequences."""
     decodes = min(rows, decodes)
     short, long = decodes, rows // PREFILL_BLOCK_M + sequences + 1
     if rows <= FEW_ROWS:
         short, long = rows, 0
+    if not lora:
+        short, long = 0, 0
     return StepShape(rows, decodes, samples, short, long, rows // QUERY_TILE_ROWS + sequences)
 
 
@@ -119,7 +121,7 @@ def _sections(limits: Limits) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 def _shapes(limits: Limits) -> dict[str, tuple[int, ...]]:
     rows, batch = limits.step_tokens, limits.max_batch
-    largest = mixed_shape(rows, batch, batch, batch)
+    largest = mixed_shape(rows, batch, batch, batch, lora=True)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("tokens", "positions", "kv_slots"), (rows,))
     shapes |= dict.fromkeys(("lengths", "seats", "sample_rows", "top_k", *_SAMPLING), (batch,))
     tiles = {

@@ -96,16 +96,12 @@ class Model:
         place = (self._arena.pages, self._table, index, GROUPS.index(group), outs)
         beside = False
         if step.shape.long_tiles:
-            y = linear_with_lora(
-                x, base.weight, base.bias, *place, step.long_tiles, self._partials
-            )
+            y = linear_with_lora(x, base.weight, base.bias, *place, step.long_tiles, self._partials)
         else:
             y = linear(x, base.weight, base.bias, self._sums)
             beside = runs_kernel_of_ours(x, base.weight)
         if n := step.shape.short_tiles:
-            add_lora(
-                y[:n], x[:n], *place, step.short_tiles, self._partials, beside_linear=beside
-            )
+            add_lora(y[:n], x[:n], *place, step.short_tiles, self._partials, beside_linear=beside)
         return y
 
     def _allocate_partials(self, limits: Limits) -> torch.Tensor:

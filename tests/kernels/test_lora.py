@@ -228,7 +228,11 @@ def test_fuzzed_tile_lists(device: torch.device) -> None:
     ],
 )
 def test_a_linear_with_lora(
-    slots: list[int | None], biased: bool, dtype: torch.dtype, device: torch.device
+    slots: list[int | None],
+    biased: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ranks = [(8, 16, 40), (16, 0, 8), (0, 0, 0), (24, 24, 24)]
     outs = (72, 40, 40)
@@ -240,17 +244,18 @@ def test_a_linear_with_lora(
     expected = group.truth(base, x, slots)
     tiles = tiles_of(slots, 16, device, base=True)
     place = (group.arena, group.table, LAYER, group.group, group.outs, tiles)
-    found = lora.linear_with_lora(
-        x, weight, bias, *place, group.workspace(len(slots), tiles.block_m)
-    )
+    workspace = group.workspace(len(slots), tiles.block_m)
+    few = lora.linear_with_lora(x, weight, bias, *place, workspace)
+    monkeypatch.setattr(lora, "_MANY_ROWS", 1)
+    many = lora.linear_with_lora(x, weight, bias, *place, workspace)
     tolerance = TOLERANCE[dtype]
     # Parts may be rounded before their sum is.
     offset = torch.zeros_like(base) if bias is None else bias.double()
     parts = offset.abs() + (base - offset).abs() + (expected.to(device) - base).abs()
     allowed = 2 * tolerance * (parts + 0.1)
-    assert ((found.double() - expected.to(device)).abs() <= allowed).all()
+    for found in (few, many):
+        assert ((found.double() - expected.to(device)).abs() <= allowed).all()
 
-    workspace = group.workspace(len(slots), tiles.block_m)
     y.fill_(torch.nan)
     lora.shrink(x, *place, workspace)
     lora.expand_from(bias, y, group.k, *place, workspace)
