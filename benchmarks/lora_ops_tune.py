@@ -28,6 +28,7 @@ import torch
 
 from granatum.kernels.bench import Packed, tile_batch
 from granatum.kernels.expand import launch_expand
+from granatum.kernels.lora import MANY_ROWS
 from granatum.kernels.shrink import launch_shrink
 from granatum.kernels.tuning import (
     DECODE_BLOCK_M,
@@ -126,7 +127,7 @@ def shrinks(search: Search) -> Iterator[Config]:
 def expands(search: Search) -> Iterator[Config]:
     """The best so far with other expands."""
     if search.shape.dot:
-        for n, span in ((64, 1024), (128, 512), (128, 1024)):
+        for n, span in product((64, 128), (256, 512, 1024)):
             yield replace(search.best, expand_n=n, expand_span=span)
         return
     for n in (128, 256):
@@ -151,8 +152,9 @@ class Bench:
     def launches(
         self, batch: cases.Batch, config: Config, x: torch.Tensor, y: torch.Tensor
     ) -> list[Any]:
-        """A shrink and expand per layer."""
+        """A shrink and expand per layer: one that makes y where `linear_with_lora` would."""
         search, group = self.search, self.linear.group_index
+        add = batch.rows < MANY_ROWS
         layers = cases.layers_of(batch, self.adapters)
         table = self.packed.table(group, batch.distinct, layers)
         capacity = batch.rows if batch.rows <= 128 else batch.rows // search.block_m + 16
@@ -162,14 +164,15 @@ class Bench:
 
         def run(layer: int) -> None:
             launch_shrink(x, self.packed.arena, table, layer, group, *rest)
-            launch_expand(y, self.packed.arena, table, layer, group, *rest)
+            launch_expand(y, self.packed.arena, table, layer, group, *rest, add=add)
 
         return [partial(run, layer) for layer in range(layers)]
 
     def check(self, batch: cases.Batch, config: Config) -> None:
         """Raise AssertionError unless the configuration computes what it should."""
         x, y = cases.activations(self.linear, batch)
-        expected = cases.truth(batch, self.matrices, x, y)
+        start = y if batch.rows < MANY_ROWS else torch.zeros_like(y)
+        expected = cases.truth(batch, self.matrices, x, start)
         self.launches(batch, config, x, y)[0]()
         torch.testing.assert_close(y.float(), expected, rtol=8e-3, atol=4e-3)
 
@@ -188,7 +191,9 @@ def compile_one(search: Search, config: Config) -> str:
     """Launch a configuration once, in a process of its own, so that its binary is in the cache."""
     torch.manual_seed(0)
     try:
-        Bench(search, search.linears[0], 1).check(cases.decode(4, "identical"), config)
+        bench = Bench(search, search.linears[0], 1)
+        for rows in (4, MANY_ROWS) if search.shape.dot else (4,):
+            bench.check(cases.decode(rows, "identical"), config)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
     return ""

@@ -36,27 +36,25 @@ class DecodeConfig:
     block_t: tokens that a block takes at a time, of 16 bits; half of them are taken of 32;
     stages:  that its loads are ahead, where they go through shared memory;
     blocks:  how many keep the GPU's memory busy;
-    piece:   tokens of a piece at most;
-    pairs:   of a row and a kv head, below which pieces are shorter in proportion.
+    piece:   tokens of a piece, where 1024 pairs of a row and a kv head or more are to be served.
     """
 
     block_t: int
     stages: int
     blocks: int
     piece: int
-    pairs: int = 1024
 
 
 GROUPED = DecodeConfig(32, 3, 8 * 132, 1024)
 """Where query heads share keys."""
-SINGLE = DecodeConfig(16, 2, 16 * 132, 256, 512)
+SINGLE = DecodeConfig(16, 2, 16 * 132, 512)
 """Where each has its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeWorkspace:
-    """Partial results, float32; of pieces that are done, arrivals by row and kv head, and turns
-    taken and given up by blocks, of even layers and of odd ones, int32, zero between launches."""
+    """Partial results, float32; of pieces that are done, arrivals by row and kv head, and what
+    turns blocks have taken, int32, zero between launches."""
 
     partials: torch.Tensor
     arrivals: torch.Tensor
@@ -195,10 +193,6 @@ def _decode_kernel(
     arena. A row of one piece is written at once; of several, each piece leaves a partial
     [row, piece, head] of maximum, sum and unnormalised values, D + 2 apart, and the last of them
     to be done adds them up in order. Who takes which piece changes nothing.
-
-    Where there are more pieces than blocks, each is taken by turn: a block may find no place before
-    others end. The first is, before the wait: the kernel before this one may be running, and be the
-    same for the layer before, but none before that.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     g = tl.arange(0, BLOCK_G)
@@ -213,10 +207,7 @@ def _decode_kernel(
     many = items > tl.num_programs(0)
     keys = arena + layer.to(tl.int64) * (2 * KV_HEADS * PAGE_TOKENS * D)
     values = keys + KV_HEADS * PAGE_TOKENS * D
-    turn = turns + layer % 2 * 2
     item = tl.program_id(0)
-    if many:
-        item = tl.atomic_add(turn, 1, sem="relaxed")
     row, length, count, piece, begin, end = _piece_of(
         item // KV_HEADS, row_lengths, row_ends, row_pieces, BLOCK_T
     )
@@ -286,22 +277,22 @@ def _decode_kernel(
                 result_at = out + row * out_stride + (kv_head * GROUP + h)[:, None] * D + d[None, :]
                 tl.store(result_at, result, mask=(h < GROUP)[:, None] & (d < D)[None, :])
         if many:
-            item = tl.atomic_add(turn, 1, sem="relaxed")
+            item = tl.atomic_add(turns, 1, sem="relaxed") + tl.num_programs(0)
             row, length, count, piece, begin, end = _piece_of(
                 item // KV_HEADS, row_lengths, row_ends, row_pieces, BLOCK_T
             )
         else:
             item = items
     if many:
-        ended = tl.atomic_add(turn + 1, 1, sem="relaxed") + 1
+        ended = tl.atomic_add(turns + 1, 1, sem="relaxed") + 1
         if ended == tl.num_programs(0):
-            tl.store(turn, 0)
-            tl.store(turn + 1, 0)
+            tl.store(turns, 0)
+            tl.store(turns + 1, 0)
 
 
 def piece_tokens(config: DecodeConfig, rows: int, kv: KvLayout) -> int:
     """Tokens of a piece, by shapes alone: the fewer rows, the shorter, to keep the memory busy."""
-    share = min(rows * kv.kv_heads, config.pairs) * config.piece // config.pairs
+    share = min(rows * kv.kv_heads, 1024) * config.piece // 1024
     return max(-(-share // config.block_t), 2) * config.block_t
 
 
@@ -331,7 +322,7 @@ def allocate_decode_workspace(
     return DecodeWorkspace(
         torch.empty(pieces * heads * (kv.head_dim + 2), dtype=torch.float32, device=device),
         torch.zeros(max_rows * kv.kv_heads, dtype=torch.int32, device=device),
-        torch.zeros(4, dtype=torch.int32, device=device),
+        torch.zeros(2, dtype=torch.int32, device=device),
     )
 
 

@@ -215,10 +215,7 @@ def decode_kernel(
     column = gl.arange(0, 8, COLUMN)
     at_row = gl.arange(0, D, gl.SliceLayout(1, SUMS))
     sum_d = _dimension(at_row)
-    turn = turns + layer % 2 * 2
     item = gl.program_id(0)
-    if many:
-        item = gl.atomic_add(turn, 1, sem="relaxed")
     row, length, count, piece, begin, end = _piece_of(
         item // KV_HEADS, r, row_lengths, row_ends, row_pieces, BLOCK_T
     )
@@ -307,14 +304,14 @@ def decode_kernel(
                 gl.store(arrival, 0)
                 _join(row_partials, row_out, count, GROUP, HEADS, D, JOINED_HEADS, JOINED)
         if many:
-            item = gl.atomic_add(turn, 1, sem="relaxed")
+            item = gl.atomic_add(turns, 1, sem="relaxed") + gl.num_programs(0)
             row, length, count, piece, begin, end = _piece_of(
                 item // KV_HEADS, r, row_lengths, row_ends, row_pieces, BLOCK_T
             )
         else:
             item = items
     if many:
-        ended = gl.atomic_add(turn + 1, 1, sem="relaxed") + 1
+        ended = gl.atomic_add(turns + 1, 1, sem="relaxed") + 1
         if ended == gl.num_programs(0):
-            gl.store(turn, 0)
-            gl.store(turn + 1, 0)
+            gl.store(turns, 0)
+            gl.store(turns + 1, 0)

@@ -34,7 +34,7 @@ class Config:
     shrink_r:      stacked ranks that it holds at a time; 16 in `shrink_fragments`;
     rank_blocks:   blocks that share a tile's stacked ranks, each going through its part;
     expand_n:      output features that a block holds at a time;
-    expand_span:   output features that it goes through (row by row: those it holds);
+    expand_span:   output features that it goes through at most (row by row: those it holds);
     expand_r:      ranks that an expand block holds at a time;
     pdl:           start while the previous kernel ends (programmatic dependent launch).
     """
@@ -113,7 +113,7 @@ def default_config(shape: Shape, *, pdl: bool = False) -> Config:
             expand_span=1024,
             expand_r=16,
             expand_warps=4,
-            expand_stages=2,
+            expand_stages=1,
             pdl=pdl,
         )
     return Config(

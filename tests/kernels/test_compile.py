@@ -102,7 +102,7 @@ def test_lora(
 def test_a_linear_with_lora(
     bias: torch.Tensor | None, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora, "_MANY_ROWS", 1)
+    monkeypatch.setattr(lora, "MANY_ROWS", 1)
     table, tiles = AdapterTable.allocate(2, 2, "cpu", 64), Tiles.allocate(ROWS, 64, "cpu")
     workspace = torch.empty(lora.workspace_elements(ROWS, 4096, (4096,), 64, 64, "cpu"))
     x, weight = torch.empty(ROWS, 4096, dtype=BF16), torch.empty(4096, 4096, dtype=BF16)

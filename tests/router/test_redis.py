@@ -83,11 +83,11 @@ async def test_while_the_server_is_away_new_streams_are_unavailable_by_their_dea
     box = own_box
     await box.router()
     await box.runner("a", script=Script(step_s=0.01))
-    running = asyncio.create_task(box.generate_many(4, 120))
+    running = asyncio.create_task(box.generate_many(4, 240))
     await begun(box, 4)
     server.terminate()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await box.generate("new", seconds=0.8)
+        await box.generate("new", seconds=2.0)
     error = from_rpc_error(caught.value)
     assert isinstance(error, Unavailable)
     assert error.retry_after_s
