@@ -125,12 +125,10 @@ def _expand_rows_kernel(
 
 @jit()
 def _sum_chunks(at, known, chunk_stride, CHUNKS: tl.constexpr):
-    """A shrink's results: its partial sums, four on their way at a time, added in order."""
-    total = tl.zeros(at.shape, tl.float32)
-    for start in range(0, CHUNKS, 4):
-        for chunk in tl.static_range(4):
-            present = known & (start + chunk < CHUNKS)
-            total += tl.load(at + (start + chunk) * chunk_stride, mask=present, other=0.0)
+    """A shrink's results: its partial sums, added in order."""
+    total = tl.load(at, mask=known, other=0.0)
+    for chunk in range(1, CHUNKS):
+        total += tl.load(at + chunk * chunk_stride, mask=known, other=0.0)
     return total
 
 
@@ -205,7 +203,7 @@ def _expand_tiles_kernel(
                 n = at + tl.arange(0, BLOCK_N)
                 kept = present & (n < width)[None, :]
                 if ADD:
-                    base = tl.load(y_rows + n[None, :], mask=kept, other=0.0).to(tl.float32)
+                    base = tl.load(y_rows + n[None, :], mask=kept, other=0.0)
                 b_at = b_start + r[:, None] * width + n[None, :]
                 b = tl.load(b_at, mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
                 delta = _dot_expanded(v, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
@@ -219,7 +217,7 @@ def _expand_tiles_kernel(
                     delta = _dot_expanded(v_more, b, delta)
                 total = scale * delta
                 if ADD:
-                    total += base
+                    total += base.to(tl.float32)
                 if bias is not None:
                     total += tl.load(bias + begin + n, mask=n < width).to(tl.float32)[None, :]
                 tl.store(y_rows + n[None, :], total, mask=kept)

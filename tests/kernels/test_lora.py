@@ -219,49 +219,61 @@ def test_fuzzed_tile_lists(device: torch.device) -> None:
         check(group, list(itertools.chain(*runs)), generator.choice([4, 16]))
 
 
-@pytest.mark.parametrize(
-    ("slots", "biased"),
-    [
-        ([None] * 3 + [0] * 20 + [2] + [1] * 5, True),
-        ([0, 1, None, 2, 3, 0, None, 1], False),  # more tiles than blocks across
-        ([None] * 20, True),
-    ],
-)
+EVERY_ROW = [
+    [None] * 3 + [0] * 20 + [2] + [1] * 5,
+    [0, 1, None, 2, 3, 0, None, 1],  # more tiles than blocks across
+    [None] * 20,
+]
+
+
+def make_wide_group(dtype: torch.dtype, device: torch.device) -> Group:
+    ranks = [(8, 16, 40), (16, 0, 8), (0, 0, 0), (24, 24, 24)]
+    return make_group(QKV, 136, (72, 40, 40), ranks, dtype, device)
+
+
+@pytest.mark.parametrize("slots", EVERY_ROW)
+@pytest.mark.parametrize("biased", [False, True])
+def test_y_made_of_what_adapters_add(
+    slots: list[int | None], biased: bool, device: torch.device
+) -> None:
+    group = make_wide_group(torch.bfloat16, device)
+    x, y = activations(group, len(slots))
+    bias = torch.randn(y.shape[1]).to(y) if biased else None
+    expected = group.truth(torch.zeros_like(y) if bias is None else bias.expand_as(y), x, slots)
+    tiles = tiles_of(slots, 16, device, base=True)
+    rest = (group.arena, group.table, LAYER, group.group, group.outs, tiles)
+    workspace = group.workspace(len(slots), tiles.block_m)
+    y.fill_(torch.nan)
+    lora.shrink(x, *rest, workspace)
+    lora.expand_from(bias, y, group.k, *rest, workspace)
+    tolerance = TOLERANCE[y.dtype]
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=tolerance, atol=tolerance / 4)
+
+
+@pytest.mark.parametrize("slots", EVERY_ROW)
+@pytest.mark.parametrize("many", [False, True])
 def test_a_linear_with_lora(
     slots: list[int | None],
-    biased: bool,
+    many: bool,
     dtype: torch.dtype,
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ranks = [(8, 16, 40), (16, 0, 8), (0, 0, 0), (24, 24, 24)]
-    outs = (72, 40, 40)
-    group = make_group(QKV, 136, outs, ranks, dtype, device)
+    monkeypatch.setattr(lora, "MANY_ROWS", 1 if many else 1000)
+    group = make_wide_group(dtype, device)
     x, y = activations(group, len(slots))
-    weight = (torch.randn(sum(outs), group.k) * group.k**-0.5).to(x)
-    bias = torch.randn(sum(outs)).to(x) if biased else None
-    base = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    expected = group.truth(base, x, slots)
+    weight = (torch.randn(y.shape[1], group.k) * group.k**-0.5).to(x)
+    bias = torch.randn(y.shape[1]).to(x)
+    product = x.double() @ weight.double().T
+    expected = group.truth(product + bias.double(), x, slots)
     tiles = tiles_of(slots, 16, device, base=True)
-    place = (group.arena, group.table, LAYER, group.group, group.outs, tiles)
+    rest = (group.arena, group.table, LAYER, group.group, group.outs, tiles)
     workspace = group.workspace(len(slots), tiles.block_m)
-    few = lora.linear_with_lora(x, weight, bias, *place, workspace)
-    monkeypatch.setattr(lora, "MANY_ROWS", 1)
-    many = lora.linear_with_lora(x, weight, bias, *place, workspace)
-    tolerance = TOLERANCE[dtype]
+    found = lora.linear_with_lora(x, weight, bias, *rest, workspace).double().cpu()
     # Parts may be rounded before their sum is.
-    offset = torch.zeros_like(base) if bias is None else bias.double()
-    parts = offset.abs() + (base - offset).abs() + (expected.to(device) - base).abs()
-    allowed = 2 * tolerance * (parts + 0.1)
-    for found in (few, many):
-        assert ((found.double() - expected.to(device)).abs() <= allowed).all()
-
-    y.fill_(torch.nan)
-    lora.shrink(x, *place, workspace)
-    lora.expand_from(bias, y, group.k, *place, workspace)
-    start = torch.zeros_like(y) if bias is None else bias.expand_as(y)
-    expected = group.truth(start, x, slots)
-    torch.testing.assert_close(y.double().cpu(), expected, rtol=tolerance, atol=tolerance / 4)
+    whole = (product + bias.double()).cpu()
+    parts = product.abs().cpu() + bias.abs().cpu() + (expected - whole).abs()
+    assert ((found - expected).abs() <= 2 * TOLERANCE[dtype] * (parts + 0.1)).all()
 
 
 def test_a_missing_layer_costs_nothing(device: torch.device) -> None:
