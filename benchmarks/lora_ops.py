@@ -1,7 +1,6 @@
 """Time of the LoRA ops on a layer's fused linears, as the engine would run them.
 
     python benchmarks/lora_ops.py --out benchmarks/results/h200/lora_ops.json [--peer FILE]
-    python benchmarks/lora_ops.py --plot benchmarks/results/h200/lora_ops.json docs/lora_ops.svg
 
 All batches at rank 16, some at the other ranks, and a batch whose adapters' ranks differ beside
 batches of each of these ranks. A row is a shrink and its expand, in a CUDA graph over enough layers
@@ -23,12 +22,13 @@ from types import MappingProxyType
 
 import lora_ops_cases as cases
 import torch
-from results import Row, add_options, environment
+from results import Results, Row, add_options
 
 from granatum.kernels import lora
 from granatum.kernels.bench import setup, tile_batch
 from granatum.kernels.layout import GROUPS, AdapterTable, Tiles
 
+KEY = ("model", "group", "rank", "rows", "popularity")
 POOL_BYTES = 250e6
 PROMPT_ROWS = 512
 """From which on a batch is of prompts."""
@@ -225,43 +225,12 @@ def report(title: str, rows: Sequence[Row]) -> None:
         print(line, flush=True)
 
 
-def plot(results: Path, picture: Path) -> None:
-    """Draw a layer's time at rank 16 by distinct adapters, with the time of their bytes alone."""
-    from matplotlib import pyplot
-
-    stored = json.loads(results.read_text())
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for model in dict.fromkeys(r["model"] for r in stored["rows"]):
-        chosen = [
-            r
-            for r in stored["rows"]
-            if (r["model"], r["rank"], r["popularity"]) == (model, 16, "distinct")
-            and r["rows"] <= 64
-        ]
-        batches = sorted({r["rows"] for r in chosen})
-        layers = [[r for r in chosen if r["rows"] == n] for n in batches]
-        (line,) = axes.plot(
-            batches, [sum(r["us"] for r in rs) for rs in layers], marker="o", label=model
-        )
-        floor = [sum(r["us"] * r["fraction_of_read_bandwidth"] for r in rs) for rs in layers]
-        axes.plot(batches, floor, "--", color=line.get_color(), label=f"{model}, bytes alone")
-        if all(r["vllm_us"] for r in chosen):
-            peer = [sum(r["vllm_us"] for r in rs) for rs in layers]
-            axes.plot(batches, peer, ":", color=line.get_color(), label=f"{model}, vLLM")
-    axes.set(xscale="log", yscale="log", xlabel="rows, an adapter each", ylabel="µs per layer")
-    axes.set_title(f"LoRA on a layer's four linears, rank 16, {stored['gpu']}")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(picture)
-
-
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser)
-    parser.add_argument("--plot", type=Path, nargs=2, metavar=("RESULTS", "PICTURE"))
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--models", default="7b,8b")
     parser.add_argument("--ranks", default="16," + ",".join(str(rank) for rank in OTHER_RANKS))
@@ -269,13 +238,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure every case, print a layer's sums, write the rows."""
+    """Measure every case, print a layer's sums, and write after each row."""
     args = parse_args()
-    if args.plot:
-        plot(*args.plot)
-        return
+    found = Results(args, KEY)
     peer, bandwidth = read_peer(args.peer), cases.read_bandwidth()
-    rows: list[Row] = []
     for model in args.models.split(","):
         for rank in (int(r) for r in args.ranks.split(",")):
             batches = FEWER_BATCHES if rank in OTHER_RANKS else BATCHES
@@ -285,17 +251,14 @@ def main() -> None:
                 count = max(64, math.ceil(POOL_BYTES / linear.adapter_bytes))
                 matrices = cases.make_matrices(linear, count)
                 for case in (Case(linear, batch) for batch in batches):
-                    found = row(case, measure(case, matrices), bandwidth, peer)
+                    measured = row(case, measure(case, matrices), bandwidth, peer)
                     if case.batch.rows >= PROMPT_ROWS:
-                        found |= measure_with_linear(case, matrices)
-                    mine.append(found)
+                        measured |= measure_with_linear(case, matrices)
+                    found.add(measured)
+                    mine.append(measured)
             report(f"{model} rank {rank}", mine)
-            rows += mine
-        rows += mixed_rows(model, bandwidth)
-    result = {**environment(args), "read_bandwidth": bandwidth, "rows": rows}
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        for measured in mixed_rows(model, bandwidth):
+            found.add(measured)
 
 
 if __name__ == "__main__":

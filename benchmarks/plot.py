@@ -107,6 +107,36 @@ def loads(rows: list[Row]) -> Figure:
     return figure
 
 
+def lora_ops(rows: list[Row]) -> Figure:
+    """A layer's time at rank 16 by distinct adapters, beside that of their bytes and vLLM's."""
+    figure: Figure
+    figure, axes = pyplot.subplots(figsize=(6, 3))
+    for model, color in (("7b", OURS), ("8b", "#4878a8")):
+        chosen = [
+            row
+            for row in rows
+            if (row["model"], row["rank"], row["popularity"]) == (model, 16, "distinct")
+            and row["rows"] <= 64
+        ]
+        by_rows = {n: [r for r in chosen if r["rows"] == n] for n in (1, 2, 4, 8, 16, 32, 64)}
+        layers = {n: mine for n, mine in by_rows.items() if mine}
+        ours = [sum(r["us"] for r in mine) for mine in layers.values()]
+        floor = [
+            sum(r["us"] * r["fraction_of_read_bandwidth"] for r in mine) for mine in layers.values()
+        ]
+        axes.plot(list(layers), ours, "o-", color=color, label=model)
+        axes.plot(list(layers), floor, "--", color=color, label=f"{model}, bytes alone")
+        peer = {n: [r["vllm_us"] for r in mine] for n, mine in layers.items()}
+        peer = {n: times for n, times in peer.items() if all(times)}
+        sums = [sum(times) for times in peer.values()]
+        axes.plot(list(peer), sums, "s:", color=color, label=f"{model}, vLLM 0.22.1")
+    axes.set(xscale="log", yscale="log", xlabel="rows, an adapter each", ylabel="µs per layer")
+    axes.set_title("LoRA on a layer's four linears, rank 16")
+    axes.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+    return figure
+
+
 def _bars(axes: Axes, series: dict[str, list[float]], names: list[str]) -> None:
     """Groups of bars, each with its value."""
     colors = iter((OURS, SERVICE, "#7a7a7a"))
@@ -138,7 +168,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     draws: dict[str, Callable[[list[Row]], Figure]]
-    draws = {"decode": decode, "serving": serving, "loads": loads}
+    draws = {"decode": decode, "serving": serving, "loads": loads, "lora_ops": lora_ops}
     for name, draw in draws.items():
         path = args.results / f"{name}.json"
         if path.is_file():
