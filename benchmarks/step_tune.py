@@ -53,6 +53,8 @@ TILES = (
 )
 FEWEST_BLOCKS = 128
 """Of a linear: with fewer, blocks share K."""
+NOISE_MS = 0.01
+"""By which a change must be better, of both steps together."""
 _COMPILERS = 12
 
 
@@ -163,7 +165,7 @@ def tune(rig: Rig, batch: int, path: Path, seconds: float) -> None:
                 continue
             use({**table, key: trial})
             times = rig.step_ms(batch)
-            better = sum(times) < best - 0.004
+            better = sum(times) < best - NOISE_MS
             print(f"{name:<8} {batch:>3} {[round(ms, 3) for ms in times]} {best / 2:.3f} {trial}"
                   f"{' *' if better else ''}", flush=True)  # fmt: skip
             if better:

@@ -1,4 +1,4 @@
-"""SGMV-expand: adds the partial sums of a shrink, multiplies with B and adds to y."""
+"""SGMV-expand: adds the partial sums of a shrink, multiplies with B and adds to y, or makes y."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from granatum.kernels.shrink import load_inside, load_tile, source_rows, tile_pr
 from granatum.kernels.tuning import Config, Shape, config_for, power_of_two
 
 _FEWEST_BLOCKS = 128
-"""Of long tiles, that keep a GPU busy."""
+"""That keep a GPU busy, of long tiles."""
 
 
 @jit()
@@ -270,8 +270,9 @@ def expand_from(
     shape, config = _check(y, in_features, table, group, out_features, tiles, workspace)
     require(shape.dot, f"tiles of {tiles.block_m} rows are too short")
     if not runs_kernel(y):
-        y.copy_(torch.zeros_like(y) if bias is None else bias.expand_as(y))
-        reference.expand(y, in_features, arena, table, layer, group, out_features, tiles, workspace)
+        reference.expand_from(
+            bias, y, in_features, arena, table, layer, group, out_features, tiles, workspace
+        )
         return
     launch_expand(
         y, arena, table, layer, group, tiles, workspace, shape, config, add=False, bias=bias

@@ -6,8 +6,9 @@ A block streams its rows of W through shared memory. Where N has too few rows
 of blocks for the GPU, blocks share K: each writes a partial sum, and the last to arrive adds all of
 them in order. A row's result depends on shapes alone, not on the other rows.
 
-`h200_linear.json`, written by `benchmarks/linear_tune.py`, says how a shape is cut. Shapes that it
-lacks, or where the library was faster, go to torch.
+`h200_linear.json`, written by `benchmarks/linear_tune.py` and `step_tune.py`, says how a shape is
+cut; it serves the H100 as well, the same chip with slower memory. Shapes that it lacks, or where
+the library was faster, go to torch.
 """
 
 import json

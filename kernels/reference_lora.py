@@ -83,6 +83,23 @@ def expand(
         y[mine] = changed
 
 
+def expand_from(
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    in_features: int,
+    arena: torch.Tensor,
+    table: AdapterTable,
+    layer: int,
+    group: int,
+    out_features: tuple[int, ...],
+    tiles: Tiles,
+    workspace: torch.Tensor,
+) -> None:
+    """As `expand.expand_from`; rows in no tile become the bias as well."""
+    y.copy_(torch.zeros_like(y) if bias is None else bias.expand_as(y))
+    expand(y, in_features, arena, table, layer, group, out_features, tiles, workspace)
+
+
 def _tile_rows(tiles: Tiles) -> list[tuple[int, slice]]:
     """Slot and rows of each tile that has an adapter."""
     entries: list[list[int]] = tiles.entries[: int(tiles.count)].tolist()

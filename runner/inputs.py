@@ -43,11 +43,11 @@ class StepShape:
     """Leading rows that attend one query each; those beyond the batch have length 0."""
     samples: int
     short_tiles: int
-    """LoRA's of decodes, or of all rows if these are few: of up to `DECODE_BLOCK_M` of the first
-    so many rows."""
+    """Room for LoRA tiles of `DECODE_BLOCK_M` rows, one for each of the first so many rows: those
+    of decodes, or all if they are few."""
     long_tiles: int
-    """LoRA's of prompt chunks: of up to `PREFILL_BLOCK_M` rows, all rows in one, without an adapter
-    too; those of decodes as if they had none."""
+    """Room for LoRA tiles of `PREFILL_BLOCK_M` rows, for prompts' chunks. They cover all rows, also
+    those without an adapter, and those of decodes as if they had none."""
     query_tiles: int
     """0: a step of decodes alone."""
 
