@@ -1,9 +1,8 @@
 """Which configuration of the LoRA kernels serves a shape: measured on a GPU, or a default.
 
 `h200.json` is the measured table, written by `benchmarks/lora_ops_tune.py`; it serves the H100 as
-well, the same chip with slower memory. A configuration
-depends on shapes and on the table's largest rank, never on a batch's content, so that a row's
-result does not depend on its company.
+well, the same chip with slower memory. A configuration depends on shapes and on the table's largest
+rank, never on a batch's content, so that a row's result does not depend on its company.
 """
 
 import json
