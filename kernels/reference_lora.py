@@ -101,9 +101,16 @@ def expand_from(
 
 
 def _tile_rows(tiles: Tiles) -> list[tuple[int, slice]]:
-    """Slot and rows of each tile that has an adapter."""
+    """Slot and rows of each run of tiles of one adapter."""
     entries: list[list[int]] = tiles.entries[: int(tiles.count)].tolist()
-    return [(slot, slice(first, first + rows)) for slot, first, rows, _ in entries if slot >= 0]
+    runs: list[tuple[int, slice]] = []
+    for slot, first, rows, _ in entries:
+        end = first + rows
+        if runs and (runs[-1][0], runs[-1][1].stop) == (slot, first):
+            first = runs.pop()[1].start
+        if slot >= 0:
+            runs.append((slot, slice(first, end)))
+    return runs
 
 
 def _source_rows(tiles: Tiles, rows: slice) -> slice | torch.Tensor:
