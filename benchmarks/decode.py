@@ -5,6 +5,8 @@
 * step_ms: milliseconds from step to step while `batch` sequences decode, over 128 steps from a
   context of about 528 tokens to 656; median of `--repeats` after a discarded one. With
   --contexts running: from contexts as unlike as those of text generation's requests are.
+* prompt_ms: milliseconds from the launch to the end of a step that computes the rows of a prompt
+  (--prompts), alone, and beside decodes of all other sequences of a batch with adapters alike.
 * --profile: where one step's time goes on the GPU, by kernel, and for how long it is idle.
 """
 
@@ -145,6 +147,32 @@ def step_ms(bench: Bench, adapters: Adapters, prompts: list[int], repeats: int) 
     }
 
 
+def prompt_ms(bench: Bench, adapters: Adapters, context: int, prompt: int, trials: int) -> float:
+    """The median time of a step with a prompt for the last adapter; the others decode beside it."""
+    *beside, own = adapters
+    rng, times = np.random.default_rng(1), []
+    bench.submit([context] * len(beside), [SETTLE + WINDOW + 64] * len(beside), beside)
+    if beside:
+        bench.settle(len(beside))
+    for trial in range(-2, trials):
+        ids = tuple(rng.integers(3, bench.vocab, prompt).tolist())
+        bench.engine.submit(Submit(len(adapters) + 2 + trial, ids, adapter=own, max_tokens=2))
+        _synchronize()
+        began = time.perf_counter()
+        bench.engine.step()
+        _synchronize()
+        times.append((time.perf_counter() - began) * 1e3)
+        for _ in range(4):  # until its tokens are made
+            bench.engine.step()
+    bench.cancel(len(beside))
+    return round(statistics.median(times[2:]), 3)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def profile(bench: Bench, adapters: Adapters, prompts: list[int]) -> dict[str, Any]:
     """GPU milliseconds per step by kernel, and the share of time in which no kernel ran."""
     from torch.profiler import ProfilerActivity
@@ -193,6 +221,12 @@ def bench_model(args: argparse.Namespace, name: str) -> Iterator[Row]:
             if args.profile:
                 row = {"scenario": "profile", **common}
                 yield {**row, **profile(bench, adapters, prompts)}
+        for prompt, batch in product(args.prompts, (1, max(args.batches))):
+            adapters = adapters_of(popularity, batch)
+            row = {"scenario": "prompt", "model": name, "popularity": popularity, "rank": rank}
+            row |= {"batch": batch, "context": args.context, "prompt": prompt}
+            milliseconds = prompt_ms(bench, adapters, args.context, prompt, 2 * args.repeats)
+            yield {**row, "prompt_ms": milliseconds}
 
 
 def parse_args() -> argparse.Namespace:
@@ -217,6 +251,7 @@ def parse_args() -> argparse.Namespace:
     option("--contexts", type=names, default=["equal"], help=", ".join(CONTEXTS))
     option("--step-tokens", type=int, default=2048, help="rows of a step at most")
     option("--pages", type=int, help="of the arena; else as many as fit the GPU")
+    option("--prompts", type=numbers, default=[], help="rows of the steps of prompt_ms")
     option("--repeats", type=int, default=3)
     option("--profile", action="store_true", help="break a step down by kernel")
     results.add_options(parser)
@@ -233,13 +268,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, and write after each row, so that an interrupted run keeps its results."""
     args = parse_args()
-    found = Results(args, ("scenario", "model", "popularity", "batch", "context"))
+    found = Results(args, ("scenario", "model", "popularity", "batch", "context", "prompt"))
     for model in args.models:
         for row in bench_model(args, model):
             found.add(row)
         gc.collect()  # graphs and what they compute refer to each other
         torch.cuda.empty_cache()  # the next one sizes its arena by what is free
-    found.print_table(("step_ms", "p99_ms", "tokens_per_s", "idle"))
+    found.print_table(("step_ms", "p99_ms", "prompt_ms", "tokens_per_s", "idle"))
 
 
 if __name__ == "__main__":

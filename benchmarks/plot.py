@@ -35,7 +35,7 @@ TEXTGEN = {
 
 def decode(rows: list[Row]) -> Figure:
     """Step times, 7B."""
-    rows = [row for row in rows if row["context"] != "running"]
+    rows = [row for row in rows if row["scenario"] == "step" and row["context"] != "running"]
     ours = {}
     for row in rows:
         if row["model"] == "7b" and row["popularity"] in ("distinct", "identical"):
