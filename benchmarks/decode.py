@@ -34,7 +34,7 @@ from workload import (
 )
 
 from granatum.kernels.layout import AdapterTable
-from granatum.runner.arena import allocate_arena, page_tokens, pages_that_fit
+from granatum.runner.arena import Arena, allocate_arena, page_tokens, pages_that_fit
 from granatum.runner.config import ModelConfig
 from granatum.runner.engine import Engine
 from granatum.runner.executor import Executor
@@ -42,7 +42,7 @@ from granatum.runner.model import Model
 from granatum.runner.pages import PagePool
 from granatum.runner.records import Submit
 from granatum.runner.scheduler import Limits
-from granatum.runner.weights import random_weights
+from granatum.runner.weights import Weights, random_weights
 
 Adapters = list[str | None]
 WINDOW = 128
@@ -87,30 +87,57 @@ class Bench:
         self.run()
 
 
-def build(args: argparse.Namespace, config: ModelConfig) -> Bench:
-    """An engine with `max_batch` resident adapters."""
-    device = torch.device(args.device)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    weights = random_weights(config, dtype, device)
-    tokens = page_tokens(config, args.rank)
-    longest = max(args.context, MAX_LENGTH) + SETTLE + WINDOW + 2 * args.max_batch + 64
-    limits = Limits(
-        max_batch=args.max_batch,
-        max_waiting=1 << 20,
-        step_tokens=max(args.step_tokens, args.max_batch),
-        page_tokens=tokens,
-        max_context=longest,
-    )
-    page_bytes = tokens * config.kv_elements * dtype.itemsize
-    pages = args.pages or pages_that_fit(page_bytes, device, 0.9)
-    arena = allocate_arena(config, tokens, pages, dtype, device)
-    table = AdapterTable.allocate(args.max_batch, config.layers, device, args.rank)
-    pool = PagePool(pages)
-    adapters = RandomAdapters(config, arena, table, pool, args.max_batch)
-    started = time.perf_counter()
-    executor = Executor(Model(config, weights, arena, table, limits), limits)
-    print(f"engine ready in {time.perf_counter() - started:.1f} s, {pages} pages", flush=True)
-    return Bench(Engine(executor, limits, pool, adapters), config.vocab)
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """A model's random weights and adapters on a device, for engines one after another."""
+
+    config: ModelConfig
+    weights: Weights
+    arena: Arena
+    table: AdapterTable
+    adapters: RandomAdapters
+    pool: PagePool
+    limits: Limits
+
+    @classmethod
+    def build(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        *,
+        rank: int,
+        step_tokens: int,
+        context: int,
+        device: torch.device,
+        pages: int | None = None,
+    ) -> "Rig":
+        """For `batch` sequences and adapters; with as many pages as fit, unless told."""
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        weights = random_weights(config, dtype, device)
+        tokens = page_tokens(config, rank)
+        limits = Limits(
+            max_batch=batch,
+            max_waiting=1 << 20,
+            step_tokens=max(step_tokens, batch),
+            page_tokens=tokens,
+            max_context=max(context, MAX_LENGTH) + SETTLE + WINDOW + 2 * batch + 64,
+        )
+        page_bytes = tokens * config.kv_elements * dtype.itemsize
+        pages = pages or pages_that_fit(page_bytes, device, 0.9)
+        arena = allocate_arena(config, tokens, pages, dtype, device)
+        table = AdapterTable.allocate(batch, config.layers, device, rank)
+        pool = PagePool(pages)
+        adapters = RandomAdapters(config, arena, table, pool, batch)
+        return cls(config, weights, arena, table, adapters, pool, limits)
+
+    def bench(self) -> Bench:
+        """A new engine, which captures its steps' graphs."""
+        started = time.perf_counter()
+        model = Model(self.config, self.weights, self.arena, self.table, self.limits)
+        engine = Engine(Executor(model, self.limits), self.limits, self.pool, self.adapters)
+        seconds = time.perf_counter() - started
+        print(f"engine ready in {seconds:.1f} s, {self.pool.total} pages", flush=True)
+        return Bench(engine, self.config.vocab)
 
 
 def adapters_of(popularity: str, batch: int) -> Adapters:
@@ -207,7 +234,15 @@ def profile(bench: Bench, adapters: Adapters, prompts: list[int]) -> dict[str, A
 
 def bench_model(args: argparse.Namespace, name: str) -> Iterator[Row]:
     """Every row of one model."""
-    bench = build(args, SHAPES[name])
+    bench = Rig.build(
+        SHAPES[name],
+        args.max_batch,
+        rank=args.rank,
+        step_tokens=args.step_tokens,
+        context=args.context,
+        device=torch.device(args.device),
+        pages=args.pages,
+    ).bench()
     for popularity in args.popularities:
         rank = 0 if popularity == BACKBONE else args.rank
         for batch, contexts in product(args.batches, args.contexts):

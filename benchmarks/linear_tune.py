@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -178,10 +178,9 @@ def report(search: Search, rows: int) -> None:
 def write(out: Path, found: list[Search]) -> None:
     """Everything measured, and the table of the best."""
     table = {
-        shape_key(s.in_features, s.out_features, rows): asdict(best) if best else None
+        shape_key(s.in_features, s.out_features, rows): s.best(rows)
         for s in found
         for rows in s.measured
-        for best in [s.best(rows)]
     }
     measured = [
         {"linear": s.name, "rows": rows, "config": asdict(c) if c else None, "us": us}
@@ -192,8 +191,14 @@ def write(out: Path, found: list[Search]) -> None:
     gpu = torch.cuda.get_device_name()
     out.mkdir(parents=True, exist_ok=True)
     (out / "tune.json").write_text(json.dumps({"gpu": gpu, "measured": measured}, indent=1))
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(c)}" for key, c in table.items())
-    (out / "table.json").write_text(f'{{"gpu": "{gpu}", "configs": {{\n{lines}\n}}}}\n')
+    write_table(out / "table.json", table)
+
+
+def write_table(path: Path, table: Mapping[str, Config | None]) -> None:
+    """As `kernels/linear.py` reads it, a line for each shape."""
+    rows = (f"  {json.dumps(k)}: {json.dumps(asdict(c) if c else None)}" for k, c in table.items())
+    gpu, lines = torch.cuda.get_device_name(), ",\n".join(rows)
+    path.write_text(f'{{"gpu": "{gpu}", "configs": {{\n{lines}\n}}}}\n')
 
 
 def parse_args() -> argparse.Namespace:

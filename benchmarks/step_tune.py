@@ -15,32 +15,25 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from decode import Adapters, Bench, adapters_of
-from linear_tune import compile_tile, fits
-from random_adapters import RandomAdapters
+from decode import Rig, adapters_of, step_ms
+from linear_tune import compile_tile, fits, write_table
 from workload import SHAPES
 
 from granatum.kernels import linear
-from granatum.kernels.layout import AdapterTable
 from granatum.kernels.linear import Config, block_rows, shape_key
 from granatum.runner import executor
-from granatum.runner.arena import Arena, allocate_arena, page_tokens, pages_that_fit
-from granatum.runner.config import GROUPS, ModelConfig
-from granatum.runner.engine import Engine
+from granatum.runner.config import GROUPS
 from granatum.runner.inputs import StepShape, decode_shape, mixed_shape
-from granatum.runner.model import Model
-from granatum.runner.pages import PagePool
 from granatum.runner.scheduler import Limits
-from granatum.runner.weights import Weights, random_weights
 
 Table = dict[str, Config | None]
 POPULARITIES = ("distinct", "identical")
-PROMPT, WINDOW, STEP_TOKENS = 512, 96, 512
+PROMPT, STEP_TOKENS = 512, 512
 RANK = 16
 TILES = (
     Config(64, 128, 1, 4, 3),
@@ -58,54 +51,11 @@ NOISE_MS = 0.01
 _COMPILERS = 12
 
 
-@dataclass
-class Rig:
-    """A model's weights and adapters on the GPU, for engines that differ in their cuts."""
-
-    config: ModelConfig
-    weights: Weights
-    arena: Arena
-    table: AdapterTable
-    adapters: RandomAdapters
-    pool: PagePool
-    limits: Limits
-
-    @classmethod
-    def build(cls, config: ModelConfig, batch: int) -> "Rig":
-        """With as many adapters as sequences."""
-        device, dtype = torch.device("cuda"), torch.bfloat16
-        tokens = page_tokens(config, RANK)
-        limits = Limits(batch, 1 << 20, STEP_TOKENS, tokens, PROMPT + 4 * WINDOW)
-        weights = random_weights(config, dtype, device)
-        pages = pages_that_fit(tokens * config.kv_elements * dtype.itemsize, device, 0.8)
-        arena = allocate_arena(config, tokens, pages, dtype, device)
-        table, pool = AdapterTable.allocate(batch, config.layers, device, RANK), PagePool(pages)
-        adapters = RandomAdapters(config, arena, table, pool, batch)
-        return cls(config, weights, arena, table, adapters, pool, limits)
-
-    def bench(self) -> Bench:
-        """A new engine, which captures what the table says now."""
-        gc.collect()
-        model = Model(self.config, self.weights, self.arena, self.table, self.limits)
-        runs = executor.Executor(model, self.limits)
-        return Bench(Engine(runs, self.limits, self.pool, self.adapters), self.config.vocab)
-
-    def step_ms(self, batch: int) -> list[float]:
-        """Milliseconds of a step of each popularity, in a new engine."""
-        bench = self.bench()
-        return [_step_ms(bench, adapters_of(popularity, batch)) for popularity in POPULARITIES]
-
-
-def _step_ms(bench: Bench, adapters: Adapters) -> float:
-    batch = len(adapters)
-    bench.submit([PROMPT] * batch, [4 * WINDOW] * batch, adapters)
-    bench.settle(batch)
-    began = time.perf_counter()
-    for _ in range(WINDOW):
-        bench.engine.step()
-    took = time.perf_counter() - began
-    bench.cancel(batch)
-    return took / WINDOW * 1e3
+def both_ms(rig: Rig, batch: int) -> list[float]:
+    """Milliseconds of a step of each popularity, in a new engine."""
+    gc.collect()  # the engine before this one and its graphs
+    bench, prompts = rig.bench(), [PROMPT] * batch
+    return [step_ms(bench, adapters_of(p, batch), prompts, 1)["step_ms"] for p in POPULARITIES]
 
 
 def capture_only(batch: int) -> None:
@@ -131,13 +81,6 @@ def read(path: Path) -> Table:
     return {key: config and Config(**config) for key, config in configs.items()}
 
 
-def write(path: Path, table: Table) -> None:
-    """As `linear_tune.py` does."""
-    rows = (f"  {json.dumps(k)}: {json.dumps(c and asdict(c))}" for k, c in table.items())
-    gpu, lines = torch.cuda.get_device_name(), ",\n".join(rows)
-    path.write_text(f'{{"gpu": "{gpu}", "configs": {{\n{lines}\n}}}}\n')
-
-
 def trials(in_features: int, out_features: int, rows: int) -> Iterator[Config | None]:
     """Other cuts of a linear, and the library's (None)."""
     yield None
@@ -155,7 +98,7 @@ def tune(rig: Rig, batch: int, path: Path, seconds: float) -> None:
     deadline, table, config = time.monotonic() + seconds, read(path), rig.config
     capture_only(batch)
     use(table)
-    best = sum(rig.step_ms(batch))
+    best = sum(both_ms(rig, batch))
     linears = [(g, config.in_features[g], sum(config.out_features[g])) for g in GROUPS]
     for name, k, n in (*linears, ("head", config.hidden, config.vocab)):
         key = shape_key(k, n, batch)
@@ -164,13 +107,13 @@ def tune(rig: Rig, batch: int, path: Path, seconds: float) -> None:
             if trial == kept or time.monotonic() > deadline:
                 continue
             use({**table, key: trial})
-            times = rig.step_ms(batch)
+            times = both_ms(rig, batch)
             better = sum(times) < best - NOISE_MS
             print(f"{name:<8} {batch:>3} {[round(ms, 3) for ms in times]} {best / 2:.3f} {trial}"
                   f"{' *' if better else ''}", flush=True)  # fmt: skip
             if better:
                 best, table[key] = sum(times), trial
-                write(path, table)
+                write_table(path, table)
         use(table)
 
 
@@ -191,7 +134,10 @@ def main() -> None:
     print(*failures, sep="\n")
     for model in args.models.split(","):
         for batch in batches:
-            tune(Rig.build(SHAPES[model], batch), batch, args.table, args.seconds)
+            rig = Rig.build(SHAPES[model], batch, rank=RANK, step_tokens=STEP_TOKENS,
+                            context=PROMPT, device=torch.device("cuda"))  # fmt: skip
+            tune(rig, batch, args.table, args.seconds)
+            del rig
             gc.collect()
             torch.cuda.empty_cache()
 

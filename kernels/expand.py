@@ -265,10 +265,16 @@ def expand_from(
     """y[t, slice p] = bias[slice p] + scale_p * (sum of t's partials of p) @ B_p of tiles' rows t.
 
     As `expand`, but y is made; rows of tiles without an adapter, and projections that an adapter
-    leaves alone, are the bias, or 0 if there is none. For tiles long enough for the tensor cores.
+    leaves alone, are the bias [N], or 0 if there is none. For tiles long enough for the tensor
+    cores.
+
+    Raises:
+        ValueError: a shape, stride or dtype that the op cannot take.
     """
     shape, config = _check(y, in_features, table, group, out_features, tiles, workspace)
     require(shape.dot, f"tiles of {tiles.block_m} rows are too short")
+    if bias is not None:
+        require_rows("bias", bias, (y.shape[1],))
     if not runs_kernel(y):
         reference.expand_from(
             bias, y, in_features, arena, table, layer, group, out_features, tiles, workspace
@@ -346,7 +352,7 @@ def launch_expand(
         BLOCK_R=config.expand_r,
         PDL=config.pdl,
         num_warps=config.expand_warps,
-        num_stages=config.expand_stages,
+        num_stages=1,  # the compiler copies B ahead with more, and spills
         **options,
         **config.launch_options,
     )

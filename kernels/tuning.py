@@ -49,7 +49,6 @@ class Config:
     expand_span: int
     expand_r: int
     expand_warps: int
-    expand_stages: int
     pdl: bool
 
     def chunks(self, shape: "Shape") -> int:
@@ -113,7 +112,6 @@ def default_config(shape: Shape, *, pdl: bool = False) -> Config:
             expand_span=1024,
             expand_r=16,
             expand_warps=4,
-            expand_stages=1,
             pdl=pdl,
         )
     return Config(
@@ -127,7 +125,6 @@ def default_config(shape: Shape, *, pdl: bool = False) -> Config:
         expand_span=256,
         expand_r=16,
         expand_warps=1,
-        expand_stages=1,
         pdl=pdl,
     )
 

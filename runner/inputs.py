@@ -107,6 +107,8 @@ class Step:
 
 _ALIGNMENT = 32
 """Elements."""
+_TILES = ("short_tiles", "long_tiles", "query_tiles")
+"""In the order of their counts."""
 _SAMPLING = ("temperature", "top_p", "min_p", "uniform", "repetition", "presence", "frequency")
 
 
@@ -124,13 +126,10 @@ def _shapes(limits: Limits) -> dict[str, tuple[int, ...]]:
     largest = mixed_shape(rows, batch, batch, batch, lora=True)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("tokens", "positions", "kv_slots"), (rows,))
     shapes |= dict.fromkeys(("lengths", "seats", "sample_rows", "top_k", *_SAMPLING), (batch,))
-    tiles = {
-        "short_tiles": max(batch, min(rows, FEW_ROWS)),
-        "long_tiles": largest.long_tiles,
-        "query_tiles": largest.query_tiles,
-    }
-    shapes |= {name: (capacity, 4) for name, capacity in tiles.items()}
-    shapes |= {"counts": (len(tiles),)}
+    short = max(batch, min(rows, FEW_ROWS))
+    capacities = (short, largest.long_tiles, largest.query_tiles)
+    shapes |= {name: (capacity, 4) for name, capacity in zip(_TILES, capacities, strict=True)}
+    shapes |= {"counts": (len(_TILES),)}
     return {**shapes, "page_table": (batch, limits.pages_for(limits.max_context))}
 
 
@@ -197,17 +196,17 @@ class HostInputs:
             slots += [span.sequence.slot] * span.rows
         short = len(plan.decodes) if shape.long_tiles else len(slots)
         tiles = make_tiles(slots[:short], DECODE_BLOCK_M)
-        self._put_tiles("short_tiles", 0, [(*tile, 0) for tile in tiles])
+        self._put_tiles("short_tiles", [(*tile, 0) for tile in tiles])
         if shape.long_tiles:
             slots[:short] = [None] * short
             tiles = make_tiles(slots, PREFILL_BLOCK_M, base=True)
-            self._put_tiles("long_tiles", 1, [(*tile, 0) for tile in tiles])
+            self._put_tiles("long_tiles", [(*tile, 0) for tile in tiles])
         if shape.query_tiles:
             chunks, first = [], len(plan.decodes)
             for index, span in enumerate(plan.chunks):
                 chunks.append((len(plan.decodes) + index, first, span.rows, span.start))
                 first += span.rows
-            self._put_tiles("query_tiles", 2, make_query_tiles(chunks, QUERY_TILE_ROWS))
+            self._put_tiles("query_tiles", make_query_tiles(chunks, QUERY_TILE_ROWS))
 
     def _fill_sampling(self, spans: tuple[Span, ...]) -> None:
         all_params = [span.sequence.submit.sampling for span in spans]
@@ -230,10 +229,10 @@ class HostInputs:
         array[: len(values)] = values
         array[len(values) : padded] = padding
 
-    def _put_tiles(self, name: str, index: int, tiles: list[tuple[int, int, int, int]]) -> None:
+    def _put_tiles(self, name: str, tiles: list[tuple[int, int, int, int]]) -> None:
         if tiles:
             self._arrays[name][: len(tiles)] = tiles
-        self._arrays["counts"][index] = len(tiles)
+        self._arrays["counts"][_TILES.index(name)] = len(tiles)
 
 
 class DeviceInputs:
@@ -265,13 +264,14 @@ class DeviceInputs:
             lengths=part["lengths"][: shape.decodes],
             seats=part["seats"][: shape.samples],
             sample_rows=part["sample_rows"][: shape.samples],
-            short_tiles=self._tiles("short_tiles", 0, shape.short_tiles, DECODE_BLOCK_M),
-            long_tiles=self._tiles("long_tiles", 1, shape.long_tiles, PREFILL_BLOCK_M),
-            query_tiles=self._tiles("query_tiles", 2, shape.query_tiles, QUERY_TILE_ROWS),
+            short_tiles=self._tiles("short_tiles", shape.short_tiles, DECODE_BLOCK_M),
+            long_tiles=self._tiles("long_tiles", shape.long_tiles, PREFILL_BLOCK_M),
+            query_tiles=self._tiles("query_tiles", shape.query_tiles, QUERY_TILE_ROWS),
             sampling=self.sampling(shape.samples),
         )
 
-    def _tiles(self, name: str, index: int, capacity: int, block_m: int) -> Tiles:
+    def _tiles(self, name: str, capacity: int, block_m: int) -> Tiles:
+        index = _TILES.index(name)
         count = self._tensors["counts"][index : index + 1]
         return Tiles(self._tensors[name][:capacity], count, block_m)
 
