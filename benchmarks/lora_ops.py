@@ -5,8 +5,9 @@
 All batches at rank 16, some at the other ranks, and a batch whose adapters' ranks differ beside
 batches of each of these ranks. A row is a shrink and its expand, in a CUDA graph over enough layers
 that the L2 cache does not serve the adapters. Necessary bytes are A and B of each adapter in use
-and x, read once, and y, read and written once. Prompts are also measured with their linear:
-`linear_us` alone, `with_lora_us` together. `--peer` names a JSON file whose `results` hold
+and x, read once, and y, read and written once. Prompts are also measured as a step goes:
+`linear_us` is their linear, `without_lora_us` that and the kernel that reads what it makes,
+`with_lora_us` the same with adapters. `--peer` names a JSON file whose `results` hold
 another implementation's times of the same cases: model, group, rank, tokens, kind, and `us` by
 implementation; its baseline's time becomes `vllm_us`.
 """
@@ -21,12 +22,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 import lora_ops_cases as cases
+import lora_ops_prompts as prompts
 import torch
 from results import Results, Row, add_options
 
 from granatum.kernels import lora
 from granatum.kernels.bench import setup, tile_batch
-from granatum.kernels.layout import GROUPS, AdapterTable, Tiles
+from granatum.kernels.layout import GROUPS, AdapterTable
 
 KEY = ("model", "group", "rank", "rows", "popularity")
 POOL_BYTES = 250e6
@@ -92,37 +94,6 @@ def measure(case: Case, matrices: cases.Matrices) -> float:
     runs[0](x, y)
     torch.testing.assert_close(y.float(), expected, rtol=8e-3, atol=4e-3)
     return cases.graph_us([partial(run, x, y) for run in runs])
-
-
-def measure_with_linear(case: Case, matrices: cases.Matrices) -> dict[str, float]:
-    """Microseconds of the base linear, and of it with the adapters; checked against float32."""
-    linear, batch = case.linear, case.batch
-    slots, layers = batch.distinct, 4
-    packed = cases.pack_matrices(
-        cases.Matrices(*(tuple(m[: slots * layers] for m in ms) for ms in (matrices.a, matrices.b)))
-    )
-    table = packed.table(linear.group_index, slots, layers)
-    x, y = cases.activations(linear, batch)
-    tiles = Tiles.allocate(batch.rows, lora.PREFILL_BLOCK_M, x.device)
-    tiles.fill(lora.make_tiles(batch.adapters, tiles.block_m, base=True))
-    shape = (linear.in_features, linear.out_features)
-    elements = lora.workspace_elements(batch.rows, *shape, tiles.block_m, linear.rank, x.device)
-    workspace = torch.empty(elements, device=x.device)
-    scale = linear.in_features**-0.5
-    weights = [
-        torch.randn(y.shape[1], x.shape[1], dtype=x.dtype, device=x.device) * scale
-        for _ in range(layers)
-    ]
-
-    def together(layer: int) -> torch.Tensor:
-        place = (packed.arena, table, layer, linear.group_index, linear.out_features)
-        return lora.linear_with_lora(x, weights[layer], None, *place, tiles, workspace)
-
-    expected = cases.truth(batch, matrices, x, x.float() @ weights[0].float().T)
-    torch.testing.assert_close(together(0).float(), expected, rtol=2e-2, atol=2e-2)
-    alone = [partial(torch.nn.functional.linear, x, weight) for weight in weights]
-    times = cases.alternating_us(alone, [partial(together, layer) for layer in range(layers)])
-    return dict(zip(("linear_us", "with_lora_us"), (round(us, 2) for us in times), strict=True))
 
 
 def measure_mixed(linears: Sequence[cases.Linear]) -> float:
@@ -220,8 +191,9 @@ def report(title: str, rows: Sequence[Row]) -> None:
         if all(r["vllm_us"] for r in own):
             line += f"  vLLM {sum(r['vllm_us'] for r in own):8.2f}"
         if all("linear_us" in r for r in own):
-            alone, together = (sum(r[name] for r in own) for name in ("linear_us", "with_lora_us"))
-            line += f"  linears {alone:8.2f}, with LoRA {together / alone - 1:+.1%}"
+            alone, bare, together = (sum(r[name] for r in own) for name in prompts.TIMES)
+            added = together - bare
+            line += f"  linears {alone:8.2f}, LoRA adds {added:.2f}, {added / alone:.1%}"
         print(line, flush=True)
 
 
@@ -253,7 +225,7 @@ def main() -> None:
                 for case in (Case(linear, batch) for batch in batches):
                     measured = row(case, measure(case, matrices), bandwidth, peer)
                     if case.batch.rows >= PROMPT_ROWS:
-                        measured |= measure_with_linear(case, matrices)
+                        measured |= prompts.measure(linear, case.batch, matrices)
                     found.add(measured)
                     mine.append(measured)
             report(f"{model} rank {rank}", mine)

@@ -1,5 +1,6 @@
 """SGMV-expand: adds the partial sums of a shrink, multiplies with B and adds to y, or makes y."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,13 @@ import torch
 from granatum.kernels import reference_lora as reference
 from granatum.kernels.backend import dot, jit, require, require_rows, runs_kernel, tl, triton
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
-from granatum.kernels.shrink import load_inside, load_tile, source_rows, tile_programs
+from granatum.kernels.shrink import (
+    load_adapter_tile,
+    load_inside,
+    load_tile,
+    source_rows,
+    tile_programs,
+)
 from granatum.kernels.tuning import Config, Shape, config_for, power_of_two
 
 _FEWEST_BLOCKS = 128
@@ -29,7 +36,7 @@ def _find_slice(block, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BLO
 
 
 @jit()
-def _rank_before(ranks, p, PROJECTIONS: tl.constexpr):
+def rank_before(ranks, p, PROJECTIONS: tl.constexpr):
     """The projection's rank, and its first row in the group's stacked A."""
     rank = tl.load(ranks)
     column = tl.zeros_like(rank)
@@ -74,10 +81,10 @@ def _expand_rows_kernel(
     """
     block = tl.program_id(0)
     tile = tl.program_id(1)
-    slot, first, rows = load_tile(entries, count, tile)
+    slot, first, rows = load_adapter_tile(entries, count, tile)
     p, column, width, begin = _find_slice(block, N0, N1, N2, BLOCK_N)
     place = (slot * layers + layer) * 7 + PROJECTION
-    rank, stacked_row = _rank_before(ranks + place, p, PROJECTIONS)
+    rank, stacked_row = rank_before(ranks + place, p, PROJECTIONS)
     b_start = arena + tl.multiple_of(tl.load(b_offsets + place + p), 32)
     scale = tl.load(scales + place + p)
     if (rows > 0) & (rank > 0):
@@ -124,7 +131,7 @@ def _expand_rows_kernel(
 
 
 @jit()
-def _sum_chunks(at, known, chunk_stride, CHUNKS: tl.constexpr):
+def sum_chunks(at, known, chunk_stride, CHUNKS: tl.constexpr):
     """A shrink's results: its partial sums, added in order."""
     total = tl.load(at, mask=known, other=0.0)
     for chunk in range(1, CHUNKS):
@@ -133,7 +140,7 @@ def _sum_chunks(at, known, chunk_stride, CHUNKS: tl.constexpr):
 
 
 @jit()
-def _dot_expanded(v, b, total):
+def dot_expanded(v, b, total):
     """total + v @ b; with a bfloat16 b, v's high and low halves in turn, else both as float32."""
     if b.dtype == tl.bfloat16:
         high = v.to(tl.bfloat16)
@@ -186,7 +193,7 @@ def _expand_tiles_kernel(
     for tile in range(tl.program_id(1), tl.load(count), tl.num_programs(1)):
         slot, first, rows = load_tile(entries, count, tile)
         place = (tl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
-        rank, stacked_row = _rank_before(ranks + place, p, PROJECTIONS)
+        rank, stacked_row = rank_before(ranks + place, p, PROJECTIONS)
         rank = tl.where(slot < 0, 0, rank)
         b_start = arena + tl.multiple_of(tl.load(b_offsets + place + p), 32)
         scale = tl.load(scales + place + p)
@@ -198,7 +205,7 @@ def _expand_tiles_kernel(
             y_rows = y + source_rows(order, first + m, m < rows)[:, None] * y_stride + begin
             v_at = partials + (first + m).to(tl.int64)[:, None] * workspace_width + stacked_row
             known = present & (r < rank)[None, :]
-            v = _sum_chunks(v_at + r[None, :], known, chunk_stride, CHUNKS)
+            v = sum_chunks(v_at + r[None, :], known, chunk_stride, CHUNKS)
             for at in range(column, tl.minimum(column + SPAN, width), BLOCK_N):
                 n = at + tl.arange(0, BLOCK_N)
                 kept = present & (n < width)[None, :]
@@ -206,15 +213,15 @@ def _expand_tiles_kernel(
                     base = tl.load(y_rows + n[None, :], mask=kept, other=0.0)
                 b_at = b_start + r[:, None] * width + n[None, :]
                 b = tl.load(b_at, mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
-                delta = _dot_expanded(v, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+                delta = dot_expanded(v, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
                 for done in range(BLOCK_R, rank, BLOCK_R):
                     more = done + r
                     b_at = b_start + more[:, None] * width + n[None, :]
                     b = tl.load(b_at, mask=(more < rank)[:, None] & (n < width)[None, :], other=0.0)
-                    v_more = _sum_chunks(
+                    v_more = sum_chunks(
                         v_at + more[None, :], present & (more < rank)[None, :], chunk_stride, CHUNKS
                     )
-                    delta = _dot_expanded(v_more, b, delta)
+                    delta = dot_expanded(v_more, b, delta)
                 total = scale * delta
                 if ADD:
                     total += base.to(tl.float32)
@@ -243,7 +250,7 @@ def expand(
     Raises:
         ValueError: a shape, stride or dtype that the op cannot take.
     """
-    shape, config = _check(y, in_features, table, group, out_features, tiles, workspace)
+    shape, config = check_expand(y, in_features, table, group, out_features, tiles, workspace)
     if not runs_kernel(y):
         reference.expand(y, in_features, arena, table, layer, group, out_features, tiles, workspace)
         return
@@ -271,7 +278,7 @@ def expand_from(
     Raises:
         ValueError: a shape, stride or dtype that the op cannot take.
     """
-    shape, config = _check(y, in_features, table, group, out_features, tiles, workspace)
+    shape, config = check_expand(y, in_features, table, group, out_features, tiles, workspace)
     require(shape.dot, f"tiles of {tiles.block_m} rows are too short")
     if bias is not None:
         require_rows("bias", bias, (y.shape[1],))
@@ -285,7 +292,7 @@ def expand_from(
     )
 
 
-def _check(
+def check_expand(
     y: torch.Tensor,
     in_features: int,
     table: AdapterTable,
@@ -294,6 +301,11 @@ def _check(
     tiles: Tiles,
     workspace: torch.Tensor,
 ) -> tuple[Shape, Config]:
+    """Refuse what an expand into y cannot take; else its shape and how it is cut into blocks.
+
+    Raises:
+        ValueError: naming it.
+    """
     require_rows("y", y, (y.shape[0], sum(out_features)))
     require(len(out_features) == GROUP_PROJECTIONS[group], f"group {group} is not {out_features}")
     shape = Shape(in_features, out_features, table.max_rank, tiles.block_m)
@@ -324,7 +336,7 @@ def launch_expand(
     if shape.dot:
         kernel, made = _expand_tiles_kernel, (bias,)
         across = tile_programs(tiles, y.shape[0])
-        span = _span(config, outs, across)
+        span = fitting_span(span, config.expand_n, outs, across)
         options = {"BLOCK_M": power_of_two(shape.block_m), "SPAN": span, "ADD": add}
     kernel[(_blocks(outs, span), across)](
         y,
@@ -358,16 +370,15 @@ def launch_expand(
     )
 
 
-def _span(config: Config, outs: tuple[int, ...], across: int) -> int:
+def fitting_span(span: int, least: int, outs: Sequence[int], across: int) -> int:
     """Columns that a block goes through: fewer where there are few rows, to fill the GPU.
 
     That changes no sum.
     """
-    span = config.expand_span
-    while span > config.expand_n and _blocks(outs, span) * across < _FEWEST_BLOCKS:
+    while span > least and _blocks(outs, span) * across < _FEWEST_BLOCKS:
         span //= 2
     return span
 
 
-def _blocks(outs: tuple[int, ...], span: int) -> int:
+def _blocks(outs: Sequence[int], span: int) -> int:
     return sum(-(-n // span) for n in outs)

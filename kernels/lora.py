@@ -14,6 +14,8 @@ on the tensor cores. The two sum in different orders, and may differ in the last
 `add_lora` adds to what a linear made. `linear_with_lora` goes the other way round where rows are
 many: y is made of what the adapters add, and the linear, which computes long enough to hide that
 it reads y, adds to it. So y travels once less, where it is too large for the L2 cache.
+`silu_mul_with_lora` and `rope_with_lora` add nothing to y at all, but to what the kernel that reads
+y next has in its registers: y then travels as it does without adapters, and a launch is saved.
 """
 
 import torch
@@ -22,7 +24,10 @@ from torch.nn import functional
 from granatum.kernels import reference_lora as reference
 from granatum.kernels.backend import runs_kernel
 from granatum.kernels.expand import expand, expand_from
-from granatum.kernels.layout import AdapterTable, Tiles, make_tiles
+from granatum.kernels.expand_rope import QKV, expand_rope_and_write_kv
+from granatum.kernels.expand_silu import GATE_UP, expand_silu_mul
+from granatum.kernels.layout import AdapterTable, KvLayout, Tiles, make_tiles
+from granatum.kernels.rope import Rotary
 from granatum.kernels.shrink import shrink
 from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M, Shape, config_for
 
@@ -40,7 +45,9 @@ __all__ = [
     "expand_from",
     "linear_with_lora",
     "make_tiles",
+    "rope_with_lora",
     "shrink",
+    "silu_mul_with_lora",
     "workspace_elements",
 ]
 
@@ -120,3 +127,57 @@ def linear_with_lora(
     shrink(x, *adapters)
     expand_from(bias, y, x.shape[1], *adapters)
     return torch.addmm(y, x, weight.t(), out=y)
+
+
+def silu_mul_with_lora(
+    gate_up: torch.Tensor,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    arena: torch.Tensor,
+    table: AdapterTable,
+    layer: int,
+    tiles: Tiles,
+    workspace: torch.Tensor,
+    *,
+    beside_linear: bool = False,
+) -> None:
+    """out = silu(gate + g) * (up + u) of tiles' rows, where g and u are what adapters make of x.
+
+    gate_up [T, 2 N]: the linear's, of x [T, K]; it stays as it is. out [T, N]. Tiles of slot -1
+    hold rows without an adapter; rows in no tile are not written. The rest as in `add_lora`.
+
+    Raises:
+        ValueError: a shape, stride or dtype that the op cannot take.
+    """
+    outs = (out.shape[1], out.shape[1])
+    shrink(x, arena, table, layer, GATE_UP, outs, tiles, workspace, beside_linear=beside_linear)
+    expand_silu_mul(gate_up, out, x.shape[1], arena, table, layer, tiles, workspace)
+
+
+def rope_with_lora(
+    qkv: torch.Tensor,
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    rotary: Rotary,
+    kv: KvLayout,
+    kv_slots: torch.Tensor,
+    arena: torch.Tensor,
+    table: AdapterTable,
+    layer: int,
+    tiles: Tiles,
+    workspace: torch.Tensor,
+) -> None:
+    """Add to q, k and v what adapters make of x, then rotate and write as `rope_and_write_kv` does.
+
+    qkv [T, (heads + 2 kv_heads) head_dim]: the linear's, of x [T, K]; q is rotated in place, k and
+    v stay as they are. Tiles as `linear_with_lora` takes them; rows in no tile are left alone.
+
+    Raises:
+        ValueError: a shape, stride or dtype that the op cannot take.
+    """
+    narrow = kv.kv_heads * kv.head_dim
+    outs = (qkv.shape[1] - 2 * narrow, narrow, narrow)
+    shrink(x, arena, table, layer, QKV, outs, tiles, workspace)
+    expand_rope_and_write_kv(
+        qkv, x.shape[1], positions, rotary, kv, kv_slots, arena, table, layer, tiles, workspace
+    )

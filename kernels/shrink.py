@@ -37,6 +37,13 @@ def load_tile(entries, count, tile):
 
 
 @jit()
+def load_adapter_tile(entries, count, tile):
+    """As `load_tile`, where a tile without an adapter is a spare one."""
+    slot, first, rows = load_tile(entries, count, tile)
+    return tl.maximum(slot, 0), first, tl.where(slot < 0, 0, rows)
+
+
+@jit()
 def load_inside(at, inside, FULL: tl.constexpr):
     """Weights where they are inside, else 0; FULL: all are."""
     return tl.load(at) if FULL else tl.load(at, mask=inside, other=0.0)
@@ -79,7 +86,7 @@ def _shrink_rows_kernel(
     chunk = tl.program_id(0)
     tile = tl.program_id(1)
     rank_block = tl.program_id(2)
-    slot, first, rows = load_tile(entries, count, tile)
+    slot, first, rows = load_adapter_tile(entries, count, tile)
     place = slot * layers + layer
     a_start = arena + tl.multiple_of(tl.load(a_offsets + place * 4 + GROUP), 32)
     stacked = tl.load(ranks + place * 7 + PROJECTION)

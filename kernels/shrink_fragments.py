@@ -19,12 +19,12 @@ def serves(x: torch.Tensor) -> bool:
 
 
 @jit()
-def _load_tile(entries, count, tile):
-    """As `shrink.load_tile`."""
-    used = tile < gl.load(count)
+def _load_adapter_tile(entries, count, tile):
+    """As `shrink.load_adapter_tile`."""
     slot = gl.load(entries + tile * 4)
     first = gl.load(entries + tile * 4 + 1)
     rows = gl.load(entries + tile * 4 + 2)
+    used = (tile < gl.load(count)) & (slot >= 0)
     return gl.where(used, slot, 0).to(gl.int64), first, gl.where(used, rows, 0)
 
 
@@ -74,7 +74,7 @@ def shrink_kernel(
     chunk = gl.program_id(0)
     tile = gl.program_id(1)
     rank_block = gl.program_id(2)
-    slot, first, rows = _load_tile(entries, count, tile)
+    slot, first, rows = _load_adapter_tile(entries, count, tile)
     place = slot * layers + layer
     a_start = arena + gl.multiple_of(gl.load(a_offsets + place * 4 + GROUP), 32)
     stacked = gl.load(ranks + place * 7 + PROJECTION)

@@ -6,7 +6,13 @@ from granatum.kernels.activation import silu_mul
 from granatum.kernels.decode_attention import allocate_decode_workspace, decode_attention
 from granatum.kernels.layout import AdapterTable
 from granatum.kernels.linear import allocate_workspace, linear, runs_kernel_of_ours
-from granatum.kernels.lora import add_lora, linear_with_lora, workspace_elements
+from granatum.kernels.lora import (
+    add_lora,
+    linear_with_lora,
+    rope_with_lora,
+    silu_mul_with_lora,
+    workspace_elements,
+)
 from granatum.kernels.norm import add_rms_norm, embed_rms_norm
 from granatum.kernels.prefill_attention import prefill_attention
 from granatum.kernels.rope import Rotary, rope_and_write_kv
@@ -61,10 +67,7 @@ class Model:
                 add_rms_norm(x, residual, layer.input_norm, eps)
             x = self._linear(step, index, "o", layer.o, self._attend(step, index, x))
             add_rms_norm(x, residual, layer.post_norm, eps)
-            gate_up = self._linear(step, index, "gate_up", layer.gate_up, x)
-            inner = gate_up.new_empty(gate_up.shape[0], self.config.intermediate)
-            silu_mul(gate_up, inner)
-            x = self._linear(step, index, "down", layer.down, inner)
+            x = self._linear(step, index, "down", layer.down, self._activate(step, index, x))
         sampled = x.new_empty(step.sample_rows.shape[0], x.shape[1])
         add_rms_norm(x, residual, weights.norm, eps, sampled, step.sample_rows)
         return linear(sampled, weights.head, None, self._sums)
@@ -72,7 +75,8 @@ class Model:
     def _attend(self, step: Step, index: int, x: torch.Tensor) -> torch.Tensor:
         """Attention's output [rows, heads * head_dim] before the output projection."""
         layer, config, arena = self._weights.layers[index], self.config, self._arena
-        qkv = self._linear(step, index, "qkv", layer.qkv, x)
+        qkv = linear(x, layer.qkv.weight, layer.qkv.bias, self._sums)
+        self._add_short(step, index, "qkv", layer.qkv, qkv, x)
         q, k, v = torch.split(qkv, list(config.out_features["qkv"]), dim=1)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         rotary = Rotary(self._cos, self._sin, layer.q_norm, layer.k_norm, config.rms_eps)
@@ -84,25 +88,61 @@ class Model:
                 step.lengths, scale, out[:decodes], self._pieces,
             )  # fmt: skip
         if step.shape.query_tiles:  # after the decodes, which clear the rows beyond theirs
-            rope_and_write_kv(q, k, v, step.positions, rotary, *place, step.kv_slots)
+            if step.shape.long_tiles:
+                rope_with_lora(
+                    qkv, x, step.positions, rotary, arena.kv, step.kv_slots, arena.pages,
+                    self._table, index, step.long_tiles, self._partials,
+                )  # fmt: skip
+            else:
+                rope_and_write_kv(q, k, v, step.positions, rotary, *place, step.kv_slots)
             prefill_attention(q, *place, step.page_table, step.query_tiles, scale, out)
+        return out
+
+    def _activate(self, step: Step, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The activation's output [rows, intermediate] before the down projection."""
+        base = self._weights.layers[index].gate_up
+        gate_up = linear(x, base.weight, base.bias, self._sums)
+        out = gate_up.new_empty(gate_up.shape[0], self.config.intermediate)
+        place = (self._arena.pages, self._table, index)
+        if step.shape.long_tiles:
+            silu_mul_with_lora(gate_up, x, out, *place, step.long_tiles, self._partials)
+        if n := step.shape.short_tiles:
+            beside = not step.shape.long_tiles and runs_kernel_of_ours(x, base.weight)
+            silu_mul_with_lora(
+                gate_up[:n], x[:n], out[:n], *place, step.short_tiles, self._partials,
+                beside_linear=beside,
+            )  # fmt: skip
+        if not step.shape.lora:
+            silu_mul(gate_up, out)
         return out
 
     def _linear(
         self, step: Step, index: int, group: str, base: Linear, x: torch.Tensor
     ) -> torch.Tensor:
         """A fused linear [rows, out], with what each row's adapter adds."""
-        outs = self.config.out_features[group]
-        place = (self._arena.pages, self._table, index, GROUPS.index(group), outs)
-        beside = False
         if step.shape.long_tiles:
+            place = self._place(index, group)
             y = linear_with_lora(x, base.weight, base.bias, *place, step.long_tiles, self._partials)
         else:
             y = linear(x, base.weight, base.bias, self._sums)
-            beside = runs_kernel_of_ours(x, base.weight)
-        if n := step.shape.short_tiles:
-            add_lora(y[:n], x[:n], *place, step.short_tiles, self._partials, beside_linear=beside)
+        self._add_short(step, index, group, base, y, x)
         return y
+
+    def _add_short(
+        self, step: Step, index: int, group: str, base: Linear, y: torch.Tensor, x: torch.Tensor
+    ) -> None:
+        """Add to y what the adapters of rows in short tiles make of x, right after the linear."""
+        if n := step.shape.short_tiles:
+            beside = not step.shape.long_tiles and runs_kernel_of_ours(x, base.weight)
+            tiles, place = step.short_tiles, self._place(index, group)
+            add_lora(y[:n], x[:n], *place, tiles, self._partials, beside_linear=beside)
+
+    def _place(
+        self, index: int, group: str
+    ) -> tuple[torch.Tensor, AdapterTable, int, int, tuple[int, ...]]:
+        """Where the adapters' parts of a fused linear are, and how wide it is."""
+        outs = self.config.out_features[group]
+        return self._arena.pages, self._table, index, GROUPS.index(group), outs
 
     def _allocate_partials(self, limits: Limits) -> torch.Tensor:
         """Room for the LoRA kernels' partial sums in the largest step."""

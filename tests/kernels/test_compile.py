@@ -113,6 +113,42 @@ def test_a_linear_with_lora(
         assert stack_bytes(kernel) == 0
 
 
+@pytest.mark.parametrize(
+    ("block_m", "kernels"),
+    [
+        (lora.DECODE_BLOCK_M, ["shrink_kernel", "_expand_silu_rows_kernel"]),
+        (lora.PREFILL_BLOCK_M, ["_shrink_tiles_kernel", "_expand_silu_tiles_kernel"]),
+    ],
+)
+def test_an_activation_with_lora(block_m: int, kernels: list[str], compiled: list[Any]) -> None:
+    table, tiles = AdapterTable.allocate(2, 2, "cpu", 64), Tiles.allocate(ROWS, block_m, "cpu")
+    workspace = torch.empty(lora.workspace_elements(ROWS, 4096, (11008,) * 2, block_m, 64, "cpu"))
+    x, out = torch.empty(ROWS, 4096, dtype=BF16), torch.empty(ROWS, 11008, dtype=BF16)
+    gate_up, arena = torch.empty(ROWS, 22016, dtype=BF16), torch.empty(1024, dtype=BF16)
+    lora.silu_mul_with_lora(gate_up, x, out, arena, table, 1, tiles, workspace)
+    assert [kernel.name for kernel in compiled] == kernels
+    for kernel in compiled:
+        assert stack_bytes(kernel) == 0
+        assert re.search(r"ld\.global\.v[24]|cp\.async\.cg", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize("norm", [None, torch.empty(128, dtype=BF16)])
+@pytest.mark.parametrize("kv_heads", [8, 32])
+def test_positions_with_lora(norm: torch.Tensor | None, kv_heads: int, compiled: list[Any]) -> None:
+    table, tiles = AdapterTable.allocate(2, 2, "cpu", 64), Tiles.allocate(ROWS, 64, "cpu")
+    kv = KvLayout(2 * 2 * kv_heads * 16 * 128, 16, kv_heads, 128)
+    outs = (4096, kv_heads * 128, kv_heads * 128)
+    workspace = torch.empty(lora.workspace_elements(ROWS, 4096, outs, 64, 64, "cpu"))
+    x, qkv = torch.empty(ROWS, 4096, dtype=BF16), torch.empty(ROWS, sum(outs), dtype=BF16)
+    numbers, angles = torch.zeros(ROWS, dtype=torch.int32), torch.empty(64, 64)
+    rotary, arena = Rotary(angles, angles, norm, norm), torch.empty(1024, dtype=BF16)
+    place = (arena, table, 1, tiles, workspace)
+    lora.rope_with_lora(qkv, x, numbers, rotary, kv, numbers, *place)
+    assert [kernel.name for kernel in compiled] == ["_shrink_tiles_kernel", "_expand_rope_kernel"]
+    for kernel in compiled:
+        assert stack_bytes(kernel) == 0
+
+
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("block_m", [lora.DECODE_BLOCK_M, lora.PREFILL_BLOCK_M])
 def test_a_shrink_waits_before_it_reads_x_or_reads_it_past_l1(

@@ -9,7 +9,7 @@ import pytest
 
 from granatum.kernels.backend import HAS_TRITON, INTERPRETING
 
-FILES = ("attention", "layer_ops", "linear", "lora", "sampling")
+FILES = ("attention", "layer_ops", "linear", "lora", "lora_fused", "sampling")
 
 
 @pytest.mark.skipif(INTERPRETING or not HAS_TRITON, reason="no Triton, or already interpreting")

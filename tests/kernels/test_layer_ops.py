@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layer_truth import normed, turn
 
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.backend import INTERPRETING
@@ -18,11 +19,6 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(
         actual.double().cpu(), expected.cpu(), rtol=tolerance, atol=tolerance
     )
-
-
-def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    x = x.double()
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
 @pytest.mark.parametrize("n", [64, 100, 4096])
@@ -107,11 +103,3 @@ def test_rope_and_write_kv(
                 expected[slot // 16, start : start + head_dim] = value[head]
     assert_close(arena, expected)
     assert torch.equal(qkv[:, heads * head_dim :], before[:, heads * head_dim :])
-
-
-def turn(x: torch.Tensor, weight: torch.Tensor | None, angle: torch.Tensor) -> torch.Tensor:
-    """x [heads, head_dim] as complex numbers, multiplied with e^(i angle)."""
-    x = x if weight is None else normed(x, weight, 1e-6)
-    low, high = x.chunk(2, dim=1)
-    turned = torch.complex(low, high) * torch.polar(torch.ones_like(angle), angle).to(torch.cdouble)
-    return torch.cat((turned.real, turned.imag), dim=1)

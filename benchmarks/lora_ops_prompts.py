@@ -1,0 +1,141 @@
+"""What adapters add to a fused linear of prompts' rows and the kernel that reads what it makes.
+
+The kernel after qkv rotates and writes KV, that after gate and up activates; there LoRA is part of
+that kernel, so that only both together tell what it costs.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import lora_ops_cases as cases
+import torch
+from torch.nn.functional import linear
+from workload import SHAPES
+
+from granatum.kernels import lora, reference_layer
+from granatum.kernels.activation import silu_mul
+from granatum.kernels.layout import AdapterTable, KvLayout, Tiles
+from granatum.kernels.rope import Rotary, rope_and_write_kv
+
+LAYERS = 4
+TIMES = ("linear_us", "without_lora_us", "with_lora_us")
+_PAGE_TOKENS = 16
+
+Run = Callable[[], torch.Tensor]
+
+
+def measure(part: cases.Linear, batch: cases.Batch, matrices: cases.Matrices) -> dict[str, float]:
+    """Microseconds: of the linear, with its next kernel, and with adapters; checked first."""
+    rig = Rig(part, batch, matrices)
+    rig.check(matrices)
+    lists = (
+        [one(layer) for layer in range(LAYERS)] for one in (rig.alone, rig.bare, rig.with_lora)
+    )
+    times = cases.alternating_us(*lists)
+    return dict(zip(TIMES, (round(us, 2) for us in times), strict=True))
+
+
+class Rig:
+    """A linear of a few layers, adapters for them, and what the kernel after it needs."""
+
+    def __init__(self, part: cases.Linear, batch: cases.Batch, matrices: cases.Matrices) -> None:
+        self._part, self._batch = part, batch
+        shape, rows, used = SHAPES[part.model], batch.rows, batch.distinct * LAYERS
+        packed = cases.pack_matrices(
+            cases.Matrices(*(tuple(m[:used] for m in ms) for ms in (matrices.a, matrices.b)))
+        )
+        self._table: AdapterTable = packed.table(part.group_index, batch.distinct, LAYERS)
+        elements = LAYERS * 2 * shape.kv_heads * _PAGE_TOKENS * shape.head_dim
+        self._kv = KvLayout(elements, _PAGE_TOKENS, shape.kv_heads, shape.head_dim)
+        before = -(-packed.arena.numel() // elements)  # pages that hold the adapters
+        self._arena = packed.arena.new_empty(before + rows // _PAGE_TOKENS, elements)
+        self._arena.view(-1)[: packed.arena.numel()] = packed.arena.flatten()
+        device = self._arena.device
+        self._positions = torch.arange(rows, dtype=torch.int32, device=device)
+        self._kv_slots = self._positions + before * _PAGE_TOKENS
+        angles = torch.rand(rows, shape.head_dim // 2, device=device)
+        self._rotary = Rotary(angles.cos(), angles.sin())
+        self._x, y = cases.activations(part, batch)
+        self._inner = y.new_empty(rows, y.shape[1] // 2)
+        self._tiles = Tiles.allocate(rows, lora.PREFILL_BLOCK_M, device)
+        self._tiles.fill(lora.make_tiles(batch.adapters, lora.PREFILL_BLOCK_M, base=True))
+        sizes = (part.in_features, part.out_features, lora.PREFILL_BLOCK_M, part.rank)
+        self._workspace = torch.empty(lora.workspace_elements(rows, *sizes, device), device=device)
+        self._weights = [
+            torch.randn(y.shape[1], part.in_features, dtype=y.dtype, device=device)
+            * part.in_features**-0.5
+            for _ in range(LAYERS)
+        ]
+
+    def alone(self, layer: int) -> Run:
+        """The linear."""
+        return partial(linear, self._x, self._weights[layer])
+
+    def bare(self, layer: int) -> Run:
+        """The linear and what follows; its result is y rotated, activated or as it is."""
+
+        def run() -> torch.Tensor:
+            y = linear(self._x, self._weights[layer])
+            if self._part.group == "gate_up":
+                silu_mul(y, self._inner)
+                return self._inner
+            if self._part.group == "qkv":
+                q, k, v = torch.split(y, self._part.out_features, dim=1)
+                to = (self._arena, self._kv, layer, self._kv_slots)
+                rope_and_write_kv(q, k, v, self._positions, self._rotary, *to)
+            return y
+
+        return run
+
+    def with_lora(self, layer: int) -> Run:
+        """The same with adapters."""
+
+        def run() -> torch.Tensor:
+            x, weight = self._x, self._weights[layer]
+            place, rest = (self._arena, self._table, layer), (self._tiles, self._workspace)
+            if self._part.group == "gate_up":
+                lora.silu_mul_with_lora(linear(x, weight), x, self._inner, *place, *rest)
+                return self._inner
+            if self._part.group == "qkv":
+                y, to = linear(x, weight), (self._kv, self._kv_slots)
+                lora.rope_with_lora(y, x, self._positions, self._rotary, *to, *place, *rest)
+                return y
+            group = (self._part.group_index, self._part.out_features)
+            return lora.linear_with_lora(x, weight, None, *place, *group, *rest)
+
+        return run
+
+    def check(self, matrices: cases.Matrices) -> None:
+        """Compare both with float32; of q, k and v, q and what is in the pages."""
+        y = self._x.float() @ self._weights[0].float().T
+        runs = (self.bare(0), self.with_lora(0))
+        truths = (y, cases.truth(self._batch, matrices, self._x, y))
+        for run, truth in zip(runs, truths, strict=True):
+            for found, expected in zip(self._found(run()), self._expected(truth), strict=True):
+                torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+    def _found(self, made: torch.Tensor) -> Iterator[torch.Tensor]:
+        if self._part.group != "qkv":
+            yield made
+            return
+        yield made[:, : self._part.out_features[0]]
+        yield reference_layer.kv_planes(self._arena, self._kv, 0)[self._first_page :]
+
+    def _expected(self, y: torch.Tensor) -> Iterator[torch.Tensor]:
+        if self._part.group == "gate_up":
+            out = y.new_empty(y.shape[0], y.shape[1] // 2)
+            reference_layer.silu_mul(y, out)
+            yield out
+        elif self._part.group == "qkv":
+            q, k, v = torch.split(y.clone(), self._part.out_features, dim=1)
+            pages = y.new_empty(self._arena.shape)
+            to = (pages, self._kv, 0, self._kv_slots)
+            reference_layer.rope_and_write_kv(q, k, v, self._positions, self._rotary, *to)
+            yield q
+            yield reference_layer.kv_planes(pages, self._kv, 0)[self._first_page :]
+        else:
+            yield y
+
+    @property
+    def _first_page(self) -> int:
+        return int(self._kv_slots[0]) // _PAGE_TOKENS
