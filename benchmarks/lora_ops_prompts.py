@@ -109,7 +109,7 @@ class Rig:
         """Compare both with float32; of q, k and v, q and what is in the pages."""
         y = self._x.float() @ self._weights[0].float().T
         runs = (self.bare(0), self.with_lora(0))
-        truths = (y, cases.truth(self._batch, matrices, self._x, y))
+        truths = (y, cases.truth(self._batch, matrices, self._x, y.clone()))
         for run, truth in zip(runs, truths, strict=True):
             for found, expected in zip(self._found(run()), self._expected(truth), strict=True):
                 torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from granatum.kernels import expand_fragments as fragments
 from granatum.kernels import reference_lora as reference
 from granatum.kernels.backend import dot, jit, require, require_rows, runs_kernel, tl, triton
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
@@ -332,12 +333,22 @@ def launch_expand(
     outs = (*shape.out_features, 0, 0)[:3]
     kernel: Any = _expand_rows_kernel
     made: tuple[torch.Tensor | None, ...] = ()
-    span, across, options = config.expand_span, tiles.capacity, {}
+    span, across = config.expand_span, tiles.capacity
+    options: dict[str, Any] = {"BLOCK_N": config.expand_n, "BLOCK_R": config.expand_r}
+    options |= {"num_warps": config.expand_warps}
     if shape.dot:
-        kernel, made = _expand_tiles_kernel, (bias,)
-        across = tile_programs(tiles, y.shape[0])
-        span = fitting_span(span, config.expand_n, outs, across)
-        options = {"BLOCK_M": power_of_two(shape.block_m), "SPAN": span, "ADD": add}
+        made, across = (bias,), tile_programs(tiles, y.shape[0])
+        least, kernel = config.expand_n, _expand_tiles_kernel
+        options |= {"BLOCK_M": power_of_two(shape.block_m)}
+        if fragments.serves(y, shape.out_features, shape.block_m):
+            least, kernel, options = (
+                fragments.BLOCK,
+                fragments.expand_kernel,
+                fragments.options(config.expand_warps),
+            )
+            options |= {"MANY": shape.max_rank > fragments.RANKS}
+        span = fitting_span(span, least, outs, across)
+        options |= {"SPAN": span, "ADD": add}
     kernel[(_blocks(outs, span), across)](
         y,
         *made,
@@ -360,10 +371,7 @@ def launch_expand(
         N1=outs[1],
         N2=outs[2],
         CHUNKS=config.chunks(shape),
-        BLOCK_N=config.expand_n,
-        BLOCK_R=config.expand_r,
         PDL=config.pdl,
-        num_warps=config.expand_warps,
         num_stages=1,  # the compiler copies B ahead with more, and spills
         **options,
         **config.launch_options,

@@ -4,21 +4,17 @@ from math import gcd
 
 import torch
 
-from granatum.kernels import reference_lora as reference
-from granatum.kernels.backend import jit, require, runs_kernel, tl, triton
-from granatum.kernels.expand import (
-    check_expand,
-    dot_expanded,
-    fitting_span,
-    rank_before,
-    sum_chunks,
-)
+from granatum.kernels import expand_fragments as fragments
+from granatum.kernels.backend import require, runs_kernel
+from granatum.kernels.expand import check_expand, expand, fitting_span
+from granatum.kernels.gluon import gl, jit, launch_dependents, wait
 from granatum.kernels.layout import FIRST_PROJECTION, GROUPS, AdapterTable, KvLayout, Tiles
-from granatum.kernels.rope import Rotary
-from granatum.kernels.shrink import load_tile, source_rows, tile_programs
-from granatum.kernels.tuning import power_of_two
+from granatum.kernels.rope import Rotary, rope_and_write_kv
+from granatum.kernels.shrink import tile_programs
 
 QKV = GROUPS.index("qkv")
+_HEAD_DIM = 128
+"""Two halves, each as wide as a block of `expand_fragments`."""
 _BLOCK_HEADS = 8
 """That a block goes through at most."""
 
@@ -31,7 +27,6 @@ def _expand_rope_kernel(
     sin,
     q_norm,
     k_norm,
-    kv_arena,
     kv_slots,
     arena,
     b_offsets,
@@ -48,89 +43,90 @@ def _expand_rope_kernel(
     layers,
     layer,
     eps,
-    PROJECTION: tl.constexpr,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PDL: tl.constexpr,
+    PROJECTION: gl.constexpr,
+    HEADS: gl.constexpr,
+    KV_HEADS: gl.constexpr,
+    BLOCK_HEADS: gl.constexpr,
+    PAGE_TOKENS: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    MANY: gl.constexpr,
+    PDL: gl.constexpr,
+    ROWS: gl.constexpr,
+    RANKS: gl.constexpr,
+    SUMS: gl.constexpr,
 ):
-    """One block: some heads of q, k or v, in turn, of every so many-th tile.
-
-    A head's lower and upper half, BLOCK_D wide, are expanded apart: they rotate into each other.
-    """
-    head = tl.program_id(0) * BLOCK_HEADS
-    p = (head >= HEADS).to(tl.int32) + (head >= HEADS + KV_HEADS).to(tl.int32)
-    before = tl.where(p == 0, 0, tl.where(p == 1, HEADS, HEADS + KV_HEADS))
-    width = tl.where(p == 0, HEADS * D, KV_HEADS * D)
-    rotary_width = tl.where(p < 2, D // 2, 0)  # v is not rotated
-    m = tl.arange(0, BLOCK_M)
-    r = tl.arange(0, BLOCK_R)
-    d = tl.arange(0, BLOCK_D)
-    chunk_stride = rows_total.to(tl.int64) * workspace_width
-    for tile in range(tl.program_id(1), tl.load(count), tl.num_programs(1)):
-        slot, first, rows = load_tile(entries, count, tile)
-        place = (tl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
-        rank, stacked_row = rank_before(ranks + place, p, 3)
-        rank = tl.where(slot < 0, 0, rank)
-        b_start = arena + tl.multiple_of(tl.load(b_offsets + place + p), 32)
-        scale = tl.load(scales + place + p)
-        row = source_rows(order, first + m, m < rows)[:, None]
-        kv_slot = tl.load(kv_slots + row, mask=(m < rows)[:, None], other=-1).to(tl.int64)
-        present = kv_slot >= 0
-        position = tl.load(positions + row, mask=present, other=0).to(tl.int64)
-        half = (d < D // 2)[None, :]
-        turned = present & (d < rotary_width)[None, :]
-        c = tl.load(cos + position * (D // 2) + d[None, :], mask=turned, other=1.0)
-        s = tl.load(sin + position * (D // 2) + d[None, :], mask=turned, other=0.0)
+    """One block: some heads of q, k or v, in turn, of every so many-th tile."""
+    head = gl.program_id(0) * BLOCK_HEADS
+    p = (head >= HEADS).to(gl.int32) + (head >= HEADS + KV_HEADS).to(gl.int32)
+    before = gl.where(p == 0, 0, gl.where(p == 1, HEADS, HEADS + KV_HEADS))
+    width = gl.where(p == 0, HEADS, KV_HEADS) * 128
+    m = gl.arange(0, 64, gl.SliceLayout(1, ROWS))
+    d = gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
+    at_row = gl.arange(0, 64, gl.SliceLayout(1, SUMS))
+    sum_d = at_row % 8 * 8 + at_row // 8
+    chunk_stride = rows_total.to(gl.int64) * workspace_width
+    for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
+        slot, first, rows = fragments.load_tile(entries, count, tile)
+        place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
+        rank, stacked_row = fragments.rank_before(ranks + place, p, 3)
+        rank = gl.where(slot < 0, 0, rank)
+        b_start = arena + gl.multiple_of(gl.load(b_offsets + place + p), 32)
+        scale = gl.load(scales + place + p)
+        row = fragments.source_rows(order, first + m, m < rows)
+        kv_slot = gl.load(kv_slots + row, mask=m < rows, other=-1).to(gl.int64)
+        position = gl.load(positions + row, mask=kv_slot >= 0, other=0).to(gl.int64)
+        present = (kv_slot >= 0)[:, None]
+        turned = present & (p < 2)
+        angle = position[:, None] * 64 + d
+        c = fragments.to_sums(gl.load(cos + angle, mask=turned, other=1.0), SUMS)
+        s = fragments.to_sums(gl.load(sin + angle, mask=turned, other=0.0), SUMS)
+        y_rows = qkv + row[:, None] * y_stride + before * 128 + d
+        plane = (layer * 2 + gl.maximum(p - 1, 0)) * (KV_HEADS * PAGE_TOKENS)
+        in_page = (plane + kv_slot % PAGE_TOKENS) * 128
+        kv_rows = arena + (kv_slot // PAGE_TOKENS * page_elements + in_page)[:, None] + d
+        out_rows = gl.where(p == 0, y_rows, kv_rows)
+        head_stride = gl.where(p == 0, 128, PAGE_TOKENS * 128)
         if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-        v_at = partials + (first + m).to(tl.int64)[:, None] * workspace_width + stacked_row
-        v_at += r[None, :]
-        known = (m < rows)[:, None] & (r < rank)[None, :]
-        v = scale * sum_chunks(v_at, known, chunk_stride, CHUNKS)
-        kept = present & half
+            wait()
+            launch_dependents()
+        v_high, v_low = fragments.load_intermediate(
+            partials, first, rows, stacked_row, 0, rank, scale, chunk_stride, workspace_width,
+            CHUNKS, SUMS,
+        )  # fmt: skip
         for own in range(head - before, head - before + BLOCK_HEADS):
-            at = qkv + row * y_stride + (before + own) * D + d[None, :]
-            low = tl.load(at, mask=kept, other=0.0).to(tl.float32)
-            high = tl.load(at + D // 2, mask=kept, other=0.0).to(tl.float32)
-            b_at = b_start + r[:, None] * width + own * D + d[None, :]
-            inside = (r < rank)[:, None] & half
-            low = dot_expanded(v, tl.load(b_at, mask=inside, other=0.0), low)
-            high = dot_expanded(v, tl.load(b_at + D // 2, mask=inside, other=0.0), high)
-            for done in range(BLOCK_R, rank, BLOCK_R):
-                left = done + r
-                known = (m < rows)[:, None] & (left < rank)[None, :]
-                more = scale * sum_chunks(v_at + done, known, chunk_stride, CHUNKS)
-                b_at = b_start + left[:, None] * width + own * D + d[None, :]
-                inside = (left < rank)[:, None] & half
-                low = dot_expanded(more, tl.load(b_at, mask=inside, other=0.0), low)
-                high = dot_expanded(more, tl.load(b_at + D // 2, mask=inside, other=0.0), high)
+            at = own * 128
+            low = gl.load(y_rows + at, mask=present, other=0.0)
+            high = gl.load(y_rows + at + 64, mask=present, other=0.0)
+            low_b = fragments.load_b(b_start, at, width, 0, rank, RANKS, SUMS)
+            high_b = fragments.load_b(b_start, at + 64, width, 0, rank, RANKS, SUMS)
+            low = fragments.add_product(fragments.to_sums(low, SUMS), low_b, v_high, v_low)
+            high = fragments.add_product(fragments.to_sums(high, SUMS), high_b, v_high, v_low)
+            if MANY:
+                for done in range(16, rank, 16):
+                    more_high, more_low = fragments.load_intermediate(
+                        partials, first, rows, stacked_row, done, rank, scale, chunk_stride,
+                        workspace_width, CHUNKS, SUMS,
+                    )  # fmt: skip
+                    low_b = fragments.load_b(b_start, at, width, done, rank, RANKS, SUMS)
+                    low = fragments.add_product(low, low_b, more_high, more_low)
+                    high_b = fragments.load_b(b_start, at + 64, width, done, rank, RANKS, SUMS)
+                    high = fragments.add_product(high, high_b, more_high, more_low)
             if q_norm is not None:
-                square = tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)
-                normed = tl.where(p < 2, tl.rsqrt(square / D + eps), 1.0)[:, None]
-                weight = tl.where(p == 0, q_norm, k_norm) + d
-                rotates = d < rotary_width
-                low_weight = tl.load(weight, mask=rotates, other=1.0).to(tl.float32)
-                high_weight = tl.load(weight + D // 2, mask=rotates, other=1.0).to(tl.float32)
-                low *= normed * low_weight[None, :]
-                high *= normed * high_weight[None, :]
-            to = at
-            if p > 0:
-                plane = ((layer * 2 + p - 1) * KV_HEADS + own) * PAGE_TOKENS
-                place_in_page = (plane + kv_slot % PAGE_TOKENS) * D + d[None, :]
-                to = kv_arena + kv_slot // PAGE_TOKENS * page_elements + place_in_page
-            tl.debug_barrier()  # an element may be read by more threads than one
-            tl.store(to, low * c - high * s, mask=kept)
-            tl.store(to + D // 2, high * c + low * s, mask=kept)
-    if PDL and tl.program_id(0) + tl.program_id(1) == 0:
-        tl.extra.cuda.gdc_wait()  # one block that waits keeps the next kernel from overtaking
+                square = gl.sum(low * low, axis=0) + gl.sum(high * high, axis=0)
+                factor = gl.where(p < 2, 1 / gl.sqrt(square / 128 + eps), 1.0)[None, :]
+                weight = gl.where(p == 0, q_norm, k_norm) + sum_d
+                rotates = (at_row >= 0) & (p < 2)
+                low_weight = gl.load(weight, mask=rotates, other=1.0).to(gl.float32)
+                high_weight = gl.load(weight + 64, mask=rotates, other=1.0).to(gl.float32)
+                low *= factor * low_weight[:, None]
+                high *= factor * high_weight[:, None]
+            out_at = out_rows + own * head_stride
+            new_low = (low * c - high * s).to(qkv.dtype.element_ty)
+            gl.store(out_at, fragments.to_rows(new_low, ROWS), mask=present)
+            new_high = (high * c + low * s).to(qkv.dtype.element_ty)
+            gl.store(out_at + 64, fragments.to_rows(new_high, ROWS), mask=present)
+    if PDL and gl.program_id(0) + gl.program_id(1) == 0:
+        wait()  # one block that waits keeps the next kernel from overtaking
 
 
 def expand_rope_and_write_kv(
@@ -146,39 +142,37 @@ def expand_rope_and_write_kv(
     tiles: Tiles,
     workspace: torch.Tensor,
 ) -> None:
-    """What tiles' adapters add to q, k and v, then `rope.rope_and_write_kv`, rounded once.
+    """What tiles' adapters add to q, k and v, then `rope.rope_and_write_kv` of tiles' rows.
 
     After a `shrink` of the group. qkv [T, (heads + 2 kv_heads) * head_dim]: q is rotated in place,
-    k and v stay as they are. arena: of the adapters and of the pages. Rows in no tile, or of a
-    negative kv_slot, are left alone. For tiles long enough for the tensor cores; the rest as in
-    `expand.expand` and `rope.rope_and_write_kv`.
+    k and v may change. arena: of the adapters and of the pages. Rows of a negative kv_slot may take
+    what adapters add, and no more; tiles hold all others. The rest as in `expand.expand` and
+    `rope.rope_and_write_kv`.
 
     Raises:
         ValueError: a shape, stride or dtype that the op cannot take.
     """
-    rows, d = qkv.shape[0], kv.head_dim
-    heads = qkv.shape[1] // d - 2 * kv.kv_heads
-    outs = (heads * d, kv.kv_heads * d, kv.kv_heads * d)
-    place = (table, QKV, outs, tiles, workspace)
-    shape, config = check_expand(qkv, in_features, *place)
-    require(shape.dot, f"tiles of {tiles.block_m} rows are too short")
+    rows, d, kv_heads = qkv.shape[0], kv.head_dim, kv.kv_heads
+    heads = qkv.shape[1] // d - 2 * kv_heads
+    outs = (heads * d, kv_heads * d, kv_heads * d)
+    shape, config = check_expand(qkv, in_features, table, QKV, outs, tiles, workspace)
     rotary.require(d)
     require(positions.shape == kv_slots.shape == (rows,), "positions and kv_slots must be [T]")
-    if not runs_kernel(qkv):
-        reference.expand_rope_and_write_kv(
-            qkv, in_features, positions, rotary, kv, kv_slots, arena, table, layer, tiles, workspace
-        )
+    served = d == _HEAD_DIM and kv.page_elements % 8 == 0
+    if not (served and fragments.serves(qkv, outs, shape.block_m) and runs_kernel(qkv)):
+        expand(qkv, in_features, arena, table, layer, QKV, outs, tiles, workspace)
+        q, k, v = torch.split(qkv, outs, dim=1)
+        rope_and_write_kv(q, k, v, positions, rotary, arena, kv, layer, kv_slots)
         return
-    across, most = tile_programs(tiles, rows), gcd(heads, kv.kv_heads, _BLOCK_HEADS)
-    block_heads = fitting_span(most, 1, (heads + 2 * kv.kv_heads,), across)
-    _expand_rope_kernel[((heads + 2 * kv.kv_heads) // block_heads, across)](
+    across, most = tile_programs(tiles, rows), gcd(heads, kv_heads, _BLOCK_HEADS)
+    block_heads = fitting_span(most, 1, (heads + 2 * kv_heads,), across)
+    _expand_rope_kernel[((heads + 2 * kv_heads) // block_heads, across)](
         qkv,
         positions,
         rotary.cos,
         rotary.sin,
         rotary.q_norm,
         rotary.k_norm,
-        arena,
         kv_slots,
         arena,
         table.b,
@@ -197,16 +191,13 @@ def expand_rope_and_write_kv(
         rotary.eps,
         PROJECTION=FIRST_PROJECTION[QKV],
         HEADS=heads,
-        KV_HEADS=kv.kv_heads,
-        D=d,
+        KV_HEADS=kv_heads,
         BLOCK_HEADS=block_heads,
         PAGE_TOKENS=kv.page_tokens,
         CHUNKS=config.chunks(shape),
-        BLOCK_M=power_of_two(shape.block_m),
-        BLOCK_D=triton.next_power_of_2(d // 2),
-        BLOCK_R=config.expand_r,
+        MANY=shape.max_rank > fragments.RANKS,
         PDL=config.pdl,
-        num_warps=config.expand_warps,
         num_stages=1,
+        **fragments.options(config.expand_warps),
         **config.launch_options,
     )

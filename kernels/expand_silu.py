@@ -4,9 +4,12 @@ from typing import Any
 
 import torch
 
-from granatum.kernels import reference_lora as reference
+from granatum.kernels import expand_fragments as fragments
+from granatum.kernels.activation import silu_mul
 from granatum.kernels.backend import jit, require_rows, runs_kernel, tl
-from granatum.kernels.expand import check_expand, dot_expanded, fitting_span, sum_chunks
+from granatum.kernels.expand import check_expand, expand, fitting_span
+from granatum.kernels.gluon import gl, launch_dependents, wait
+from granatum.kernels.gluon import jit as gluon_jit
 from granatum.kernels.layout import FIRST_PROJECTION, GROUPS, AdapterTable, Tiles
 from granatum.kernels.shrink import load_tile, source_rows, tile_programs
 from granatum.kernels.tuning import power_of_two
@@ -119,7 +122,7 @@ def _expand_silu_rows_kernel(
         tl.extra.cuda.gdc_wait()  # one block that waits keeps the next kernel from overtaking
 
 
-@jit("rows_total", "workspace_width", "layers", "layer")
+@gluon_jit("rows_total", "workspace_width", "layers", "layer")
 def _expand_silu_tiles_kernel(
     gate_up,
     out,
@@ -137,69 +140,76 @@ def _expand_silu_tiles_kernel(
     workspace_width,
     layers,
     layer,
-    PROJECTION: tl.constexpr,
-    N: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PDL: tl.constexpr,
+    PROJECTION: gl.constexpr,
+    N: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    MANY: gl.constexpr,
+    SPAN: gl.constexpr,
+    PDL: gl.constexpr,
+    ROWS: gl.constexpr,
+    RANKS: gl.constexpr,
+    SUMS: gl.constexpr,
 ):
     """One block: SPAN columns of gate and the same of up, in steps, of every so many-th tile.
 
-    As `expand._expand_tiles_kernel`, for both at once.
+    As `expand_fragments.expand_kernel`, for both at once.
     """
-    column = tl.program_id(0) * SPAN
-    m = tl.arange(0, BLOCK_M)
-    r = tl.arange(0, BLOCK_R)
-    chunk_stride = rows_total.to(tl.int64) * workspace_width
-    for tile in range(tl.program_id(1), tl.load(count), tl.num_programs(1)):
-        slot, first, rows = load_tile(entries, count, tile)
-        place = (tl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
-        gate_rank = tl.where(slot < 0, 0, tl.load(ranks + place))
-        up_rank = tl.where(slot < 0, 0, tl.load(ranks + place + 1))
-        gate_start = arena + tl.multiple_of(tl.load(b_offsets + place), 32)
-        up_start = arena + tl.multiple_of(tl.load(b_offsets + place + 1), 32)
-        gate_scale = tl.load(scales + place)
-        up_scale = tl.load(scales + place + 1)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+    column = gl.program_id(0) * SPAN
+    m = gl.arange(0, 64, gl.SliceLayout(1, ROWS))
+    n = gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
+    chunk_stride = rows_total.to(gl.int64) * workspace_width
+    for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
+        slot, first, rows = fragments.load_tile(entries, count, tile)
+        place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
+        gate_rank = gl.where(slot < 0, 0, gl.load(ranks + place))
+        up_rank = gl.where(slot < 0, 0, gl.load(ranks + place + 1))
+        gate_start = arena + gl.multiple_of(gl.load(b_offsets + place), 32)
+        up_start = arena + gl.multiple_of(gl.load(b_offsets + place + 1), 32)
+        gate_scale = gl.load(scales + place)
+        up_scale = gl.load(scales + place + 1)
         present = (m < rows)[:, None]
-        source = source_rows(order, first + m, m < rows)[:, None]
-        gate_v_at = partials + (first + m).to(tl.int64)[:, None] * workspace_width + r[None, :]
-        up_v_at = gate_v_at + gate_rank
-        known = present & (r < gate_rank)[None, :]
-        gate_v = gate_scale * sum_chunks(gate_v_at, known, chunk_stride, CHUNKS)
-        known = present & (r < up_rank)[None, :]
-        up_v = up_scale * sum_chunks(up_v_at, known, chunk_stride, CHUNKS)
-        for at in range(column, tl.minimum(column + SPAN, N), BLOCK_N):
-            n = at + tl.arange(0, BLOCK_N)
-            inside = (n < N)[None, :]
-            kept = present & inside
-            y_at = gate_up + source * y_stride + n[None, :]
-            gate = tl.load(y_at, mask=kept, other=0.0).to(tl.float32)
-            up = tl.load(y_at + N, mask=kept, other=0.0).to(tl.float32)
-            b_at = r[:, None] * N + n[None, :]
-            b = tl.load(gate_start + b_at, mask=(r < gate_rank)[:, None] & inside, other=0.0)
-            gate = dot_expanded(gate_v, b, gate)
-            b = tl.load(up_start + b_at, mask=(r < up_rank)[:, None] & inside, other=0.0)
-            up = dot_expanded(up_v, b, up)
-            for done in range(BLOCK_R, tl.maximum(gate_rank, up_rank), BLOCK_R):
-                left = done + r
-                b_at = left[:, None] * N + n[None, :]
-                b = tl.load(gate_start + b_at, mask=(left < gate_rank)[:, None] & inside, other=0.0)
-                known = present & (left < gate_rank)[None, :]
-                v = gate_scale * sum_chunks(gate_v_at + done, known, chunk_stride, CHUNKS)
-                gate = dot_expanded(v, b, gate)
-                b = tl.load(up_start + b_at, mask=(left < up_rank)[:, None] & inside, other=0.0)
-                known = present & (left < up_rank)[None, :]
-                v = up_scale * sum_chunks(up_v_at + done, known, chunk_stride, CHUNKS)
-                up = dot_expanded(v, b, up)
-            tl.store(out + source * out_stride + n[None, :], _silu(gate) * up, mask=kept)
-    if PDL and tl.program_id(0) + tl.program_id(1) == 0:
-        tl.extra.cuda.gdc_wait()  # as in `_expand_silu_rows_kernel`
+        source = fragments.source_rows(order, first + m, m < rows)[:, None]
+        y_rows = gate_up + source * y_stride + n
+        out_rows = out + source * out_stride + n
+        if PDL:
+            wait()
+            launch_dependents()
+        gate_high, gate_low = fragments.load_intermediate(
+            partials, first, rows, 0, 0, gate_rank, gate_scale, chunk_stride, workspace_width,
+            CHUNKS, SUMS,
+        )  # fmt: skip
+        up_high, up_low = fragments.load_intermediate(
+            partials, first, rows, gate_rank, 0, up_rank, up_scale, chunk_stride, workspace_width,
+            CHUNKS, SUMS,
+        )  # fmt: skip
+        for at in range(column, gl.minimum(column + SPAN, N), 64):
+            gate_y = gl.load(y_rows + at, mask=present, other=0.0)
+            up_y = gl.load(y_rows + N + at, mask=present, other=0.0)
+            gate_b = fragments.load_b(gate_start, at, N, 0, gate_rank, RANKS, SUMS)
+            up_b = fragments.load_b(up_start, at, N, 0, up_rank, RANKS, SUMS)
+            gate = fragments.to_sums(gate_y, SUMS)
+            gate = fragments.add_product(gate, gate_b, gate_high, gate_low)
+            up = fragments.to_sums(up_y, SUMS)
+            up = fragments.add_product(up, up_b, up_high, up_low)
+            if MANY:
+                for done in range(16, gl.maximum(gate_rank, up_rank), 16):
+                    gate_b = fragments.load_b(gate_start, at, N, done, gate_rank, RANKS, SUMS)
+                    more_high, more_low = fragments.load_intermediate(
+                        partials, first, rows, 0, done, gate_rank, gate_scale, chunk_stride,
+                        workspace_width, CHUNKS, SUMS,
+                    )  # fmt: skip
+                    gate = fragments.add_product(gate, gate_b, more_high, more_low)
+                    up_b = fragments.load_b(up_start, at, N, done, up_rank, RANKS, SUMS)
+                    more_high, more_low = fragments.load_intermediate(
+                        partials, first, rows, gate_rank, done, up_rank, up_scale, chunk_stride,
+                        workspace_width, CHUNKS, SUMS,
+                    )  # fmt: skip
+                    up = fragments.add_product(up, up_b, more_high, more_low)
+            made = gate / (1.0 + gl.exp(-gate)) * up
+            made = fragments.to_rows(made.to(out.dtype.element_ty), ROWS)
+            gl.store(out_rows + at, made, mask=present)
+    if PDL and gl.program_id(0) + gl.program_id(1) == 0:
+        wait()  # as in `_expand_silu_rows_kernel`
 
 
 def expand_silu_mul(
@@ -212,29 +222,40 @@ def expand_silu_mul(
     tiles: Tiles,
     workspace: torch.Tensor,
 ) -> None:
-    """out[t] = silu(gate + g) * (up + u) of tiles' rows t: g and u of their adapters, float32.
+    """out[t] = silu(gate + g) * (up + u) of tiles' rows t: g and u of their adapters.
 
-    After a `shrink` of the group; gate_up [T, 2 N] holds gate, then up, and stays as it is;
-    out [T, N]. Tiles of slot -1 are rows without an adapter; rows in no tile are not written. The
-    rest as in `expand.expand`.
+    After a `shrink` of the group. gate_up [T, 2 N] holds gate, then up, and may change; out [T, N].
+    Tiles of slot -1 are rows without an adapter; rows in no tile are undefined. The rest as in
+    `expand.expand`.
 
     Raises:
         ValueError: a shape, stride or dtype that the op cannot take.
     """
     rows, n = out.shape
     require_rows("out", out, (rows, n))
-    place = (table, GATE_UP, (n, n), tiles, workspace)
-    shape, config = check_expand(gate_up, in_features, *place)
-    if not runs_kernel(out):
-        reference.expand_silu_mul(gate_up, out, in_features, arena, table, layer, tiles, workspace)
+    outs, pairs = (n, n), (gate_up, out)
+    shape, config = check_expand(gate_up, in_features, table, GATE_UP, outs, tiles, workspace)
+    served = all(fragments.serves(y, (n,), shape.block_m) for y in pairs) or not shape.dot
+    if not (served and runs_kernel(out)):
+        expand(gate_up, in_features, arena, table, layer, GATE_UP, outs, tiles, workspace)
+        silu_mul(gate_up, out)
         return
     kernel: Any = _expand_silu_rows_kernel
-    span, across = config.expand_n // 2, tiles.capacity
-    options = {"CHUNKS_HELD": power_of_two(config.chunks(shape))}
+    span, across = config.silu_n, tiles.capacity
+    options = {
+        "CHUNKS_HELD": power_of_two(config.chunks(shape)),
+        "BLOCK_N": span,
+        "BLOCK_R": config.expand_r,
+        "num_warps": config.expand_warps,
+    }
     if shape.dot:
         kernel, across = _expand_silu_tiles_kernel, tile_programs(tiles, rows)
-        span = fitting_span(config.expand_span // 2, config.expand_n // 2, (n,), across)
-        options = {"BLOCK_M": power_of_two(shape.block_m), "SPAN": span}
+        span = fitting_span(config.silu_n, fragments.BLOCK, (n,), across)
+        options = {
+            "SPAN": span,
+            "MANY": shape.max_rank > fragments.RANKS,
+            **fragments.options(config.expand_warps),
+        }
     kernel[(-(-n // span), across)](
         gate_up,
         out,
@@ -255,10 +276,7 @@ def expand_silu_mul(
         PROJECTION=FIRST_PROJECTION[GATE_UP],
         N=n,
         CHUNKS=config.chunks(shape),
-        BLOCK_N=config.expand_n // 2,
-        BLOCK_R=config.expand_r,
         PDL=config.pdl,
-        num_warps=config.expand_warps,
         num_stages=1,
         **options,
         **config.launch_options,

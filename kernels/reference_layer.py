@@ -77,8 +77,8 @@ def rope_and_write_kv(
     q[used] = rotated[0].flatten(1)
     planes = kv_planes(arena, kv, layer)
     page, token = place // kv.page_tokens, place % kv.page_tokens
-    planes[page, 0, :, token] = rotated[1].to(arena.dtype)
-    planes[page, 1, :, token] = _heads(v[used], kv.head_dim).to(arena.dtype)
+    planes[page, 0, :, token] = rotated[1]
+    planes[page, 1, :, token] = _heads(v[used], kv.head_dim)
 
 
 def kv_planes(arena: torch.Tensor, kv: KvLayout, layer: int) -> torch.Tensor:

@@ -3,22 +3,15 @@
 Arguments and effects are those of the launchers of the same names.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from granatum.kernels import reference_layer as layer_ops
 from granatum.kernels.layout import (
     FIRST_PROJECTION,
     GROUP_PROJECTIONS,
     AdapterTable,
-    KvLayout,
     Tiles,
 )
 from granatum.kernels.tuning import Shape, config_for
-
-if TYPE_CHECKING:
-    from granatum.kernels.rope import Rotary
 
 
 def add_lora(
@@ -105,58 +98,6 @@ def expand_from(
     """As `expand.expand_from`; rows in no tile become the bias as well."""
     y.copy_(torch.zeros_like(y) if bias is None else bias.expand_as(y))
     expand(y, in_features, arena, table, layer, group, out_features, tiles, workspace)
-
-
-def expand_silu_mul(
-    gate_up: torch.Tensor,
-    out: torch.Tensor,
-    in_features: int,
-    arena: torch.Tensor,
-    table: AdapterTable,
-    layer: int,
-    tiles: Tiles,
-    workspace: torch.Tensor,
-) -> None:
-    """As `expand_silu.expand_silu_mul`."""
-    n, mine = out.shape[1], _all_rows(tiles)
-    y = gate_up.to(torch.float32, copy=True)
-    expand(y, in_features, arena, table, layer, 2, (n, n), tiles, workspace)
-    made = torch.empty_like(out[mine])
-    layer_ops.silu_mul(y[mine], made)
-    out[mine] = made
-
-
-def expand_rope_and_write_kv(
-    qkv: torch.Tensor,
-    in_features: int,
-    positions: torch.Tensor,
-    rotary: "Rotary",
-    kv: KvLayout,
-    kv_slots: torch.Tensor,
-    arena: torch.Tensor,
-    table: AdapterTable,
-    layer: int,
-    tiles: Tiles,
-    workspace: torch.Tensor,
-) -> None:
-    """As `expand_rope.expand_rope_and_write_kv`."""
-    narrow = kv.kv_heads * kv.head_dim
-    outs = (qkv.shape[1] - 2 * narrow, narrow, narrow)
-    mine = _all_rows(tiles)
-    mine, y = mine[kv_slots[mine] >= 0], qkv.to(torch.float32, copy=True)
-    expand(y, in_features, arena, table, layer, 0, outs, tiles, workspace)
-    q, k, v = torch.split(y[mine], list(outs), dim=1)
-    layer_ops.rope_and_write_kv(q, k, v, positions[mine], rotary, arena, kv, layer, kv_slots[mine])
-    qkv[mine, : outs[0]] = q.to(qkv.dtype)
-
-
-def _all_rows(tiles: Tiles) -> torch.Tensor:
-    """The rows of x and y that are in a tile, with an adapter or without."""
-    entries: list[list[int]] = tiles.entries[: int(tiles.count)].tolist()
-    rows = [torch.arange(first, first + rows) for _, first, rows, _ in entries]
-    found = torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)
-    found = found.to(tiles.entries.device)
-    return found if tiles.order is None else tiles.order[found].long()
 
 
 def _tile_rows(tiles: Tiles) -> list[tuple[int, slice]]:

@@ -49,6 +49,7 @@ class Config:
     expand_span: int
     expand_r: int
     expand_warps: int
+    silu_n: int
     pdl: bool
 
     def chunks(self, shape: "Shape") -> int:
@@ -112,6 +113,7 @@ def default_config(shape: Shape, *, pdl: bool = False) -> Config:
             expand_span=1024,
             expand_r=16,
             expand_warps=4,
+            silu_n=256,
             pdl=pdl,
         )
     return Config(
@@ -125,6 +127,7 @@ def default_config(shape: Shape, *, pdl: bool = False) -> Config:
         expand_span=256,
         expand_r=16,
         expand_warps=1,
+        silu_n=128,
         pdl=pdl,
     )
 

@@ -66,7 +66,8 @@ def stack_bytes(kernel: Any) -> int:
     [
         (lora.DECODE_BLOCK_M, BF16, ["shrink_kernel", "_expand_rows_kernel"]),
         (lora.DECODE_BLOCK_M, torch.float16, ["_shrink_rows_kernel", "_expand_rows_kernel"]),
-        (lora.PREFILL_BLOCK_M, BF16, ["_shrink_tiles_kernel", "_expand_tiles_kernel"]),
+        (lora.PREFILL_BLOCK_M, BF16, ["_shrink_tiles_kernel", "expand_kernel"]),
+        (lora.PREFILL_BLOCK_M, torch.float16, ["_shrink_tiles_kernel", "_expand_tiles_kernel"]),
     ],
 )
 @pytest.mark.parametrize(("group", "k", "outs"), [(0, 4096, (4096,) * 3), (3, 11008, (4096,))])
@@ -108,7 +109,7 @@ def test_a_linear_with_lora(
     x, weight = torch.empty(ROWS, 4096, dtype=BF16), torch.empty(4096, 4096, dtype=BF16)
     place = (torch.empty(1024, dtype=BF16), table, 1, 1, (4096,), tiles, workspace)
     lora.linear_with_lora(x, weight, bias, *place)
-    assert [kernel.name for kernel in compiled] == ["_shrink_tiles_kernel", "_expand_tiles_kernel"]
+    assert [kernel.name for kernel in compiled] == ["_shrink_tiles_kernel", "expand_kernel"]
     for kernel in compiled:
         assert stack_bytes(kernel) == 0
 
