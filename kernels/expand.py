@@ -340,11 +340,11 @@ def launch_expand(
         made, across = (bias,), tile_programs(tiles, y.shape[0])
         least, kernel = config.expand_n, _expand_tiles_kernel
         options |= {"BLOCK_M": power_of_two(shape.block_m)}
-        if fragments.serves(y, shape.out_features, shape.block_m):
+        if fragments.serves(y, [n // 2 for n in shape.out_features], shape.block_m):
             least, kernel, options = (
                 fragments.BLOCK,
                 fragments.expand_kernel,
-                fragments.options(config.expand_warps),
+                fragments.options(),
             )
             options |= {"MANY": shape.max_rank > fragments.RANKS}
         span = fitting_span(span, least, outs, across)

@@ -1,11 +1,13 @@
-"""Prompts' expand on the tensor cores, neither operand nor result ever in shared memory.
+"""Prompts' expand on the tensor cores, what is multiplied found in registers as it was loaded.
 
-Four warps multiply a tile of 64 rows with 64 columns of B, transposed: sums [column, row]. Columns
-may come in any order, so row 8 e + g of the sums is column 8 g + e: B, y and what is written then
-lie in the registers that the instruction means, 16 adjacent bytes of memory at a time.
+Four warps multiply a tile of 64 rows with two times 64 columns of B, transposed: sums
+[column, row]. Columns may come in any order, so row 8 e + g of the sums is column 8 g + e: B, y and
+what is written then lie in the registers that the instruction means, 16 adjacent bytes of memory at
+a time. y and B come through a ring in shared memory, copied a few steps ahead.
 
-The float32 intermediate is multiplied as the sum of two bfloat16. These kernels know no other
-dtype; for these, and under the interpreter, `expand` has one in Triton.
+A step is a pair of 64 columns and 16 ranks. The float32 intermediate is multiplied as the sum of
+two bfloat16. These kernels know no other dtype; for these, and under the interpreter, `expand` has
+one in Triton.
 """
 
 from collections.abc import Sequence
@@ -13,12 +15,23 @@ from typing import Any
 
 import torch
 
-from granatum.kernels.gluon import AVAILABLE, gl, jit, launch_dependents, mma_v2, wait
+from granatum.kernels.gluon import (
+    AVAILABLE,
+    async_copy,
+    async_load,
+    gl,
+    jit,
+    launch_dependents,
+    mma_v2,
+    wait,
+)
 
 BLOCK = 64
-"""Rows, and columns, that four warps take at a time."""
+"""Rows, and columns of one of a pair, that a step takes."""
 RANKS = 16
 """Ranks, likewise. MANY, of a kernel: adapters may have more."""
+_STAGES = 3
+_WARPS = 4
 
 
 def serves(y: torch.Tensor, out_features: Sequence[int], block_m: int) -> bool:
@@ -27,17 +40,17 @@ def serves(y: torch.Tensor, out_features: Sequence[int], block_m: int) -> bool:
     return AVAILABLE and y.dtype == torch.bfloat16 and block_m == BLOCK and aligned
 
 
-def options(warps: int) -> dict[str, Any]:
-    """What the kernels are to be compiled with, for four warps or eight."""
+def options() -> dict[str, Any]:
+    """What the kernels are to be compiled with."""
     eight = [[0, 1], [0, 2], [0, 4]]
     lanes = [[2, 0], [4, 0], [0, 8], [0, 16], [0, 32]]
-    layout, shared = gl.DistributedLinearLayout, warps.bit_length() - 1
-    blocks = [[8, 0], [16, 0], [32, 0]]  # of eight rows; a warp takes one, or two
-    own = [*eight, [1, 0], *blocks[shared:]]
-    rows = layout(own, lanes, blocks[:shared], [], [BLOCK, BLOCK])
-    ranks = layout([*eight, [1, 0], [8, 0]], lanes, [[0, 0]] * shared, [], [RANKS, BLOCK])
-    sums = gl.NVMMADistributedLayout([2, 0], [1, warps], [16, 8])
-    return {"ROWS": rows, "RANKS": ranks, "SUMS": sums, "num_warps": warps}
+    layout = gl.DistributedLinearLayout
+    rows = layout([*eight, [1, 0], [32, 0]], lanes, [[8, 0], [16, 0]], [], [BLOCK, BLOCK])
+    ranks = layout([*eight, [1, 0], [8, 0]], lanes, [[0, 0], [0, 0]], [], [RANKS, BLOCK])
+    copied = gl.BlockedLayout([1, 8], [4, 8], [_WARPS, 1], [1, 0])
+    sums = gl.NVMMADistributedLayout([2, 0], [1, _WARPS], [16, 8])
+    layouts = {"ROWS": rows, "RANKS": ranks, "COPIED": copied, "SUMS": sums}
+    return {**layouts, "STAGES": _STAGES, "num_warps": _WARPS}
 
 
 @jit()
@@ -73,13 +86,53 @@ def to_rows(sums, ROWS: gl.constexpr):
 
 
 @jit()
+def make_rings(y, STAGES: gl.constexpr):
+    """Room in shared memory for pairs of tiles of y, and of B."""
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    dtype: gl.constexpr = y.dtype.element_ty
+    return (
+        gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], LAYOUT),
+        gl.allocate_shared_memory(dtype, [2 * STAGES, 16, 64], LAYOUT),
+    )
+
+
+@jit()
+def copy_y(ring, stage, at, gap, present):
+    """Begin to copy a pair of tiles of y, `gap` elements apart."""
+    async_load(ring.index(2 * stage), at, mask=present)
+    async_load(ring.index(2 * stage + 1), at + gap, mask=present)
+
+
+@jit()
+def copy_b(
+    ring, stage, start, next_start, column, width, done, rank, next_rank, COPIED: gl.constexpr
+):
+    """Begin to copy a step's pair of B: ranks done to done + 15 of 64 columns, of either start."""
+    r = done + gl.arange(0, 16, gl.SliceLayout(1, COPIED))
+    n = column + gl.arange(0, 64, gl.SliceLayout(0, COPIED))
+    at = r[:, None] * width + n[None, :]
+    own = ring.index(2 * stage)
+    async_load(own, start + at, mask=(r < rank)[:, None])
+    own = ring.index(2 * stage + 1)
+    async_load(own, next_start + at, mask=(r < next_rank)[:, None])
+
+
+@jit()
+def read_b(tile, RANKS: gl.constexpr, SUMS: gl.constexpr):
+    """A tile of B as the left operand [8 e + g, rank]."""
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    turned = gl.permute(gl.reshape(tile.load(RANKS), [16, 8, 8]), [2, 1, 0])
+    return gl.convert_layout(gl.reshape(turned, [64, 16]), LEFT, assert_trivial=True)
+
+
+@jit()
 def load_intermediate(
-    partials, first, rows, stacked_row, done, rank, scale, chunk_stride, width,
+    partials, first, rows, stacked_row, done, rank, chunk_stride, width,
     CHUNKS: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Of a tile's rows, scaled: ranks done to done + 15 of a shrink's results, [rank, row].
+    """Of a tile's rows: ranks done to done + 15 of a shrink's results, [rank, row].
 
-    The partial sums are added in order; the result is the sum of the two bfloat16 returned.
+    The partial sums are added in order.
     """
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 2)
     r = done + gl.arange(0, 16, gl.SliceLayout(1, RIGHT))[:, None]
@@ -89,21 +142,15 @@ def load_intermediate(
     total = gl.load(at, mask=known, other=0.0)
     for chunk in gl.static_range(1, CHUNKS):
         total += gl.load(at + chunk * chunk_stride, mask=known, other=0.0)
-    total *= scale
-    high = total.to(gl.bfloat16)
-    return high, (total - high.to(gl.float32)).to(gl.bfloat16)
+    return total
 
 
 @jit()
-def load_b(start, column, width, done, rank, RANKS: gl.constexpr, SUMS: gl.constexpr):
-    """Ranks done to done + 15 of 64 columns of B as the left operand [8 e + g, rank]."""
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    r = done + gl.arange(0, 16, gl.SliceLayout(1, RANKS))
-    n = column + gl.arange(0, 64, gl.SliceLayout(0, RANKS))
-    at = start + r[:, None] * width + n[None, :]
-    b = gl.load(at, mask=(r < rank)[:, None], other=0.0)
-    turned = gl.permute(gl.reshape(b, [16, 8, 8]), [2, 1, 0])
-    return gl.convert_layout(gl.reshape(turned, [64, 16]), LEFT, assert_trivial=True)
+def halves(intermediate, scale):
+    """The two bfloat16 whose sum the scaled intermediate is."""
+    intermediate *= scale
+    high = intermediate.to(gl.bfloat16)
+    return high, (intermediate - high.to(gl.float32)).to(gl.bfloat16)
 
 
 @jit()
@@ -167,7 +214,9 @@ def expand_kernel(
     PDL: gl.constexpr,
     ROWS: gl.constexpr,
     RANKS: gl.constexpr,
+    COPIED: gl.constexpr,
     SUMS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
     """One block: SPAN columns of one projection, in steps, of every so many-th tile.
 
@@ -177,42 +226,76 @@ def expand_kernel(
     m = gl.arange(0, 64, gl.SliceLayout(1, ROWS))
     n = gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
     chunk_stride = rows_total.to(gl.int64) * workspace_width
+    y_ring, b_ring = make_rings(y, STAGES)
     for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
         slot, first, rows = load_tile(entries, count, tile)
         place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
         rank, stacked_row = rank_before(ranks + place, p, PROJECTIONS)
         rank = gl.where(slot < 0, 0, rank)
-        b_start = arena + gl.multiple_of(gl.load(b_offsets + place + p), 32)
+        start = arena + gl.multiple_of(gl.load(b_offsets + place + p), 32)
         scale = gl.load(scales + place + p)
         present = (m < rows)[:, None]
         y_rows = y + source_rows(order, first + m, m < rows)[:, None] * y_stride + begin + n
         if PDL:
             wait()
             launch_dependents()
-        if (rank > 0) | (not ADD):
-            high, low = load_intermediate(
-                partials, first, rows, stacked_row, 0, rank, scale, chunk_stride, workspace_width,
-                CHUNKS, SUMS,
+        blocks = gl.maximum(gl.cdiv(rank, 16), 1) if MANY else 1
+        steps = gl.cdiv(gl.minimum(SPAN, width - column), 128) * blocks
+        steps = gl.where((rank > 0) | (not ADD), steps, 0)
+        for step in gl.static_range(STAGES - 1):
+            at, done = column + step // blocks * 128, step % blocks * 16
+            live = step < steps
+            if ADD:
+                copy_y(y_ring, step, y_rows + at, 64, present & live & (done == 0))
+            own = gl.where(live, rank, 0)
+            copy_b(b_ring, step, start, start + 64, at, width, done, own, own, COPIED)
+            async_copy.commit_group()
+        v = load_intermediate(
+            partials, first, rows, stacked_row, 0, rank, chunk_stride, workspace_width, CHUNKS, SUMS
+        )
+        high, low = halves(v, scale)
+        left = gl.zeros([64, 64], gl.float32, SUMS)
+        right = left
+        for step in range(steps):
+            stage = step % STAGES
+            at, done = column + step // blocks * 128, step % blocks * 16
+            async_copy.wait_group(STAGES - 2)
+            ahead = step + STAGES - 1
+            next_at, next_done = column + ahead // blocks * 128, ahead % blocks * 16
+            live = ahead < steps
+            if ADD:
+                next_y = present & live & (next_done == 0)
+                copy_y(y_ring, ahead % STAGES, y_rows + next_at, 64, next_y)
+            own = gl.where(live, rank, 0)
+            copy_b(
+                b_ring, ahead % STAGES, start, start + 64, next_at, width, next_done, own, own,
+                COPIED,
             )  # fmt: skip
-            for at in range(column, gl.minimum(column + SPAN, width), 64):
+            async_copy.commit_group()
+            if MANY:
+                after = (step + 1) % blocks * 16
+                v = load_intermediate(
+                    partials, first, rows, stacked_row, after, rank, chunk_stride, workspace_width,
+                    CHUNKS, SUMS,
+                )  # fmt: skip
+            if done == 0:
                 if ADD:
-                    tile_y = gl.load(y_rows + at, mask=present, other=0.0)
-                    sums = to_sums(tile_y, SUMS)
+                    left = to_sums(y_ring.index(2 * stage).load(ROWS), SUMS)
+                    right = to_sums(y_ring.index(2 * stage + 1).load(ROWS), SUMS)
                 else:
-                    sums = gl.zeros([64, 64], gl.float32, SUMS)
-                b = load_b(b_start, at, width, 0, rank, RANKS, SUMS)
-                sums = add_product(sums, b, high, low)
-                if MANY:
-                    for done in range(16, rank, 16):
-                        b = load_b(b_start, at, width, done, rank, RANKS, SUMS)
-                        more_high, more_low = load_intermediate(
-                            partials, first, rows, stacked_row, done, rank, scale, chunk_stride,
-                            workspace_width, CHUNKS, SUMS,
-                        )  # fmt: skip
-                        sums = add_product(sums, b, more_high, more_low)
-                total = to_rows(sums, ROWS)
+                    left = gl.zeros([64, 64], gl.float32, SUMS)
+                    right = left
+            left = add_product(left, read_b(b_ring.index(2 * stage), RANKS, SUMS), high, low)
+            right = add_product(right, read_b(b_ring.index(2 * stage + 1), RANKS, SUMS), high, low)
+            if done + 16 >= blocks * 16:
+                left_y, right_y = to_rows(left, ROWS), to_rows(right, ROWS)
                 if bias is not None:
-                    total += gl.load(bias + begin + at + n).to(gl.float32)
-                gl.store(y_rows + at, total.to(y.dtype.element_ty), mask=present)
+                    left_y += gl.load(bias + begin + at + n).to(gl.float32)
+                    right_y += gl.load(bias + begin + at + 64 + n).to(gl.float32)
+                gl.store(y_rows + at, left_y.to(y.dtype.element_ty), mask=present)
+                gl.store(y_rows + at + 64, right_y.to(y.dtype.element_ty), mask=present)
+            if MANY:
+                high, low = halves(v, scale)
+        async_copy.wait_group(0)
     if PDL and gl.program_id(0) + gl.program_id(1) == 0:
         wait()  # one block that waits keeps the next kernel from overtaking

@@ -7,7 +7,7 @@ import torch
 from granatum.kernels import expand_fragments as fragments
 from granatum.kernels.backend import require, runs_kernel
 from granatum.kernels.expand import check_expand, expand, fitting_span
-from granatum.kernels.gluon import gl, jit, launch_dependents, wait
+from granatum.kernels.gluon import async_copy, gl, jit, launch_dependents, wait
 from granatum.kernels.layout import FIRST_PROJECTION, GROUPS, AdapterTable, KvLayout, Tiles
 from granatum.kernels.rope import Rotary, rope_and_write_kv
 from granatum.kernels.shrink import tile_programs
@@ -53,7 +53,9 @@ def _expand_rope_kernel(
     PDL: gl.constexpr,
     ROWS: gl.constexpr,
     RANKS: gl.constexpr,
+    COPIED: gl.constexpr,
     SUMS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
     """One block: some heads of q, k or v, in turn, of every so many-th tile."""
     head = gl.program_id(0) * BLOCK_HEADS
@@ -64,13 +66,14 @@ def _expand_rope_kernel(
     d = gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
     at_row = gl.arange(0, 64, gl.SliceLayout(1, SUMS))
     sum_d = at_row % 8 * 8 + at_row // 8
+    y_ring, b_ring = fragments.make_rings(qkv, STAGES)
     chunk_stride = rows_total.to(gl.int64) * workspace_width
     for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
         slot, first, rows = fragments.load_tile(entries, count, tile)
         place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
         rank, stacked_row = fragments.rank_before(ranks + place, p, 3)
         rank = gl.where(slot < 0, 0, rank)
-        b_start = arena + gl.multiple_of(gl.load(b_offsets + place + p), 32)
+        start = arena + gl.multiple_of(gl.load(b_offsets + place + p), 32)
         scale = gl.load(scales + place + p)
         row = fragments.source_rows(order, first + m, m < rows)
         kv_slot = gl.load(kv_slots + row, mask=m < rows, other=-1).to(gl.int64)
@@ -89,42 +92,67 @@ def _expand_rope_kernel(
         if PDL:
             wait()
             launch_dependents()
-        v_high, v_low = fragments.load_intermediate(
-            partials, first, rows, stacked_row, 0, rank, scale, chunk_stride, workspace_width,
-            CHUNKS, SUMS,
-        )  # fmt: skip
-        for own in range(head - before, head - before + BLOCK_HEADS):
-            at = own * 128
-            low = gl.load(y_rows + at, mask=present, other=0.0)
-            high = gl.load(y_rows + at + 64, mask=present, other=0.0)
-            low_b = fragments.load_b(b_start, at, width, 0, rank, RANKS, SUMS)
-            high_b = fragments.load_b(b_start, at + 64, width, 0, rank, RANKS, SUMS)
-            low = fragments.add_product(fragments.to_sums(low, SUMS), low_b, v_high, v_low)
-            high = fragments.add_product(fragments.to_sums(high, SUMS), high_b, v_high, v_low)
+        blocks = gl.maximum(gl.cdiv(rank, 16), 1) if MANY else 1
+        steps = BLOCK_HEADS * blocks
+        for step in gl.static_range(STAGES - 1):
+            at, done = (head - before + step // blocks) * 128, step % blocks * 16
+            live = step < steps
+            fragments.copy_y(y_ring, step, y_rows + at, 64, present & live & (done == 0))
+            own = gl.where(live, rank, 0)
+            fragments.copy_b(b_ring, step, start, start + 64, at, width, done, own, own, COPIED)
+            async_copy.commit_group()
+        v = fragments.load_intermediate(
+            partials, first, rows, stacked_row, 0, rank, chunk_stride, workspace_width, CHUNKS, SUMS
+        )
+        v_high, v_low = fragments.halves(v, scale)
+        low = gl.zeros([64, 64], gl.float32, SUMS)
+        high = low
+        for step in range(steps):
+            stage = step % STAGES
+            this_head, done = head - before + step // blocks, step % blocks * 16
+            async_copy.wait_group(STAGES - 2)
+            ahead = step + STAGES - 1
+            next_at, next_done = (head - before + ahead // blocks) * 128, ahead % blocks * 16
+            live = ahead < steps
+            next_y = present & live & (next_done == 0)
+            fragments.copy_y(y_ring, ahead % STAGES, y_rows + next_at, 64, next_y)
+            own = gl.where(live, rank, 0)
+            fragments.copy_b(
+                b_ring, ahead % STAGES, start, start + 64, next_at, width, next_done, own, own,
+                COPIED,
+            )  # fmt: skip
+            async_copy.commit_group()
             if MANY:
-                for done in range(16, rank, 16):
-                    more_high, more_low = fragments.load_intermediate(
-                        partials, first, rows, stacked_row, done, rank, scale, chunk_stride,
-                        workspace_width, CHUNKS, SUMS,
-                    )  # fmt: skip
-                    low_b = fragments.load_b(b_start, at, width, done, rank, RANKS, SUMS)
-                    low = fragments.add_product(low, low_b, more_high, more_low)
-                    high_b = fragments.load_b(b_start, at + 64, width, done, rank, RANKS, SUMS)
-                    high = fragments.add_product(high, high_b, more_high, more_low)
-            if q_norm is not None:
-                square = gl.sum(low * low, axis=0) + gl.sum(high * high, axis=0)
-                factor = gl.where(p < 2, 1 / gl.sqrt(square / 128 + eps), 1.0)[None, :]
-                weight = gl.where(p == 0, q_norm, k_norm) + sum_d
-                rotates = (at_row >= 0) & (p < 2)
-                low_weight = gl.load(weight, mask=rotates, other=1.0).to(gl.float32)
-                high_weight = gl.load(weight + 64, mask=rotates, other=1.0).to(gl.float32)
-                low *= factor * low_weight[:, None]
-                high *= factor * high_weight[:, None]
-            out_at = out_rows + own * head_stride
-            new_low = (low * c - high * s).to(qkv.dtype.element_ty)
-            gl.store(out_at, fragments.to_rows(new_low, ROWS), mask=present)
-            new_high = (high * c + low * s).to(qkv.dtype.element_ty)
-            gl.store(out_at + 64, fragments.to_rows(new_high, ROWS), mask=present)
+                after = (step + 1) % blocks * 16
+                v = fragments.load_intermediate(
+                    partials, first, rows, stacked_row, after, rank, chunk_stride, workspace_width,
+                    CHUNKS, SUMS,
+                )  # fmt: skip
+            if done == 0:
+                low = fragments.to_sums(y_ring.index(2 * stage).load(ROWS), SUMS)
+                high = fragments.to_sums(y_ring.index(2 * stage + 1).load(ROWS), SUMS)
+            b = fragments.read_b(b_ring.index(2 * stage), RANKS, SUMS)
+            low = fragments.add_product(low, b, v_high, v_low)
+            b = fragments.read_b(b_ring.index(2 * stage + 1), RANKS, SUMS)
+            high = fragments.add_product(high, b, v_high, v_low)
+            if done + 16 >= blocks * 16:
+                if q_norm is not None:
+                    square = gl.sum(low * low, axis=0) + gl.sum(high * high, axis=0)
+                    factor = gl.where(p < 2, 1 / gl.sqrt(square / 128 + eps), 1.0)[None, :]
+                    weight = gl.where(p == 0, q_norm, k_norm) + sum_d
+                    rotates = (at_row >= 0) & (p < 2)
+                    low_weight = gl.load(weight, mask=rotates, other=1.0).to(gl.float32)
+                    high_weight = gl.load(weight + 64, mask=rotates, other=1.0).to(gl.float32)
+                    low *= factor * low_weight[:, None]
+                    high *= factor * high_weight[:, None]
+                out_at = out_rows + this_head * head_stride
+                new_low = (low * c - high * s).to(qkv.dtype.element_ty)
+                gl.store(out_at, fragments.to_rows(new_low, ROWS), mask=present)
+                new_high = (high * c + low * s).to(qkv.dtype.element_ty)
+                gl.store(out_at + 64, fragments.to_rows(new_high, ROWS), mask=present)
+            if MANY:
+                v_high, v_low = fragments.halves(v, scale)
+        async_copy.wait_group(0)
     if PDL and gl.program_id(0) + gl.program_id(1) == 0:
         wait()  # one block that waits keeps the next kernel from overtaking
 
@@ -198,6 +226,6 @@ def expand_rope_and_write_kv(
         MANY=shape.max_rank > fragments.RANKS,
         PDL=config.pdl,
         num_stages=1,
-        **fragments.options(config.expand_warps),
+        **fragments.options(),
         **config.launch_options,
     )

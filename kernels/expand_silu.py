@@ -8,7 +8,7 @@ from granatum.kernels import expand_fragments as fragments
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.backend import jit, require_rows, runs_kernel, tl
 from granatum.kernels.expand import check_expand, expand, fitting_span
-from granatum.kernels.gluon import gl, launch_dependents, wait
+from granatum.kernels.gluon import async_copy, gl, launch_dependents, wait
 from granatum.kernels.gluon import jit as gluon_jit
 from granatum.kernels.layout import FIRST_PROJECTION, GROUPS, AdapterTable, Tiles
 from granatum.kernels.shrink import load_tile, source_rows, tile_programs
@@ -148,7 +148,9 @@ def _expand_silu_tiles_kernel(
     PDL: gl.constexpr,
     ROWS: gl.constexpr,
     RANKS: gl.constexpr,
+    COPIED: gl.constexpr,
     SUMS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
     """One block: SPAN columns of gate and the same of up, in steps, of every so many-th tile.
 
@@ -158,6 +160,7 @@ def _expand_silu_tiles_kernel(
     m = gl.arange(0, 64, gl.SliceLayout(1, ROWS))
     n = gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
     chunk_stride = rows_total.to(gl.int64) * workspace_width
+    y_ring, b_ring = fragments.make_rings(gate_up, STAGES)
     for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
         slot, first, rows = fragments.load_tile(entries, count, tile)
         place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
@@ -174,40 +177,66 @@ def _expand_silu_tiles_kernel(
         if PDL:
             wait()
             launch_dependents()
-        gate_high, gate_low = fragments.load_intermediate(
-            partials, first, rows, 0, 0, gate_rank, gate_scale, chunk_stride, workspace_width,
-            CHUNKS, SUMS,
+        blocks = gl.maximum(gl.cdiv(gl.maximum(gate_rank, up_rank), 16), 1) if MANY else 1
+        steps = gl.cdiv(gl.minimum(SPAN, N - column), 64) * blocks
+        for step in gl.static_range(STAGES - 1):
+            at, done = column + step // blocks * 64, step % blocks * 16
+            live = step < steps
+            fragments.copy_y(y_ring, step, y_rows + at, N, present & live & (done == 0))
+            fragments.copy_b(
+                b_ring, step, gate_start, up_start, at, N, done, gl.where(live, gate_rank, 0),
+                gl.where(live, up_rank, 0), COPIED,
+            )  # fmt: skip
+            async_copy.commit_group()
+        gate_v = fragments.load_intermediate(
+            partials, first, rows, 0, 0, gate_rank, chunk_stride, workspace_width, CHUNKS, SUMS
+        )
+        up_v = fragments.load_intermediate(
+            partials, first, rows, gate_rank, 0, up_rank, chunk_stride, workspace_width, CHUNKS,
+            SUMS,
         )  # fmt: skip
-        up_high, up_low = fragments.load_intermediate(
-            partials, first, rows, gate_rank, 0, up_rank, up_scale, chunk_stride, workspace_width,
-            CHUNKS, SUMS,
-        )  # fmt: skip
-        for at in range(column, gl.minimum(column + SPAN, N), 64):
-            gate_y = gl.load(y_rows + at, mask=present, other=0.0)
-            up_y = gl.load(y_rows + N + at, mask=present, other=0.0)
-            gate_b = fragments.load_b(gate_start, at, N, 0, gate_rank, RANKS, SUMS)
-            up_b = fragments.load_b(up_start, at, N, 0, up_rank, RANKS, SUMS)
-            gate = fragments.to_sums(gate_y, SUMS)
-            gate = fragments.add_product(gate, gate_b, gate_high, gate_low)
-            up = fragments.to_sums(up_y, SUMS)
-            up = fragments.add_product(up, up_b, up_high, up_low)
+        gate_high, gate_low = fragments.halves(gate_v, gate_scale)
+        up_high, up_low = fragments.halves(up_v, up_scale)
+        gate = gl.zeros([64, 64], gl.float32, SUMS)
+        up = gate
+        for step in range(steps):
+            stage = step % STAGES
+            at, done = column + step // blocks * 64, step % blocks * 16
+            async_copy.wait_group(STAGES - 2)
+            ahead = step + STAGES - 1
+            next_at, next_done = column + ahead // blocks * 64, ahead % blocks * 16
+            live = ahead < steps
+            next_y = present & live & (next_done == 0)
+            fragments.copy_y(y_ring, ahead % STAGES, y_rows + next_at, N, next_y)
+            fragments.copy_b(
+                b_ring, ahead % STAGES, gate_start, up_start, next_at, N, next_done,
+                gl.where(live, gate_rank, 0), gl.where(live, up_rank, 0), COPIED,
+            )  # fmt: skip
+            async_copy.commit_group()
             if MANY:
-                for done in range(16, gl.maximum(gate_rank, up_rank), 16):
-                    gate_b = fragments.load_b(gate_start, at, N, done, gate_rank, RANKS, SUMS)
-                    more_high, more_low = fragments.load_intermediate(
-                        partials, first, rows, 0, done, gate_rank, gate_scale, chunk_stride,
-                        workspace_width, CHUNKS, SUMS,
-                    )  # fmt: skip
-                    gate = fragments.add_product(gate, gate_b, more_high, more_low)
-                    up_b = fragments.load_b(up_start, at, N, done, up_rank, RANKS, SUMS)
-                    more_high, more_low = fragments.load_intermediate(
-                        partials, first, rows, gate_rank, done, up_rank, up_scale, chunk_stride,
-                        workspace_width, CHUNKS, SUMS,
-                    )  # fmt: skip
-                    up = fragments.add_product(up, up_b, more_high, more_low)
-            made = gate / (1.0 + gl.exp(-gate)) * up
-            made = fragments.to_rows(made.to(out.dtype.element_ty), ROWS)
-            gl.store(out_rows + at, made, mask=present)
+                after = (step + 1) % blocks * 16
+                gate_v = fragments.load_intermediate(
+                    partials, first, rows, 0, after, gate_rank, chunk_stride, workspace_width,
+                    CHUNKS, SUMS,
+                )  # fmt: skip
+                up_v = fragments.load_intermediate(
+                    partials, first, rows, gate_rank, after, up_rank, chunk_stride,
+                    workspace_width, CHUNKS, SUMS,
+                )  # fmt: skip
+            if done == 0:
+                gate = fragments.to_sums(y_ring.index(2 * stage).load(ROWS), SUMS)
+                up = fragments.to_sums(y_ring.index(2 * stage + 1).load(ROWS), SUMS)
+            b = fragments.read_b(b_ring.index(2 * stage), RANKS, SUMS)
+            gate = fragments.add_product(gate, b, gate_high, gate_low)
+            b = fragments.read_b(b_ring.index(2 * stage + 1), RANKS, SUMS)
+            up = fragments.add_product(up, b, up_high, up_low)
+            if done + 16 >= blocks * 16:
+                made = (gate / (1.0 + gl.exp(-gate)) * up).to(out.dtype.element_ty)
+                gl.store(out_rows + at, fragments.to_rows(made, ROWS), mask=present)
+            if MANY:
+                gate_high, gate_low = fragments.halves(gate_v, gate_scale)
+                up_high, up_low = fragments.halves(up_v, up_scale)
+        async_copy.wait_group(0)
     if PDL and gl.program_id(0) + gl.program_id(1) == 0:
         wait()  # as in `_expand_silu_rows_kernel`
 
@@ -254,7 +283,7 @@ def expand_silu_mul(
         options = {
             "SPAN": span,
             "MANY": shape.max_rank > fragments.RANKS,
-            **fragments.options(config.expand_warps),
+            **fragments.options(),
         }
     kernel[(-(-n // span), across)](
         gate_up,

@@ -12,11 +12,25 @@ AVAILABLE = HAS_TRITON and not INTERPRETING
 if AVAILABLE:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-else:
-    gl, mma_v2 = tl, None  # for annotations
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-__all__ = ["AVAILABLE", "gl", "jit", "launch_dependents", "mma_v2", "sync_warp", "wait"]
+    if hasattr(async_copy, "async_load"):
+        async_load = async_copy.async_load
+    else:
+        async_load = async_copy.async_copy_global_to_shared  # its name until Triton 3.7
+else:
+    gl, async_copy, async_load, mma_v2 = tl, None, None, None  # for annotations
+
+__all__ = [
+    "AVAILABLE",
+    "async_copy",
+    "gl",
+    "jit",
+    "launch_dependents",
+    "mma_v2",
+    "sync_warp",
+    "wait",
+]
 
 
 def jit(*runtime_integers: str) -> Callable[[Callable[..., Any]], Any]:

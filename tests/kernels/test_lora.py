@@ -18,6 +18,7 @@ from lora_groups import (
     activations,
     make_group,
     tiles_of,
+    widths,
 )
 
 from granatum.kernels import lora
@@ -47,20 +48,21 @@ POPULARITY = {
 }
 
 
-@pytest.mark.parametrize("block_m", [4, 16])
+@pytest.mark.parametrize("block_m", [4, 16, 64])
 @pytest.mark.parametrize("popularity", list(POPULARITY))
 def test_popularity(
     popularity: str, block_m: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     mixed = [(8, 16, 40), (64, 8, 8), (16, 16, 16), (1, 4, 33), (0, 24, 0), (16, 0, 8)]
-    group = make_group(QKV, 72, (40, 24, 24), mixed, dtype, device)
+    group = make_group(QKV, 72, widths(block_m, 40, 24, 24), mixed, dtype, device)
     check(group, POPULARITY[popularity], block_m)
 
 
 @pytest.mark.parametrize("block_m", [2, 64])
 @pytest.mark.parametrize("rank", [8, 40, 256])
-def test_ranks(rank: int, block_m: int, device: torch.device) -> None:
-    group = make_group(GATE_UP, 520, (72, 72), [(rank, rank), (rank, 0)], torch.float32, device)
+def test_ranks(rank: int, block_m: int, dtype: torch.dtype, device: torch.device) -> None:
+    outs = widths(block_m, 72, 72)
+    group = make_group(GATE_UP, 520, outs, [(rank, rank), (rank, 0)], dtype, device)
     check(group, [0, 0, 1, None, 1], block_m)
 
 
@@ -107,21 +109,22 @@ EVERY_ROW = [
 ]
 
 
-def make_wide_group(dtype: torch.dtype, device: torch.device) -> Group:
+def make_wide_group(block_m: int, dtype: torch.dtype, device: torch.device) -> Group:
     ranks = [(8, 16, 40), (16, 0, 8), (0, 0, 0), (24, 24, 24)]
-    return make_group(QKV, 136, (72, 40, 40), ranks, dtype, device)
+    return make_group(QKV, 136, widths(block_m, 72, 40, 40), ranks, dtype, device)
 
 
+@pytest.mark.parametrize("block_m", [16, 64])
 @pytest.mark.parametrize("slots", EVERY_ROW)
 @pytest.mark.parametrize("biased", [False, True])
 def test_y_made_of_what_adapters_add(
-    slots: list[int | None], biased: bool, device: torch.device
+    slots: list[int | None], biased: bool, block_m: int, device: torch.device
 ) -> None:
-    group = make_wide_group(torch.bfloat16, device)
+    group = make_wide_group(block_m, torch.bfloat16, device)
     x, y = activations(group, len(slots))
     bias = torch.randn(y.shape[1]).to(y) if biased else None
     expected = group.truth(torch.zeros_like(y) if bias is None else bias.expand_as(y), x, slots)
-    tiles = tiles_of(slots, 16, device, base=True)
+    tiles = tiles_of(slots, block_m, device, base=True)
     rest = (group.arena, group.table, LAYER, group.group, group.outs, tiles)
     workspace = group.workspace(len(slots), tiles.block_m)
     y.fill_(torch.nan)
@@ -131,23 +134,25 @@ def test_y_made_of_what_adapters_add(
     torch.testing.assert_close(y.double().cpu(), expected, rtol=tolerance, atol=tolerance / 4)
 
 
+@pytest.mark.parametrize("block_m", [16, 64])
 @pytest.mark.parametrize("slots", EVERY_ROW)
 @pytest.mark.parametrize("many", [False, True])
 def test_a_linear_with_lora(
     slots: list[int | None],
     many: bool,
+    block_m: int,
     dtype: torch.dtype,
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(lora, "MANY_ROWS", 1 if many else 1000)
-    group = make_wide_group(dtype, device)
+    group = make_wide_group(block_m, dtype, device)
     x, y = activations(group, len(slots))
     weight = (torch.randn(y.shape[1], group.k) * group.k**-0.5).to(x)
     bias = torch.randn(y.shape[1]).to(x)
     product = x.double() @ weight.double().T
     expected = group.truth(product + bias.double(), x, slots)
-    tiles = tiles_of(slots, 16, device, base=True)
+    tiles = tiles_of(slots, block_m, device, base=True)
     rest = (group.arena, group.table, LAYER, group.group, group.outs, tiles)
     workspace = group.workspace(len(slots), tiles.block_m)
     found = lora.linear_with_lora(x, weight, bias, *rest, workspace).double().cpu()
@@ -171,7 +176,7 @@ def test_a_row_is_bit_identical_in_any_company(block_m: int, device: torch.devic
     if not runs_kernel(torch.empty(0, device=device)):
         pytest.skip("torch's matrix products on the CPU depend on the number of rows")
     ranks = [(16, 16, 16), (8, 64, 0), (40, 8, 8)]
-    group = make_group(QKV, 600, (40, 24, 24), ranks, torch.bfloat16, device)
+    group = make_group(QKV, 600, widths(block_m, 40, 24, 24), ranks, torch.bfloat16, device)
     x, y = activations(group, 11)
     slots = [0, 0, 0, 1, None, 2, 2, 2, 2, 2, 0]
     crowd = y.clone()
@@ -192,9 +197,10 @@ def test_rows_of_wider_tensors(device: torch.device) -> None:
     assert torch.equal(wide_y[:, 80:], rest)
 
 
-@pytest.mark.parametrize("block_m", [4, 16])
-def test_rows_in_another_order(block_m: int, device: torch.device) -> None:
-    group = make_group(QKV, 72, (40, 24, 24), [(8, 16, 40), (16, 0, 8)], torch.float32, device)
+@pytest.mark.parametrize("block_m", [4, 16, 64])
+def test_rows_in_another_order(block_m: int, dtype: torch.dtype, device: torch.device) -> None:
+    outs = widths(block_m, 40, 24, 24)
+    group = make_group(QKV, 72, outs, [(8, 16, 40), (16, 0, 8)], dtype, device)
     slots = [1, 0, None, 1, 0, 1, 1, 0, 1]
     x, y = activations(group, len(slots))
     expected = group.truth(y, x, slots)
@@ -202,7 +208,8 @@ def test_rows_in_another_order(block_m: int, device: torch.device) -> None:
     tiles = tiles_of([slots[t] for t in order], block_m, device)
     indices = torch.tensor(order, dtype=torch.int32, device=device)
     group.add(y, x, dataclasses.replace(tiles, order=indices))
-    torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_shrink_and_expand_apart_are_add_lora(device: torch.device) -> None:
@@ -244,7 +251,7 @@ def test_graph_replays_other_batches(block_m: int) -> None:
         pytest.skip("needs a CUDA GPU")
     device = torch.device("cuda")
     ranks = [(16, 16), (8, 64), (0, 40), (256, 8)]
-    group = make_group(GATE_UP, 1096, (264, 264), ranks, torch.bfloat16, device)
+    group = make_group(GATE_UP, 1096, widths(block_m, 264, 264), ranks, torch.bfloat16, device)
     x, y = activations(group, 21)
     tiles = Tiles.allocate(21, block_m, device)
     tiles.fill(lora.make_tiles([0] * 21, block_m))

@@ -106,6 +106,11 @@ class Group:
         lora.add_lora(*args)
 
 
+def widths(block_m: int, *outs: int) -> tuple[int, ...]:
+    """Output features as wide as kernels for tiles of so many rows want them, at least `outs`."""
+    return tuple(-(-n // 128) * 128 for n in outs) if block_m == lora.PREFILL_BLOCK_M else outs
+
+
 def pad8(matrix: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(matrix, (0, 0, 0, -matrix.shape[0] % 8)).contiguous()
 
