@@ -340,13 +340,9 @@ def launch_expand(
         made, across = (bias,), tile_programs(tiles, y.shape[0])
         least, kernel = config.expand_n, _expand_tiles_kernel
         options |= {"BLOCK_M": power_of_two(shape.block_m)}
-        if fragments.serves(y, [n // 2 for n in shape.out_features], shape.block_m):
-            least, kernel, options = (
-                fragments.BLOCK,
-                fragments.expand_kernel,
-                fragments.options(),
-            )
-            options |= {"MANY": shape.max_rank > fragments.RANKS}
+        if fragments.serves(y, shape.out_features, fragments.PAIR, shape.block_m):
+            least, kernel = fragments.PAIR, fragments.expand_kernel
+            options = fragments.options(shape.max_rank)
         span = fitting_span(span, least, outs, across)
         options |= {"SPAN": span, "ADD": add}
     kernel[(_blocks(outs, span), across)](
@@ -378,12 +374,14 @@ def launch_expand(
     )
 
 
-def fitting_span(span: int, least: int, outs: Sequence[int], across: int) -> int:
+def fitting_span(
+    span: int, least: int, outs: Sequence[int], across: int, fewest: int = _FEWEST_BLOCKS
+) -> int:
     """Columns that a block goes through: fewer where there are few rows, to fill the GPU.
 
     That changes no sum.
     """
-    while span > least and _blocks(outs, span) * across < _FEWEST_BLOCKS:
+    while span > least and _blocks(outs, span) * across < fewest:
         span //= 2
     return span
 

@@ -3,11 +3,12 @@
 Four warps multiply a tile of 64 rows with two times 64 columns of B, transposed: sums
 [column, row]. Columns may come in any order, so row 8 e + g of the sums is column 8 g + e: B, y and
 what is written then lie in the registers that the instruction means, 16 adjacent bytes of memory at
-a time. y and B come through a ring in shared memory, copied a few steps ahead.
+a time. y and B come through a ring in shared memory, copied a step ahead.
 
-A step is a pair of 64 columns and 16 ranks. The float32 intermediate is multiplied as the sum of
-two bfloat16. These kernels know no other dtype; for these, and under the interpreter, `expand` has
-one in Triton.
+A step is a pair of 64 columns and 16 ranks. A tile's float32 intermediate is summed once for all
+steps and multiplied as the sum of two bfloat16, which a block holds for all ranks that the table
+allows. These kernels know no other dtype; for these, and under the interpreter, `expand` has one in
+Triton.
 """
 
 from collections.abc import Sequence
@@ -28,20 +29,21 @@ from granatum.kernels.gluon import (
 
 BLOCK = 64
 """Rows, and columns of one of a pair, that a step takes."""
+PAIR = 2 * BLOCK
 RANKS = 16
-"""Ranks, likewise. MANY, of a kernel: adapters may have more."""
-_STAGES = 3
+"""Ranks, likewise."""
+_STAGES = 2
 _WARPS = 4
 
 
-def serves(y: torch.Tensor, out_features: Sequence[int], block_m: int) -> bool:
-    """Whether the kernels take such rows and columns."""
-    aligned = y.stride(0) % 8 == 0 and all(n % BLOCK == 0 for n in out_features)
+def serves(y: torch.Tensor, out_features: Sequence[int], step: int, block_m: int) -> bool:
+    """Whether the kernels take such rows, and columns in steps of so many."""
+    aligned = y.stride(0) % 8 == 0 and all(n % step == 0 for n in out_features)
     return AVAILABLE and y.dtype == torch.bfloat16 and block_m == BLOCK and aligned
 
 
-def options() -> dict[str, Any]:
-    """What the kernels are to be compiled with."""
+def options(max_rank: int) -> dict[str, Any]:
+    """What the kernels are to be compiled with. HELD: blocks of ranks that an adapter may have."""
     eight = [[0, 1], [0, 2], [0, 4]]
     lanes = [[2, 0], [4, 0], [0, 8], [0, 16], [0, 32]]
     layout = gl.DistributedLinearLayout
@@ -50,7 +52,7 @@ def options() -> dict[str, Any]:
     copied = gl.BlockedLayout([1, 8], [4, 8], [_WARPS, 1], [1, 0])
     sums = gl.NVMMADistributedLayout([2, 0], [1, _WARPS], [16, 8])
     layouts = {"ROWS": rows, "RANKS": ranks, "COPIED": copied, "SUMS": sums}
-    return {**layouts, "STAGES": _STAGES, "num_warps": _WARPS}
+    return {**layouts, "HELD": -(-max_rank // RANKS), "STAGES": _STAGES, "num_warps": _WARPS}
 
 
 @jit()
@@ -126,37 +128,40 @@ def read_b(tile, RANKS: gl.constexpr, SUMS: gl.constexpr):
 
 
 @jit()
-def load_intermediate(
-    partials, first, rows, stacked_row, done, rank, chunk_stride, width,
+def make_held(PROJECTIONS: gl.constexpr, HELD: gl.constexpr):
+    """Room in shared memory for the intermediate of a tile's rows, by projection and ranks."""
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0, 1])
+    return gl.allocate_shared_memory(gl.bfloat16, [2 * PROJECTIONS * HELD, 16, 64], LAYOUT)
+
+
+@jit()
+def hold_intermediate(
+    held, place, partials, first, rows, stacked_row, rank, blocks, scale, chunk_stride, width,
     CHUNKS: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Of a tile's rows: ranks done to done + 15 of a shrink's results, [rank, row].
-
-    The partial sums are added in order.
-    """
+    """Add a shrink's partial sums in order; hold them scaled, each as the sum of two bfloat16."""
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 2)
-    r = done + gl.arange(0, 16, gl.SliceLayout(1, RIGHT))[:, None]
+    r = gl.arange(0, 16, gl.SliceLayout(1, RIGHT))[:, None]
     m = gl.arange(0, 64, gl.SliceLayout(0, RIGHT))[None, :]
     at = partials + (first + m).to(gl.int64) * width + stacked_row + r
-    known = (m < rows) & (r < rank)
-    total = gl.load(at, mask=known, other=0.0)
-    for chunk in gl.static_range(1, CHUNKS):
-        total += gl.load(at + chunk * chunk_stride, mask=known, other=0.0)
-    return total
+    for block in range(blocks):
+        known = (m < rows) & (16 * block + r < rank)
+        total = gl.load(at + 16 * block, mask=known, other=0.0)
+        for chunk in gl.static_range(1, CHUNKS):
+            total += gl.load(at + chunk * chunk_stride + 16 * block, mask=known, other=0.0)
+        total *= scale
+        high = total.to(gl.bfloat16)
+        held.index(2 * (place + block)).store(high)
+        low = (total - high.to(gl.float32)).to(gl.bfloat16)
+        held.index(2 * (place + block) + 1).store(low)
 
 
 @jit()
-def halves(intermediate, scale):
-    """The two bfloat16 whose sum the scaled intermediate is."""
-    intermediate *= scale
-    high = intermediate.to(gl.bfloat16)
-    return high, (intermediate - high.to(gl.float32)).to(gl.bfloat16)
-
-
-@jit()
-def add_product(sums, b, high, low):
-    """sums + b @ (high + low)."""
-    return mma_v2(b, low, mma_v2(b, high, sums))
+def add_product(sums, b, held, place, SUMS: gl.constexpr):
+    """sums + b @ (both parts of the intermediate of a block of ranks)."""
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 2)
+    sums = mma_v2(b, held.index(2 * place).load(RIGHT), sums)
+    return mma_v2(b, held.index(2 * place + 1).load(RIGHT), sums)
 
 
 @jit()
@@ -208,7 +213,6 @@ def expand_kernel(
     N1: gl.constexpr,
     N2: gl.constexpr,
     CHUNKS: gl.constexpr,
-    MANY: gl.constexpr,
     SPAN: gl.constexpr,
     ADD: gl.constexpr,
     PDL: gl.constexpr,
@@ -216,6 +220,7 @@ def expand_kernel(
     RANKS: gl.constexpr,
     COPIED: gl.constexpr,
     SUMS: gl.constexpr,
+    HELD: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """One block: SPAN columns of one projection, in steps, of every so many-th tile.
@@ -227,6 +232,7 @@ def expand_kernel(
     n = gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
     chunk_stride = rows_total.to(gl.int64) * workspace_width
     y_ring, b_ring = make_rings(y, STAGES)
+    held = make_held(1, HELD)
     for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
         slot, first, rows = load_tile(entries, count, tile)
         place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
@@ -239,7 +245,7 @@ def expand_kernel(
         if PDL:
             wait()
             launch_dependents()
-        blocks = gl.maximum(gl.cdiv(rank, 16), 1) if MANY else 1
+        blocks = 1 if HELD == 1 else gl.maximum(gl.cdiv(rank, 16), 1)
         steps = gl.cdiv(gl.minimum(SPAN, width - column), 128) * blocks
         steps = gl.where((rank > 0) | (not ADD), steps, 0)
         for step in gl.static_range(STAGES - 1):
@@ -250,10 +256,10 @@ def expand_kernel(
             own = gl.where(live, rank, 0)
             copy_b(b_ring, step, start, start + 64, at, width, done, own, own, COPIED)
             async_copy.commit_group()
-        v = load_intermediate(
-            partials, first, rows, stacked_row, 0, rank, chunk_stride, workspace_width, CHUNKS, SUMS
-        )
-        high, low = halves(v, scale)
+        hold_intermediate(
+            held, 0, partials, first, rows, stacked_row, rank, blocks, scale, chunk_stride,
+            workspace_width, CHUNKS, SUMS,
+        )  # fmt: skip
         left = gl.zeros([64, 64], gl.float32, SUMS)
         right = left
         for step in range(steps):
@@ -272,12 +278,6 @@ def expand_kernel(
                 COPIED,
             )  # fmt: skip
             async_copy.commit_group()
-            if MANY:
-                after = (step + 1) % blocks * 16
-                v = load_intermediate(
-                    partials, first, rows, stacked_row, after, rank, chunk_stride, workspace_width,
-                    CHUNKS, SUMS,
-                )  # fmt: skip
             if done == 0:
                 if ADD:
                     left = to_sums(y_ring.index(2 * stage).load(ROWS), SUMS)
@@ -285,8 +285,10 @@ def expand_kernel(
                 else:
                     left = gl.zeros([64, 64], gl.float32, SUMS)
                     right = left
-            left = add_product(left, read_b(b_ring.index(2 * stage), RANKS, SUMS), high, low)
-            right = add_product(right, read_b(b_ring.index(2 * stage + 1), RANKS, SUMS), high, low)
+            b = read_b(b_ring.index(2 * stage), RANKS, SUMS)
+            left = add_product(left, b, held, done // 16, SUMS)
+            b = read_b(b_ring.index(2 * stage + 1), RANKS, SUMS)
+            right = add_product(right, b, held, done // 16, SUMS)
             if done + 16 >= blocks * 16:
                 left_y, right_y = to_rows(left, ROWS), to_rows(right, ROWS)
                 if bias is not None:
@@ -294,8 +296,6 @@ def expand_kernel(
                     right_y += gl.load(bias + begin + at + 64 + n).to(gl.float32)
                 gl.store(y_rows + at, left_y.to(y.dtype.element_ty), mask=present)
                 gl.store(y_rows + at + 64, right_y.to(y.dtype.element_ty), mask=present)
-            if MANY:
-                high, low = halves(v, scale)
         async_copy.wait_group(0)
     if PDL and gl.program_id(0) + gl.program_id(1) == 0:
         wait()  # one block that waits keeps the next kernel from overtaking

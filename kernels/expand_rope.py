@@ -13,8 +13,6 @@ from granatum.kernels.rope import Rotary, rope_and_write_kv
 from granatum.kernels.shrink import tile_programs
 
 QKV = GROUPS.index("qkv")
-_HEAD_DIM = 128
-"""Two halves, each as wide as a block of `expand_fragments`."""
 _BLOCK_HEADS = 8
 """That a block goes through at most."""
 
@@ -49,12 +47,12 @@ def _expand_rope_kernel(
     BLOCK_HEADS: gl.constexpr,
     PAGE_TOKENS: gl.constexpr,
     CHUNKS: gl.constexpr,
-    MANY: gl.constexpr,
     PDL: gl.constexpr,
     ROWS: gl.constexpr,
     RANKS: gl.constexpr,
     COPIED: gl.constexpr,
     SUMS: gl.constexpr,
+    HELD: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """One block: some heads of q, k or v, in turn, of every so many-th tile."""
@@ -67,6 +65,7 @@ def _expand_rope_kernel(
     at_row = gl.arange(0, 64, gl.SliceLayout(1, SUMS))
     sum_d = at_row % 8 * 8 + at_row // 8
     y_ring, b_ring = fragments.make_rings(qkv, STAGES)
+    held = fragments.make_held(1, HELD)
     chunk_stride = rows_total.to(gl.int64) * workspace_width
     for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
         slot, first, rows = fragments.load_tile(entries, count, tile)
@@ -92,7 +91,7 @@ def _expand_rope_kernel(
         if PDL:
             wait()
             launch_dependents()
-        blocks = gl.maximum(gl.cdiv(rank, 16), 1) if MANY else 1
+        blocks = 1 if HELD == 1 else gl.maximum(gl.cdiv(rank, 16), 1)
         steps = BLOCK_HEADS * blocks
         for step in gl.static_range(STAGES - 1):
             at, done = (head - before + step // blocks) * 128, step % blocks * 16
@@ -101,10 +100,10 @@ def _expand_rope_kernel(
             own = gl.where(live, rank, 0)
             fragments.copy_b(b_ring, step, start, start + 64, at, width, done, own, own, COPIED)
             async_copy.commit_group()
-        v = fragments.load_intermediate(
-            partials, first, rows, stacked_row, 0, rank, chunk_stride, workspace_width, CHUNKS, SUMS
-        )
-        v_high, v_low = fragments.halves(v, scale)
+        fragments.hold_intermediate(
+            held, 0, partials, first, rows, stacked_row, rank, blocks, scale, chunk_stride,
+            workspace_width, CHUNKS, SUMS,
+        )  # fmt: skip
         low = gl.zeros([64, 64], gl.float32, SUMS)
         high = low
         for step in range(steps):
@@ -122,19 +121,13 @@ def _expand_rope_kernel(
                 COPIED,
             )  # fmt: skip
             async_copy.commit_group()
-            if MANY:
-                after = (step + 1) % blocks * 16
-                v = fragments.load_intermediate(
-                    partials, first, rows, stacked_row, after, rank, chunk_stride, workspace_width,
-                    CHUNKS, SUMS,
-                )  # fmt: skip
             if done == 0:
                 low = fragments.to_sums(y_ring.index(2 * stage).load(ROWS), SUMS)
                 high = fragments.to_sums(y_ring.index(2 * stage + 1).load(ROWS), SUMS)
             b = fragments.read_b(b_ring.index(2 * stage), RANKS, SUMS)
-            low = fragments.add_product(low, b, v_high, v_low)
+            low = fragments.add_product(low, b, held, done // 16, SUMS)
             b = fragments.read_b(b_ring.index(2 * stage + 1), RANKS, SUMS)
-            high = fragments.add_product(high, b, v_high, v_low)
+            high = fragments.add_product(high, b, held, done // 16, SUMS)
             if done + 16 >= blocks * 16:
                 if q_norm is not None:
                     square = gl.sum(low * low, axis=0) + gl.sum(high * high, axis=0)
@@ -150,8 +143,6 @@ def _expand_rope_kernel(
                 gl.store(out_at, fragments.to_rows(new_low, ROWS), mask=present)
                 new_high = (high * c + low * s).to(qkv.dtype.element_ty)
                 gl.store(out_at + 64, fragments.to_rows(new_high, ROWS), mask=present)
-            if MANY:
-                v_high, v_low = fragments.halves(v, scale)
         async_copy.wait_group(0)
     if PDL and gl.program_id(0) + gl.program_id(1) == 0:
         wait()  # one block that waits keeps the next kernel from overtaking
@@ -186,8 +177,9 @@ def expand_rope_and_write_kv(
     shape, config = check_expand(qkv, in_features, table, QKV, outs, tiles, workspace)
     rotary.require(d)
     require(positions.shape == kv_slots.shape == (rows,), "positions and kv_slots must be [T]")
-    served = d == _HEAD_DIM and kv.page_elements % 8 == 0
-    if not (served and fragments.serves(qkv, outs, shape.block_m) and runs_kernel(qkv)):
+    served = d == fragments.PAIR and kv.page_elements % 8 == 0
+    served &= fragments.serves(qkv, outs, fragments.PAIR, shape.block_m)
+    if not (served and runs_kernel(qkv)):
         expand(qkv, in_features, arena, table, layer, QKV, outs, tiles, workspace)
         q, k, v = torch.split(qkv, outs, dim=1)
         rope_and_write_kv(q, k, v, positions, rotary, arena, kv, layer, kv_slots)
@@ -223,9 +215,8 @@ def expand_rope_and_write_kv(
         BLOCK_HEADS=block_heads,
         PAGE_TOKENS=kv.page_tokens,
         CHUNKS=config.chunks(shape),
-        MANY=shape.max_rank > fragments.RANKS,
         PDL=config.pdl,
         num_stages=1,
-        **fragments.options(),
+        **fragments.options(shape.max_rank),
         **config.launch_options,
     )

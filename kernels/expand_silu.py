@@ -15,6 +15,8 @@ from granatum.kernels.shrink import load_tile, source_rows, tile_programs
 from granatum.kernels.tuning import power_of_two
 
 GATE_UP = GROUPS.index("gate_up")
+_FEWEST_BLOCKS = 396
+"""Of long tiles: a GPU of 132 multiprocessors has room for three on each."""
 
 
 @jit()
@@ -143,13 +145,13 @@ def _expand_silu_tiles_kernel(
     PROJECTION: gl.constexpr,
     N: gl.constexpr,
     CHUNKS: gl.constexpr,
-    MANY: gl.constexpr,
     SPAN: gl.constexpr,
     PDL: gl.constexpr,
     ROWS: gl.constexpr,
     RANKS: gl.constexpr,
     COPIED: gl.constexpr,
     SUMS: gl.constexpr,
+    HELD: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """One block: SPAN columns of gate and the same of up, in steps, of every so many-th tile.
@@ -161,6 +163,7 @@ def _expand_silu_tiles_kernel(
     n = gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
     chunk_stride = rows_total.to(gl.int64) * workspace_width
     y_ring, b_ring = fragments.make_rings(gate_up, STAGES)
+    held = fragments.make_held(2, HELD)
     for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
         slot, first, rows = fragments.load_tile(entries, count, tile)
         place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
@@ -177,7 +180,7 @@ def _expand_silu_tiles_kernel(
         if PDL:
             wait()
             launch_dependents()
-        blocks = gl.maximum(gl.cdiv(gl.maximum(gate_rank, up_rank), 16), 1) if MANY else 1
+        blocks = 1 if HELD == 1 else gl.maximum(gl.cdiv(gl.maximum(gate_rank, up_rank), 16), 1)
         steps = gl.cdiv(gl.minimum(SPAN, N - column), 64) * blocks
         for step in gl.static_range(STAGES - 1):
             at, done = column + step // blocks * 64, step % blocks * 16
@@ -188,15 +191,14 @@ def _expand_silu_tiles_kernel(
                 gl.where(live, up_rank, 0), COPIED,
             )  # fmt: skip
             async_copy.commit_group()
-        gate_v = fragments.load_intermediate(
-            partials, first, rows, 0, 0, gate_rank, chunk_stride, workspace_width, CHUNKS, SUMS
-        )
-        up_v = fragments.load_intermediate(
-            partials, first, rows, gate_rank, 0, up_rank, chunk_stride, workspace_width, CHUNKS,
-            SUMS,
+        fragments.hold_intermediate(
+            held, 0, partials, first, rows, 0, gate_rank, blocks, gate_scale, chunk_stride,
+            workspace_width, CHUNKS, SUMS,
         )  # fmt: skip
-        gate_high, gate_low = fragments.halves(gate_v, gate_scale)
-        up_high, up_low = fragments.halves(up_v, up_scale)
+        fragments.hold_intermediate(
+            held, HELD, partials, first, rows, gate_rank, up_rank, blocks, up_scale, chunk_stride,
+            workspace_width, CHUNKS, SUMS,
+        )  # fmt: skip
         gate = gl.zeros([64, 64], gl.float32, SUMS)
         up = gate
         for step in range(steps):
@@ -213,29 +215,16 @@ def _expand_silu_tiles_kernel(
                 gl.where(live, gate_rank, 0), gl.where(live, up_rank, 0), COPIED,
             )  # fmt: skip
             async_copy.commit_group()
-            if MANY:
-                after = (step + 1) % blocks * 16
-                gate_v = fragments.load_intermediate(
-                    partials, first, rows, 0, after, gate_rank, chunk_stride, workspace_width,
-                    CHUNKS, SUMS,
-                )  # fmt: skip
-                up_v = fragments.load_intermediate(
-                    partials, first, rows, gate_rank, after, up_rank, chunk_stride,
-                    workspace_width, CHUNKS, SUMS,
-                )  # fmt: skip
             if done == 0:
                 gate = fragments.to_sums(y_ring.index(2 * stage).load(ROWS), SUMS)
                 up = fragments.to_sums(y_ring.index(2 * stage + 1).load(ROWS), SUMS)
             b = fragments.read_b(b_ring.index(2 * stage), RANKS, SUMS)
-            gate = fragments.add_product(gate, b, gate_high, gate_low)
+            gate = fragments.add_product(gate, b, held, done // 16, SUMS)
             b = fragments.read_b(b_ring.index(2 * stage + 1), RANKS, SUMS)
-            up = fragments.add_product(up, b, up_high, up_low)
+            up = fragments.add_product(up, b, held, HELD + done // 16, SUMS)
             if done + 16 >= blocks * 16:
                 made = (gate / (1.0 + gl.exp(-gate)) * up).to(out.dtype.element_ty)
                 gl.store(out_rows + at, fragments.to_rows(made, ROWS), mask=present)
-            if MANY:
-                gate_high, gate_low = fragments.halves(gate_v, gate_scale)
-                up_high, up_low = fragments.halves(up_v, up_scale)
         async_copy.wait_group(0)
     if PDL and gl.program_id(0) + gl.program_id(1) == 0:
         wait()  # as in `_expand_silu_rows_kernel`
@@ -264,7 +253,8 @@ def expand_silu_mul(
     require_rows("out", out, (rows, n))
     outs, pairs = (n, n), (gate_up, out)
     shape, config = check_expand(gate_up, in_features, table, GATE_UP, outs, tiles, workspace)
-    served = all(fragments.serves(y, (n,), shape.block_m) for y in pairs) or not shape.dot
+    served = all(fragments.serves(y, (n,), fragments.BLOCK, shape.block_m) for y in pairs)
+    served |= not shape.dot
     if not (served and runs_kernel(out)):
         expand(gate_up, in_features, arena, table, layer, GATE_UP, outs, tiles, workspace)
         silu_mul(gate_up, out)
@@ -279,11 +269,10 @@ def expand_silu_mul(
     }
     if shape.dot:
         kernel, across = _expand_silu_tiles_kernel, tile_programs(tiles, rows)
-        span = fitting_span(config.silu_n, fragments.BLOCK, (n,), across)
+        span = fitting_span(config.silu_n, fragments.BLOCK, (n,), across, _FEWEST_BLOCKS)
         options = {
             "SPAN": span,
-            "MANY": shape.max_rank > fragments.RANKS,
-            **fragments.options(),
+            **fragments.options(shape.max_rank),
         }
     kernel[(-(-n // span), across)](
         gate_up,
