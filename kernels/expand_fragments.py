@@ -135,33 +135,53 @@ def make_held(PROJECTIONS: gl.constexpr, HELD: gl.constexpr):
 
 
 @jit()
-def hold_intermediate(
-    held, place, partials, first, rows, stacked_row, rank, blocks, scale, chunk_stride, width,
+def load_intermediate(
+    partials, first, rows, stacked_row, done, rank, scale, chunk_stride, width,
     CHUNKS: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """Add a shrink's partial sums in order; hold them scaled, each as the sum of two bfloat16."""
+    """A tile's ranks done to done + 15 [rank, row], scaled: the two bfloat16 whose sum they are.
+
+    The shrink's partial sums are added in order.
+    """
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 2)
-    r = gl.arange(0, 16, gl.SliceLayout(1, RIGHT))[:, None]
+    r = done + gl.arange(0, 16, gl.SliceLayout(1, RIGHT))[:, None]
     m = gl.arange(0, 64, gl.SliceLayout(0, RIGHT))[None, :]
     at = partials + (first + m).to(gl.int64) * width + stacked_row + r
+    known = (m < rows) & (r < rank)
+    total = gl.load(at, mask=known, other=0.0)
+    for chunk in gl.static_range(1, CHUNKS):
+        total += gl.load(at + chunk * chunk_stride, mask=known, other=0.0)
+    total *= scale
+    high = total.to(gl.bfloat16)
+    return high, (total - high.to(gl.float32)).to(gl.bfloat16)
+
+
+@jit()
+def hold_intermediate(
+    held, place, blocks, partials, first, rows, stacked_row, rank, scale, chunk_stride, width,
+    CHUNKS: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
+    """Keep a tile's intermediate of all ranks, 16 at a place."""
     for block in range(blocks):
-        known = (m < rows) & (16 * block + r < rank)
-        total = gl.load(at + 16 * block, mask=known, other=0.0)
-        for chunk in gl.static_range(1, CHUNKS):
-            total += gl.load(at + chunk * chunk_stride + 16 * block, mask=known, other=0.0)
-        total *= scale
-        high = total.to(gl.bfloat16)
+        high, low = load_intermediate(
+            partials, first, rows, stacked_row, 16 * block, rank, scale, chunk_stride, width,
+            CHUNKS, SUMS,
+        )  # fmt: skip
         held.index(2 * (place + block)).store(high)
-        low = (total - high.to(gl.float32)).to(gl.bfloat16)
         held.index(2 * (place + block) + 1).store(low)
 
 
 @jit()
-def add_product(sums, b, held, place, SUMS: gl.constexpr):
-    """sums + b @ (both parts of the intermediate of a block of ranks)."""
+def read_intermediate(held, place, SUMS: gl.constexpr):
+    """What is kept at a place."""
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 2)
-    sums = mma_v2(b, held.index(2 * place).load(RIGHT), sums)
-    return mma_v2(b, held.index(2 * place + 1).load(RIGHT), sums)
+    return held.index(2 * place).load(RIGHT), held.index(2 * place + 1).load(RIGHT)
+
+
+@jit()
+def add_product(sums, b, high, low):
+    """sums + b @ (high + low)."""
+    return mma_v2(b, low, mma_v2(b, high, sums))
 
 
 @jit()
@@ -188,6 +208,75 @@ def rank_before(ranks, p, PROJECTIONS: gl.constexpr):
         column += gl.where(p >= q, gl.load(ranks + q - 1), 0)
         rank = gl.where(p == q, own, rank)
     return rank, column
+
+
+@jit()
+def _expand_tile(
+    y_rows, present, bias, y_ring, b_ring, held, start, column, width, partials, first, rows,
+    stacked_row, rank, scale, chunk_stride, workspace_width,
+    CHUNKS: gl.constexpr, SPAN: gl.constexpr, ADD: gl.constexpr, ROWS: gl.constexpr,
+    RANKS: gl.constexpr, COPIED: gl.constexpr, SUMS: gl.constexpr, STAGES: gl.constexpr,
+    MANY: gl.constexpr,
+):  # fmt: skip
+    """A tile's columns from `column` on. MANY: of more than 16 ranks."""
+    dtype: gl.constexpr = y_rows.dtype.element_ty
+    n = gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
+    blocks = gl.cdiv(rank, 16) if MANY else 1
+    steps = gl.cdiv(gl.minimum(SPAN, width - column), 128) * blocks
+    for step in gl.static_range(STAGES - 1):
+        at, done = column + step // blocks * 128, step % blocks * 16
+        live = step < steps
+        if ADD:
+            copy_y(y_ring, step, y_rows + at, 64, present & live & (done == 0))
+        own = gl.where(live, rank, 0)
+        copy_b(b_ring, step, start, start + 64, at, width, done, own, own, COPIED)
+        async_copy.commit_group()
+    if MANY:
+        hold_intermediate(
+            held, 0, blocks, partials, first, rows, stacked_row, rank, scale, chunk_stride,
+            workspace_width, CHUNKS, SUMS,
+        )  # fmt: skip
+    else:
+        high, low = load_intermediate(
+            partials, first, rows, stacked_row, 0, rank, scale, chunk_stride, workspace_width,
+            CHUNKS, SUMS,
+        )  # fmt: skip
+    left = gl.zeros([64, 64], gl.float32, SUMS)
+    right = left
+    for step in range(steps):
+        stage = step % STAGES
+        at, done = column + step // blocks * 128, step % blocks * 16
+        async_copy.wait_group(STAGES - 2)
+        ahead = step + STAGES - 1
+        next_at, next_done = column + ahead // blocks * 128, ahead % blocks * 16
+        live = ahead < steps
+        if ADD:
+            next_y = present & live & (next_done == 0)
+            copy_y(y_ring, ahead % STAGES, y_rows + next_at, 64, next_y)
+        own = gl.where(live, rank, 0)
+        copy_b(
+            b_ring, ahead % STAGES, start, start + 64, next_at, width, next_done, own, own, COPIED
+        )
+        async_copy.commit_group()
+        if done == 0:
+            if ADD:
+                left = to_sums(y_ring.index(2 * stage).load(ROWS), SUMS)
+                right = to_sums(y_ring.index(2 * stage + 1).load(ROWS), SUMS)
+            else:
+                left = gl.zeros([64, 64], gl.float32, SUMS)
+                right = left
+        if MANY:
+            high, low = read_intermediate(held, done // 16, SUMS)
+        left = add_product(left, read_b(b_ring.index(2 * stage), RANKS, SUMS), high, low)
+        right = add_product(right, read_b(b_ring.index(2 * stage + 1), RANKS, SUMS), high, low)
+        if done + 16 >= blocks * 16:
+            left_y, right_y = to_rows(left, ROWS), to_rows(right, ROWS)
+            if bias is not None:
+                left_y += gl.load(bias + at + n).to(gl.float32)
+                right_y += gl.load(bias + at + 64 + n).to(gl.float32)
+            gl.store(y_rows + at, left_y.to(dtype), mask=present)
+            gl.store(y_rows + at + 64, right_y.to(dtype), mask=present)
+    async_copy.wait_group(0)
 
 
 @jit("rows_total", "workspace_width", "layers", "layer")
@@ -233,6 +322,8 @@ def expand_kernel(
     chunk_stride = rows_total.to(gl.int64) * workspace_width
     y_ring, b_ring = make_rings(y, STAGES)
     held = make_held(1, HELD)
+    if bias is not None:
+        bias += begin
     for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
         slot, first, rows = load_tile(entries, count, tile)
         place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
@@ -245,57 +336,17 @@ def expand_kernel(
         if PDL:
             wait()
             launch_dependents()
-        blocks = 1 if HELD == 1 else gl.maximum(gl.cdiv(rank, 16), 1)
-        steps = gl.cdiv(gl.minimum(SPAN, width - column), 128) * blocks
-        steps = gl.where((rank > 0) | (not ADD), steps, 0)
-        for step in gl.static_range(STAGES - 1):
-            at, done = column + step // blocks * 128, step % blocks * 16
-            live = step < steps
-            if ADD:
-                copy_y(y_ring, step, y_rows + at, 64, present & live & (done == 0))
-            own = gl.where(live, rank, 0)
-            copy_b(b_ring, step, start, start + 64, at, width, done, own, own, COPIED)
-            async_copy.commit_group()
-        hold_intermediate(
-            held, 0, partials, first, rows, stacked_row, rank, blocks, scale, chunk_stride,
-            workspace_width, CHUNKS, SUMS,
-        )  # fmt: skip
-        left = gl.zeros([64, 64], gl.float32, SUMS)
-        right = left
-        for step in range(steps):
-            stage = step % STAGES
-            at, done = column + step // blocks * 128, step % blocks * 16
-            async_copy.wait_group(STAGES - 2)
-            ahead = step + STAGES - 1
-            next_at, next_done = column + ahead // blocks * 128, ahead % blocks * 16
-            live = ahead < steps
-            if ADD:
-                next_y = present & live & (next_done == 0)
-                copy_y(y_ring, ahead % STAGES, y_rows + next_at, 64, next_y)
-            own = gl.where(live, rank, 0)
-            copy_b(
-                b_ring, ahead % STAGES, start, start + 64, next_at, width, next_done, own, own,
-                COPIED,
+        if (rank <= 16) & ((rank > 0) | (not ADD)):
+            _expand_tile(
+                y_rows, present, bias, y_ring, b_ring, held, start, column, width, partials, first,
+                rows, stacked_row, rank, scale, chunk_stride, workspace_width, CHUNKS, SPAN, ADD,
+                ROWS, RANKS, COPIED, SUMS, STAGES, False,
             )  # fmt: skip
-            async_copy.commit_group()
-            if done == 0:
-                if ADD:
-                    left = to_sums(y_ring.index(2 * stage).load(ROWS), SUMS)
-                    right = to_sums(y_ring.index(2 * stage + 1).load(ROWS), SUMS)
-                else:
-                    left = gl.zeros([64, 64], gl.float32, SUMS)
-                    right = left
-            b = read_b(b_ring.index(2 * stage), RANKS, SUMS)
-            left = add_product(left, b, held, done // 16, SUMS)
-            b = read_b(b_ring.index(2 * stage + 1), RANKS, SUMS)
-            right = add_product(right, b, held, done // 16, SUMS)
-            if done + 16 >= blocks * 16:
-                left_y, right_y = to_rows(left, ROWS), to_rows(right, ROWS)
-                if bias is not None:
-                    left_y += gl.load(bias + begin + at + n).to(gl.float32)
-                    right_y += gl.load(bias + begin + at + 64 + n).to(gl.float32)
-                gl.store(y_rows + at, left_y.to(y.dtype.element_ty), mask=present)
-                gl.store(y_rows + at + 64, right_y.to(y.dtype.element_ty), mask=present)
-        async_copy.wait_group(0)
+        if HELD > 1 and rank > 16:
+            _expand_tile(
+                y_rows, present, bias, y_ring, b_ring, held, start, column, width, partials,
+                first, rows, stacked_row, rank, scale, chunk_stride, workspace_width, CHUNKS,
+                SPAN, ADD, ROWS, RANKS, COPIED, SUMS, STAGES, True,
+            )  # fmt: skip
     if PDL and gl.program_id(0) + gl.program_id(1) == 0:
         wait()  # one block that waits keeps the next kernel from overtaking

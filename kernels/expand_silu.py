@@ -17,6 +17,8 @@ from granatum.kernels.tuning import power_of_two
 GATE_UP = GROUPS.index("gate_up")
 _FEWEST_BLOCKS = 396
 """Of long tiles: a GPU of 132 multiprocessors has room for three on each."""
+_REGISTERS = 168
+"""Of a thread of theirs, for that."""
 
 
 @jit()
@@ -124,6 +126,77 @@ def _expand_silu_rows_kernel(
         tl.extra.cuda.gdc_wait()  # one block that waits keeps the next kernel from overtaking
 
 
+@gluon_jit()
+def _expand_silu_tile(
+    y_rows, out_rows, present, y_ring, b_ring, held, gate_start, up_start, column, partials, first,
+    rows, gate_rank, up_rank, gate_scale, up_scale, chunk_stride, workspace_width,
+    N: gl.constexpr, CHUNKS: gl.constexpr, SPAN: gl.constexpr, ROWS: gl.constexpr,
+    RANKS: gl.constexpr, COPIED: gl.constexpr, SUMS: gl.constexpr, HELD: gl.constexpr,
+    STAGES: gl.constexpr, MANY: gl.constexpr,
+):  # fmt: skip
+    """As `expand_fragments._expand_tile`, for gate and up at once."""
+    blocks = gl.cdiv(gl.maximum(gate_rank, up_rank), 16) if MANY else 1
+    steps = gl.cdiv(gl.minimum(SPAN, N - column), 64) * blocks
+    for step in gl.static_range(STAGES - 1):
+        at, done = column + step // blocks * 64, step % blocks * 16
+        live = step < steps
+        fragments.copy_y(y_ring, step, y_rows + at, N, present & live & (done == 0))
+        fragments.copy_b(
+            b_ring, step, gate_start, up_start, at, N, done, gl.where(live, gate_rank, 0),
+            gl.where(live, up_rank, 0), COPIED,
+        )  # fmt: skip
+        async_copy.commit_group()
+    if MANY:
+        fragments.hold_intermediate(
+            held, 0, blocks, partials, first, rows, 0, gate_rank, gate_scale, chunk_stride,
+            workspace_width, CHUNKS, SUMS,
+        )  # fmt: skip
+        fragments.hold_intermediate(
+            held, HELD, blocks, partials, first, rows, gate_rank, up_rank, up_scale, chunk_stride,
+            workspace_width, CHUNKS, SUMS,
+        )  # fmt: skip
+    else:
+        gate_high, gate_low = fragments.load_intermediate(
+            partials, first, rows, 0, 0, gate_rank, gate_scale, chunk_stride, workspace_width,
+            CHUNKS, SUMS,
+        )  # fmt: skip
+        up_high, up_low = fragments.load_intermediate(
+            partials, first, rows, gate_rank, 0, up_rank, up_scale, chunk_stride, workspace_width,
+            CHUNKS, SUMS,
+        )  # fmt: skip
+    gate = gl.zeros([64, 64], gl.float32, SUMS)
+    up = gate
+    for step in range(steps):
+        stage = step % STAGES
+        at, done = column + step // blocks * 64, step % blocks * 16
+        async_copy.wait_group(STAGES - 2)
+        ahead = step + STAGES - 1
+        next_at, next_done = column + ahead // blocks * 64, ahead % blocks * 16
+        live = ahead < steps
+        next_y = present & live & (next_done == 0)
+        fragments.copy_y(y_ring, ahead % STAGES, y_rows + next_at, N, next_y)
+        fragments.copy_b(
+            b_ring, ahead % STAGES, gate_start, up_start, next_at, N, next_done,
+            gl.where(live, gate_rank, 0), gl.where(live, up_rank, 0), COPIED,
+        )  # fmt: skip
+        async_copy.commit_group()
+        if done == 0:
+            gate = fragments.to_sums(y_ring.index(2 * stage).load(ROWS), SUMS)
+            up = fragments.to_sums(y_ring.index(2 * stage + 1).load(ROWS), SUMS)
+        b = fragments.read_b(b_ring.index(2 * stage), RANKS, SUMS)
+        if MANY:
+            gate_high, gate_low = fragments.read_intermediate(held, done // 16, SUMS)
+        gate = fragments.add_product(gate, b, gate_high, gate_low)
+        b = fragments.read_b(b_ring.index(2 * stage + 1), RANKS, SUMS)
+        if MANY:
+            up_high, up_low = fragments.read_intermediate(held, HELD + done // 16, SUMS)
+        up = fragments.add_product(up, b, up_high, up_low)
+        if done + 16 >= blocks * 16:
+            made = (gate / (1.0 + gl.exp(-gate)) * up).to(out_rows.dtype.element_ty)
+            gl.store(out_rows + at, fragments.to_rows(made, ROWS), mask=present)
+    async_copy.wait_group(0)
+
+
 @gluon_jit("rows_total", "workspace_width", "layers", "layer")
 def _expand_silu_tiles_kernel(
     gate_up,
@@ -180,52 +253,19 @@ def _expand_silu_tiles_kernel(
         if PDL:
             wait()
             launch_dependents()
-        blocks = 1 if HELD == 1 else gl.maximum(gl.cdiv(gl.maximum(gate_rank, up_rank), 16), 1)
-        steps = gl.cdiv(gl.minimum(SPAN, N - column), 64) * blocks
-        for step in gl.static_range(STAGES - 1):
-            at, done = column + step // blocks * 64, step % blocks * 16
-            live = step < steps
-            fragments.copy_y(y_ring, step, y_rows + at, N, present & live & (done == 0))
-            fragments.copy_b(
-                b_ring, step, gate_start, up_start, at, N, done, gl.where(live, gate_rank, 0),
-                gl.where(live, up_rank, 0), COPIED,
+        rank = gl.maximum(gate_rank, up_rank)
+        if rank <= 16:
+            _expand_silu_tile(
+                y_rows, out_rows, present, y_ring, b_ring, held, gate_start, up_start, column,
+                partials, first, rows, gate_rank, up_rank, gate_scale, up_scale, chunk_stride,
+                workspace_width, N, CHUNKS, SPAN, ROWS, RANKS, COPIED, SUMS, HELD, STAGES, False,
             )  # fmt: skip
-            async_copy.commit_group()
-        fragments.hold_intermediate(
-            held, 0, partials, first, rows, 0, gate_rank, blocks, gate_scale, chunk_stride,
-            workspace_width, CHUNKS, SUMS,
-        )  # fmt: skip
-        fragments.hold_intermediate(
-            held, HELD, partials, first, rows, gate_rank, up_rank, blocks, up_scale, chunk_stride,
-            workspace_width, CHUNKS, SUMS,
-        )  # fmt: skip
-        gate = gl.zeros([64, 64], gl.float32, SUMS)
-        up = gate
-        for step in range(steps):
-            stage = step % STAGES
-            at, done = column + step // blocks * 64, step % blocks * 16
-            async_copy.wait_group(STAGES - 2)
-            ahead = step + STAGES - 1
-            next_at, next_done = column + ahead // blocks * 64, ahead % blocks * 16
-            live = ahead < steps
-            next_y = present & live & (next_done == 0)
-            fragments.copy_y(y_ring, ahead % STAGES, y_rows + next_at, N, next_y)
-            fragments.copy_b(
-                b_ring, ahead % STAGES, gate_start, up_start, next_at, N, next_done,
-                gl.where(live, gate_rank, 0), gl.where(live, up_rank, 0), COPIED,
+        if HELD > 1 and rank > 16:
+            _expand_silu_tile(
+                y_rows, out_rows, present, y_ring, b_ring, held, gate_start, up_start, column,
+                partials, first, rows, gate_rank, up_rank, gate_scale, up_scale, chunk_stride,
+                workspace_width, N, CHUNKS, SPAN, ROWS, RANKS, COPIED, SUMS, HELD, STAGES, True,
             )  # fmt: skip
-            async_copy.commit_group()
-            if done == 0:
-                gate = fragments.to_sums(y_ring.index(2 * stage).load(ROWS), SUMS)
-                up = fragments.to_sums(y_ring.index(2 * stage + 1).load(ROWS), SUMS)
-            b = fragments.read_b(b_ring.index(2 * stage), RANKS, SUMS)
-            gate = fragments.add_product(gate, b, held, done // 16, SUMS)
-            b = fragments.read_b(b_ring.index(2 * stage + 1), RANKS, SUMS)
-            up = fragments.add_product(up, b, held, HELD + done // 16, SUMS)
-            if done + 16 >= blocks * 16:
-                made = (gate / (1.0 + gl.exp(-gate)) * up).to(out.dtype.element_ty)
-                gl.store(out_rows + at, fragments.to_rows(made, ROWS), mask=present)
-        async_copy.wait_group(0)
     if PDL and gl.program_id(0) + gl.program_id(1) == 0:
         wait()  # as in `_expand_silu_rows_kernel`
 
@@ -270,10 +310,7 @@ def expand_silu_mul(
     if shape.dot:
         kernel, across = _expand_silu_tiles_kernel, tile_programs(tiles, rows)
         span = fitting_span(config.silu_n, fragments.BLOCK, (n,), across, _FEWEST_BLOCKS)
-        options = {
-            "SPAN": span,
-            **fragments.options(shape.max_rank),
-        }
+        options = {"SPAN": span, "maxnreg": _REGISTERS, **fragments.options(shape.max_rank)}
     kernel[(-(-n // span), across)](
         gate_up,
         out,

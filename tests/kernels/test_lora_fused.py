@@ -52,7 +52,7 @@ def silu_mul_truth(
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     tolerance = 3 * TOLERANCE[found.dtype]  # what adapters add may be rounded apart
-    torch.testing.assert_close(found.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=tolerance, atol=2 * tolerance)
 
 
 @pytest.mark.parametrize("block_m", [2, 16, 64])
