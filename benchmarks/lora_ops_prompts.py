@@ -5,6 +5,7 @@ that kernel, so that only both together tell what it costs.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 
 import lora_ops_cases as cases
@@ -12,10 +13,11 @@ import torch
 from torch.nn.functional import linear
 from workload import SHAPES
 
-from granatum.kernels import lora, reference_layer
+from granatum.kernels import lora, reference_layer, tuning
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.layout import AdapterTable, KvLayout, Tiles
 from granatum.kernels.rope import Rotary, rope_and_write_kv
+from granatum.kernels.tuning import Config, Shape
 
 LAYERS = 4
 TIMES = ("linear_us", "without_lora_us", "with_lora_us")
@@ -24,9 +26,14 @@ _PAGE_TOKENS = 16
 Run = Callable[[], torch.Tensor]
 
 
-def measure(part: cases.Linear, batch: cases.Batch, matrices: cases.Matrices) -> dict[str, float]:
-    """Microseconds: of the linear, with its next kernel, and with adapters; checked first."""
-    rig = Rig(part, batch, matrices)
+def measure(
+    part: cases.Linear, batch: cases.Batch, matrices: cases.Matrices, max_rank: int | None = None
+) -> dict[str, float]:
+    """Microseconds: of the linear, with its next kernel, and with adapters; checked first.
+
+    `max_rank` is the table's, else it is the adapters' rank.
+    """
+    rig = Rig(part, batch, matrices, max_rank)
     rig.check(matrices)
     lists = (
         [one(layer) for layer in range(LAYERS)] for one in (rig.alone, rig.bare, rig.with_lora)
@@ -35,16 +42,31 @@ def measure(part: cases.Linear, batch: cases.Batch, matrices: cases.Matrices) ->
     return dict(zip(TIMES, (round(us, 2) for us in times), strict=True))
 
 
+def use(shape: Shape, config: Config) -> None:
+    """Have the LoRA ops of this process take `config` for `shape`."""
+    found = {shape.key: {str(shape.max_rank): asdict(config)}}
+    tuning._table_name = lambda _index: "tried"  # type: ignore[assignment] # noqa: SLF001
+    tuning._table = lambda _name: found  # type: ignore[assignment] # noqa: SLF001
+    tuning._measured.cache_clear()  # noqa: SLF001
+
+
 class Rig:
     """A linear of a few layers, adapters for them, and what the kernel after it needs."""
 
-    def __init__(self, part: cases.Linear, batch: cases.Batch, matrices: cases.Matrices) -> None:
+    def __init__(
+        self,
+        part: cases.Linear,
+        batch: cases.Batch,
+        matrices: cases.Matrices,
+        max_rank: int | None = None,
+    ) -> None:
         self._part, self._batch = part, batch
         shape, rows, used = SHAPES[part.model], batch.rows, batch.distinct * LAYERS
         packed = cases.pack_matrices(
             cases.Matrices(*(tuple(m[:used] for m in ms) for ms in (matrices.a, matrices.b)))
         )
-        self._table: AdapterTable = packed.table(part.group_index, batch.distinct, LAYERS)
+        table = packed.table(part.group_index, batch.distinct, LAYERS)
+        self._table: AdapterTable = replace(table, max_rank=max_rank or table.max_rank)
         elements = LAYERS * 2 * shape.kv_heads * _PAGE_TOKENS * shape.head_dim
         self._kv = KvLayout(elements, _PAGE_TOKENS, shape.kv_heads, shape.head_dim)
         before = -(-packed.arena.numel() // elements)  # pages that hold the adapters
@@ -59,7 +81,7 @@ class Rig:
         self._inner = y.new_empty(rows, y.shape[1] // 2)
         self._tiles = Tiles.allocate(rows, lora.PREFILL_BLOCK_M, device)
         self._tiles.fill(lora.make_tiles(batch.adapters, lora.PREFILL_BLOCK_M, base=True))
-        sizes = (part.in_features, part.out_features, lora.PREFILL_BLOCK_M, part.rank)
+        sizes = (part.in_features, part.out_features, lora.PREFILL_BLOCK_M, self._table.max_rank)
         self._workspace = torch.empty(lora.workspace_elements(rows, *sizes, device), device=device)
         self._weights = [
             torch.randn(y.shape[1], part.in_features, dtype=y.dtype, device=device)
@@ -80,7 +102,7 @@ class Rig:
                 silu_mul(y, self._inner)
                 return self._inner
             if self._part.group == "qkv":
-                q, k, v = torch.split(y, self._part.out_features, dim=1)
+                q, k, v = torch.split(y, list(self._part.out_features), dim=1)
                 to = (self._arena, self._kv, layer, self._kv_slots)
                 rope_and_write_kv(q, k, v, self._positions, self._rotary, *to)
             return y
@@ -97,8 +119,10 @@ class Rig:
                 lora.silu_mul_with_lora(linear(x, weight), x, self._inner, *place, *rest)
                 return self._inner
             if self._part.group == "qkv":
-                y, to = linear(x, weight), (self._kv, self._kv_slots)
-                lora.rope_with_lora(y, x, self._positions, self._rotary, *to, *place, *rest)
+                y = linear(x, weight)
+                lora.rope_with_lora(
+                    y, x, self._positions, self._rotary, self._kv, self._kv_slots, *place, *rest
+                )
                 return y
             group = (self._part.group_index, self._part.out_features)
             return lora.linear_with_lora(x, weight, None, *place, *group, *rest)
@@ -112,7 +136,7 @@ class Rig:
         truths = (y, cases.truth(self._batch, matrices, self._x, y.clone()))
         for run, truth in zip(runs, truths, strict=True):
             for found, expected in zip(self._found(run()), self._expected(truth), strict=True):
-                torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+                torch.testing.assert_close(found.float(), expected, rtol=3e-2, atol=3e-2)
 
     def _found(self, made: torch.Tensor) -> Iterator[torch.Tensor]:
         if self._part.group != "qkv":
@@ -127,7 +151,7 @@ class Rig:
             reference_layer.silu_mul(y, out)
             yield out
         elif self._part.group == "qkv":
-            q, k, v = torch.split(y.clone(), self._part.out_features, dim=1)
+            q, k, v = torch.split(y.clone(), list(self._part.out_features), dim=1)
             pages = y.new_empty(self._arena.shape)
             to = (pages, self._kv, 0, self._kv_slots)
             reference_layer.rope_and_write_kv(q, k, v, self._positions, self._rotary, *to)

@@ -6,7 +6,8 @@ For each fused linear, largest rank and regime: the shrinks with a fixed expand,
 with the best shrink, then the best pair without overlap of launches. Every configuration is checked
 against float32 before it is timed; the score is the geometric mean over the batches, each in a
 CUDA graph over enough layers that the L2 cache does not serve them, of adapters of a usual rank and
-of the largest. Writes `tune.json` (everything) and `table.json` (the best configurations), also
+of the largest. Of prompts it is the mean of what adapters add to the linear and the kernel after
+it. Writes `tune.json` (everything) and `table.json` (the best configurations), also
 when --seconds run out; --table merges these into the table that the kernels read.
 """
 
@@ -24,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import lora_ops_cases as cases
+import lora_ops_prompts as prompts
 import torch
 
 from granatum.kernels.bench import Packed, tile_batch
 from granatum.kernels.expand import launch_expand
-from granatum.kernels.lora import MANY_ROWS
 from granatum.kernels.shrink import launch_shrink
 from granatum.kernels.tuning import (
     DECODE_BLOCK_M,
@@ -36,7 +37,6 @@ from granatum.kernels.tuning import (
     Config,
     Shape,
     default_config,
-    power_of_two,
 )
 
 DECODE = [
@@ -106,16 +106,12 @@ def shrinks(search: Search) -> Iterator[Config]:
     """
     projections = len(search.shape.out_features)
     if search.shape.dot:
-        wide = min(64, power_of_two(USUAL_RANK * projections))
-        for chunk, (k, stages) in product((512, 1024, 2048), ((64, 4), (128, 3))):
-            yield replace(
-                search.best,
-                chunk_k=chunk,
-                shrink_k=k,
-                shrink_r=wide,
-                shrink_warps=4,
-                shrink_stages=stages,
-            )
+        k = search.shape.in_features
+        chunks = sorted({c for c in (1024, 2048, k // 2) if c >= k // 8 and c % 128 == 0})
+        for chunk, r, blocks in product(chunks, (32, 64), (1, 2, 4)):
+            if r * blocks <= max(64, projections * search.max_rank):
+                config = replace(search.best, chunk_k=chunk, shrink_k=128, shrink_r=r)
+                yield replace(config, rank_blocks=blocks, shrink_warps=4, shrink_stages=3)
         return
     for chunk in (256, 512):
         for ranks in (16, 32, 64, 128):
@@ -127,8 +123,8 @@ def shrinks(search: Search) -> Iterator[Config]:
 def expands(search: Search) -> Iterator[Config]:
     """The best so far with other expands."""
     if search.shape.dot:
-        for n, span in product((64, 128), (256, 512, 1024)):
-            yield replace(search.best, expand_n=n, expand_span=span)
+        for span in (256, 512, 1024):
+            yield replace(search.best, expand_span=span, silu_n=span)
         return
     for n in (128, 256):
         yield replace(search.best, expand_n=n, expand_span=n)
@@ -152,48 +148,59 @@ class Bench:
     def launches(
         self, batch: cases.Batch, config: Config, x: torch.Tensor, y: torch.Tensor
     ) -> list[Any]:
-        """A shrink and expand per layer: one that makes y where `linear_with_lora` would."""
+        """A shrink and expand per layer."""
         search, group = self.search, self.linear.group_index
-        add = batch.rows < MANY_ROWS
         layers = cases.layers_of(batch, self.adapters)
         table = self.packed.table(group, batch.distinct, layers)
-        capacity = batch.rows if batch.rows <= 128 else batch.rows // search.block_m + 16
-        tiles = tile_batch(batch.adapters, search.block_m, x.device, capacity)
+        tiles = tile_batch(batch.adapters, search.block_m, x.device)
         workspace = torch.empty(config.workspace_elements(search.shape, batch.rows), device="cuda")
         rest = (tiles, workspace, search.shape, config)
 
         def run(layer: int) -> None:
             launch_shrink(x, self.packed.arena, table, layer, group, *rest)
-            launch_expand(y, self.packed.arena, table, layer, group, *rest, add=add)
+            launch_expand(y, self.packed.arena, table, layer, group, *rest)
 
         return [partial(run, layer) for layer in range(layers)]
 
     def check(self, batch: cases.Batch, config: Config) -> None:
         """Raise AssertionError unless the configuration computes what it should."""
         x, y = cases.activations(self.linear, batch)
-        start = y if batch.rows < MANY_ROWS else torch.zeros_like(y)
-        expected = cases.truth(batch, self.matrices, x, start)
+        expected = cases.truth(batch, self.matrices, x, y)
         self.launches(batch, config, x, y)[0]()
         torch.testing.assert_close(y.float(), expected, rtol=8e-3, atol=4e-3)
 
     def times(self, config: Config) -> dict[str, float]:
         """Microseconds per batch."""
-        self.check(self.search.batches[-1], config)
         found = {}
         for batch in self.search.batches:
-            x, y = cases.activations(self.linear, batch)
             name = f"r{self.linear.rank} {batch.name}"
+            if self.search.shape.dot:
+                found[name] = self.added(batch, config)
+                continue
+            self.check(batch, config)
+            x, y = cases.activations(self.linear, batch)
             found[name] = cases.graph_us(self.launches(batch, config, x, y))
         return found
+
+    def added(self, batch: cases.Batch, config: Config) -> float:
+        """Microseconds that adapters add to prompts' linear and the kernel after it."""
+        prompts.use(self.search.shape, config)
+        times = prompts.measure(self.linear, batch, self.matrices, self.search.max_rank)
+        return max(times["with_lora_us"] - times["without_lora_us"], 1.0)
 
 
 def compile_one(search: Search, config: Config) -> str:
     """Launch a configuration once, in a process of its own, so that its binary is in the cache."""
     torch.manual_seed(0)
     try:
-        bench = Bench(search, search.linears[0], 1)
-        for rows in (4, MANY_ROWS) if search.shape.dot else (4,):
-            bench.check(cases.decode(rows, "identical"), config)
+        bench = Bench(search, search.linears[0], prompts.LAYERS)
+        if search.shape.dot:
+            prompts.use(search.shape, config)
+            for batch in PREFILL[:2]:
+                rig = prompts.Rig(bench.linear, batch, bench.matrices, search.max_rank)
+                rig.check(bench.matrices)
+        else:
+            bench.check(cases.decode(4, "identical"), config)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
     return ""

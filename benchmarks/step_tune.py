@@ -93,14 +93,16 @@ def trials(in_features: int, out_features: int, rows: int) -> Iterator[Config | 
                 yield replace(tile, splits=splits)
 
 
-def tune(rig: Rig, batch: int, path: Path, seconds: float) -> None:
-    """Try cuts linear by linear; the table at `path` has the best."""
+def tune(rig: Rig, batch: int, path: Path, names: list[str], seconds: float) -> None:
+    """Try cuts of the linears named, one by one; the table at `path` has the best."""
     deadline, table, config = time.monotonic() + seconds, read(path), rig.config
     capture_only(batch)
     use(table)
     best = sum(both_ms(rig, batch))
     linears = [(g, config.in_features[g], sum(config.out_features[g])) for g in GROUPS]
     for name, k, n in (*linears, ("head", config.hidden, config.vocab)):
+        if name not in names:
+            continue
         key = shape_key(k, n, batch)
         kept = table.get(key)
         for trial in trials(k, n, block_rows(batch)):
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, required=True)
     parser.add_argument("--models", default="7b,8b")
     parser.add_argument("--batches", default="32")
+    parser.add_argument("--linears", default=",".join((*GROUPS, "head")))
     parser.add_argument("--seconds", type=float, default=120.0)
     args = parser.parse_args()
     batches = [int(batch) for batch in args.batches.split(",")]
@@ -136,7 +139,7 @@ def main() -> None:
         for batch in batches:
             rig = Rig.build(SHAPES[model], batch, rank=RANK, step_tokens=STEP_TOKENS,
                             context=PROMPT, device=torch.device("cuda"))  # fmt: skip
-            tune(rig, batch, args.table, args.seconds)
+            tune(rig, batch, args.table, args.linears.split(","), args.seconds)
             del rig
             gc.collect()
             torch.cuda.empty_cache()

@@ -214,7 +214,7 @@ def expand_rope_and_write_kv(
     served &= fragments.serves(qkv, outs, fragments.PAIR, shape.block_m)
     if not (served and runs_kernel(qkv)):
         expand(qkv, in_features, arena, table, layer, QKV, outs, tiles, workspace)
-        q, k, v = torch.split(qkv, outs, dim=1)
+        q, k, v = torch.split(qkv, list(outs), dim=1)
         rope_and_write_kv(q, k, v, positions, rotary, arena, kv, layer, kv_slots)
         return
     across, most = tile_programs(tiles, rows), gcd(heads, kv_heads, _BLOCK_HEADS)

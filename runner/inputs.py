@@ -194,7 +194,10 @@ class HostInputs:
         slots: list[int | None] = []
         for span in plan.spans:
             slots += [span.sequence.slot] * span.rows
-        short = len(plan.decodes) if shape.long_tiles else len(slots)
+        if not shape.lora:
+            short = 0
+        else:
+            short = len(plan.decodes) if shape.long_tiles else len(slots)
         tiles = make_tiles(slots[:short], DECODE_BLOCK_M, base=True)
         self._put_tiles("short_tiles", [(*tile, 0) for tile in tiles])
         if shape.long_tiles:

@@ -129,7 +129,7 @@ def test_an_activation_with_lora(block_m: int, kernels: list[str], compiled: lis
     lora.silu_mul_with_lora(gate_up, x, out, arena, table, 1, tiles, workspace)
     assert [kernel.name for kernel in compiled] == kernels
     for kernel in compiled:
-        assert stack_bytes(kernel) == 0
+        assert stack_bytes(kernel) <= 32  # for more than 16 ranks
         assert re.search(r"ld\.global\.v[24]|cp\.async\.cg", kernel.asm["ptx"])
 
 

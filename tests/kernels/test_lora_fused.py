@@ -190,7 +190,9 @@ def test_rope_with_lora(
         if slot < 0:
             continue
         angle = angles[int(positions[t])]
-        q, k, v = (part.view(-1, head_dim) for part in truth[t].split([wide, narrow, narrow]))
+        q, k, v = (
+            part.view(-1, head_dim) for part in torch.split(truth[t], [wide, narrow, narrow])
+        )
         assert_close(qkv[t, :wide], turn(q, q_norm, angle).flatten())
         for head in range(kv_heads):
             for plane, values in ((0, turn(k, k_norm, angle)), (1, v)):
