@@ -192,12 +192,9 @@ class HostInputs:
 
     def _fill_tiles(self, plan: Plan, shape: StepShape) -> None:
         slots: list[int | None] = []
-        for span in plan.spans:
+        for span in plan.spans if shape.lora else ():
             slots += [span.sequence.slot] * span.rows
-        if not shape.lora:
-            short = 0
-        else:
-            short = len(plan.decodes) if shape.long_tiles else len(slots)
+        short = len(plan.decodes) if shape.long_tiles else len(slots)
         tiles = make_tiles(slots[:short], DECODE_BLOCK_M, base=True)
         self._put_tiles("short_tiles", [(*tile, 0) for tile in tiles])
         if shape.long_tiles:
