@@ -108,8 +108,8 @@ def shrinks(search: Search) -> Iterator[Config]:
     if search.shape.dot:
         k = search.shape.in_features
         chunks = sorted({c for c in (1024, 2048, k // 2) if c >= k // 8 and c % 128 == 0})
-        for chunk, r, blocks in product(chunks, (32, 64), (1, 2, 4)):
-            if r * blocks <= max(64, projections * search.max_rank):
+        for chunk, r, blocks in product(chunks, (16, 32, 64), (1, 2, 4)):
+            if USUAL_RANK * projections <= r * blocks <= max(64, projections * search.max_rank):
                 config = replace(search.best, chunk_k=chunk, shrink_k=128, shrink_r=r)
                 yield replace(config, rank_blocks=blocks, shrink_warps=4, shrink_stages=3)
         return
