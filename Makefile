@@ -40,7 +40,7 @@ sanitize: $(DEV) $(NAMESPACE)  ## look for bad accesses and races in the LoRA ke
 	for tool in memcheck racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(NAMESPACE) compute-sanitizer --tool $$tool \
 	    --error-exitcode 1 --kernel-name kns=_kernel $(PY) -m pytest -m gpu -k $(SANITIZED) \
-	    tests/kernels/test_lora.py || exit 1; \
+	    tests/kernels/test_lora.py tests/kernels/test_lora_fused.py || exit 1; \
 	done
 
 SANITIZED := "skewed and bfloat16 or bit_identical or test_tile_lists or made_of"

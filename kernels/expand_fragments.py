@@ -1,4 +1,4 @@
-"""Prompts' expand on the tensor cores, what is multiplied found in registers as it was loaded.
+"""Prompts' expand on the tensor cores, what is multiplied where it was loaded, in registers.
 
 Four warps multiply a tile of 64 rows with two times 64 columns of B, transposed: sums
 [column, row]. Columns may come in any order, so row 8 e + g of the sums is column 8 g + e: B, y and
@@ -26,6 +26,7 @@ from granatum.kernels.gluon import (
     mma_v2,
     wait,
 )
+from granatum.kernels.shrink_fragments import load_tile, source_rows
 
 BLOCK = 64
 """Rows, and columns of one of a pair, that a step takes."""
@@ -38,7 +39,8 @@ _WARPS = 4
 
 def serves(y: torch.Tensor, out_features: Sequence[int], step: int, block_m: int) -> bool:
     """Whether the kernels take such rows, and columns in steps of so many."""
-    aligned = y.stride(0) % 8 == 0 and all(n % step == 0 for n in out_features)
+    aligned = y.data_ptr() % 16 == 0 and y.stride(0) % 8 == 0
+    aligned &= all(n % step == 0 for n in out_features)
     return AVAILABLE and y.dtype == torch.bfloat16 and block_m == BLOCK and aligned
 
 
@@ -53,24 +55,6 @@ def options(max_rank: int) -> dict[str, Any]:
     sums = gl.NVMMADistributedLayout([2, 0], [1, _WARPS], [16, 8])
     layouts = {"ROWS": rows, "RANKS": ranks, "COPIED": copied, "SUMS": sums}
     return {**layouts, "HELD": -(-max_rank // RANKS), "STAGES": _STAGES, "num_warps": _WARPS}
-
-
-@jit()
-def load_tile(entries, count, tile):
-    """As `shrink.load_tile`."""
-    used = tile < gl.load(count)
-    slot = gl.load(entries + tile * 4)
-    first = gl.load(entries + tile * 4 + 1)
-    rows = gl.load(entries + tile * 4 + 2)
-    return gl.where(used, slot, 0).to(gl.int64), first, gl.where(used, rows, 0)
-
-
-@jit()
-def source_rows(order, row, present):
-    """As `shrink.source_rows`."""
-    if order is not None:
-        row = gl.load(order + row, mask=present, other=0)
-    return row.to(gl.int64)
 
 
 @jit()
@@ -113,10 +97,8 @@ def copy_b(
     r = done + gl.arange(0, 16, gl.SliceLayout(1, COPIED))
     n = column + gl.arange(0, 64, gl.SliceLayout(0, COPIED))
     at = r[:, None] * width + n[None, :]
-    own = ring.index(2 * stage)
-    async_load(own, start + at, mask=(r < rank)[:, None])
-    own = ring.index(2 * stage + 1)
-    async_load(own, next_start + at, mask=(r < next_rank)[:, None])
+    async_load(ring.index(2 * stage), start + at, mask=(r < rank)[:, None])
+    async_load(ring.index(2 * stage + 1), next_start + at, mask=(r < next_rank)[:, None])
 
 
 @jit()

@@ -5,6 +5,7 @@ from math import gcd
 import torch
 
 from granatum.kernels import expand_fragments as fragments
+from granatum.kernels import shrink_fragments
 from granatum.kernels.backend import require, runs_kernel
 from granatum.kernels.expand import check_expand, expand, fitting_span
 from granatum.kernels.gluon import async_copy, gl, jit, launch_dependents, wait
@@ -140,13 +141,13 @@ def _expand_rope_kernel(
     held = fragments.make_held(1, HELD)
     chunk_stride = rows_total.to(gl.int64) * workspace_width
     for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
-        slot, first, rows = fragments.load_tile(entries, count, tile)
+        slot, first, rows = shrink_fragments.load_tile(entries, count, tile)
         place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
         rank, stacked_row = fragments.rank_before(ranks + place, p, 3)
         rank = gl.where(slot < 0, 0, rank)
         start = arena + gl.multiple_of(gl.load(b_offsets + place + p), 32)
         scale = gl.load(scales + place + p)
-        row = fragments.source_rows(order, first + m, m < rows)
+        row = shrink_fragments.source_rows(order, first + m, m < rows)
         kv_slot = gl.load(kv_slots + row, mask=m < rows, other=-1).to(gl.int64)
         position = gl.load(positions + row, mask=kv_slot >= 0, other=0).to(gl.int64)
         present = (kv_slot >= 0)[:, None]

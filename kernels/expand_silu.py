@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from granatum.kernels import expand_fragments as fragments
+from granatum.kernels import shrink_fragments
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.backend import jit, require_rows, runs_kernel, tl
 from granatum.kernels.expand import check_expand, expand, fitting_span
@@ -238,7 +239,7 @@ def _expand_silu_tiles_kernel(
     y_ring, b_ring = fragments.make_rings(gate_up, STAGES)
     held = fragments.make_held(2, HELD)
     for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
-        slot, first, rows = fragments.load_tile(entries, count, tile)
+        slot, first, rows = shrink_fragments.load_tile(entries, count, tile)
         place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
         gate_rank = gl.where(slot < 0, 0, gl.load(ranks + place))
         up_rank = gl.where(slot < 0, 0, gl.load(ranks + place + 1))
@@ -247,7 +248,7 @@ def _expand_silu_tiles_kernel(
         gate_scale = gl.load(scales + place)
         up_scale = gl.load(scales + place + 1)
         present = (m < rows)[:, None]
-        source = fragments.source_rows(order, first + m, m < rows)[:, None]
+        source = shrink_fragments.source_rows(order, first + m, m < rows)[:, None]
         y_rows = gate_up + source * y_stride + n
         out_rows = out + source * out_stride + n
         if PDL:
