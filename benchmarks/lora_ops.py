@@ -175,8 +175,8 @@ def read_peer(path: Path | None) -> dict[str, float]:
     """The other implementation's times, by case."""
     results = json.loads(path.read_text())["results"] if path else []
     return {
-        f"{r['model']} {r['group']} {r['rank']} {r['tokens']} {r['kind']}": next(
-            iter(r["us"].values())
+        f"{r['model']} {r['group']} {r['rank']} {r['tokens']} {r['kind']}": round(
+            next(iter(r["us"].values())), 2
         )
         for r in results
     }
