@@ -340,7 +340,7 @@ def launch_expand(
         made, across = (bias,), tile_programs(tiles, y.shape[0])
         least, kernel = config.expand_n, _expand_tiles_kernel
         options |= {"BLOCK_M": power_of_two(shape.block_m)}
-        if fragments.serves(y, shape.out_features, fragments.PAIR, shape.block_m):
+        if fragments.serves(y, shape, fragments.PAIR):
             least, kernel = fragments.PAIR, fragments.expand_kernel
             options = fragments.options(shape.max_rank)
         span = fitting_span(span, least, outs, across)

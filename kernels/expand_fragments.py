@@ -11,7 +11,6 @@ allows. These kernels know no other dtype; for these, and under the interpreter,
 Triton.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,9 +23,11 @@ from granatum.kernels.gluon import (
     jit,
     launch_dependents,
     mma_v2,
+    shared_memory,
     wait,
 )
 from granatum.kernels.shrink_fragments import load_tile, source_rows
+from granatum.kernels.tuning import Shape
 
 BLOCK = 64
 """Rows, and columns of one of a pair, that a step takes."""
@@ -37,15 +38,27 @@ _STAGES = 2
 _WARPS = 4
 
 
-def serves(y: torch.Tensor, out_features: Sequence[int], step: int, block_m: int) -> bool:
-    """Whether the kernels take such rows, and columns in steps of so many."""
-    aligned = y.data_ptr() % 16 == 0 and y.stride(0) % 8 == 0
-    aligned &= all(n % step == 0 for n in out_features)
-    return AVAILABLE and y.dtype == torch.bfloat16 and block_m == BLOCK and aligned
+def serves(y: torch.Tensor, shape: Shape, step: int, projections: int = 1) -> bool:
+    """Whether the kernels take such rows, and columns in steps of so many, and have room there.
+
+    `projections` are those whose intermediate a block holds at once.
+    """
+    if not AVAILABLE or y.dtype != torch.bfloat16 or shape.block_m != BLOCK:
+        return False
+    if y.data_ptr() % 16 or y.stride(0) % 8 or any(n % step for n in shape.out_features):
+        return False
+    held = _held(shape.max_rank) if shape.max_rank > RANKS else 0
+    values = 2 * _STAGES * (BLOCK + RANKS) * BLOCK + 2 * projections * held * RANKS * BLOCK
+    return not y.is_cuda or values * y.element_size() <= shared_memory(y.get_device())
+
+
+def _held(max_rank: int) -> int:
+    """Blocks of ranks that an adapter may have."""
+    return -(-max_rank // RANKS)
 
 
 def options(max_rank: int) -> dict[str, Any]:
-    """What the kernels are to be compiled with. HELD: blocks of ranks that an adapter may have."""
+    """What the kernels are to be compiled with. HELD: as `_held`."""
     eight = [[0, 1], [0, 2], [0, 4]]
     lanes = [[2, 0], [4, 0], [0, 8], [0, 16], [0, 32]]
     layout = gl.DistributedLinearLayout
@@ -54,7 +67,7 @@ def options(max_rank: int) -> dict[str, Any]:
     copied = gl.BlockedLayout([1, 8], [4, 8], [_WARPS, 1], [1, 0])
     sums = gl.NVMMADistributedLayout([2, 0], [1, _WARPS], [16, 8])
     layouts = {"ROWS": rows, "RANKS": ranks, "COPIED": copied, "SUMS": sums}
-    return {**layouts, "HELD": -(-max_rank // RANKS), "STAGES": _STAGES, "num_warps": _WARPS}
+    return {**layouts, "HELD": _held(max_rank), "STAGES": _STAGES, "num_warps": _WARPS}
 
 
 @jit()

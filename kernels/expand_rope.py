@@ -212,7 +212,7 @@ def expand_rope_and_write_kv(
     rotary.require(d)
     require(positions.shape == kv_slots.shape == (rows,), "positions and kv_slots must be [T]")
     served = d == fragments.PAIR and kv.page_elements % 8 == 0
-    served &= fragments.serves(qkv, outs, fragments.PAIR, shape.block_m)
+    served &= fragments.serves(qkv, shape, fragments.PAIR)
     if not (served and runs_kernel(qkv)):
         expand(qkv, in_features, arena, table, layer, QKV, outs, tiles, workspace)
         q, k, v = torch.split(qkv, list(outs), dim=1)

@@ -294,7 +294,7 @@ def expand_silu_mul(
     require_rows("out", out, (rows, n))
     outs, pairs = (n, n), (gate_up, out)
     shape, config = check_expand(gate_up, in_features, table, GATE_UP, outs, tiles, workspace)
-    served = all(fragments.serves(y, (n,), fragments.BLOCK, shape.block_m) for y in pairs)
+    served = all(fragments.serves(y, shape, fragments.BLOCK, 2) for y in pairs)
     served |= not shape.dot
     if not (served and runs_kernel(out)):
         expand(gate_up, in_features, arena, table, layer, GATE_UP, outs, tiles, workspace)

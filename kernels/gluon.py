@@ -4,6 +4,7 @@ Where it is missing, files with such kernels still import, and kernels in Triton
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from granatum.kernels.backend import HAS_TRITON, INTERPRETING, tl
@@ -13,6 +14,7 @@ if AVAILABLE:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+    from triton.runtime import driver
 
     if hasattr(async_copy, "async_load"):
         async_load = async_copy.async_load
@@ -42,6 +44,12 @@ def jit(*runtime_integers: str) -> Callable[[Callable[..., Any]], Any]:
         return gluon.jit(function, do_not_specialize=list(runtime_integers))
 
     return decorate
+
+
+@cache
+def shared_memory(device_index: int) -> int:
+    """Bytes of shared memory that a block may have on a GPU."""
+    return int(driver.active.utils.get_device_properties(device_index)["max_shared_mem"])
 
 
 @jit()

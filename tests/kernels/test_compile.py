@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from granatum.kernels import backend, linear, lora, sampling
+from granatum.kernels import backend, expand_fragments, linear, lora, sampling
 from granatum.kernels import decode_attention as attention
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.layout import AdapterTable, KvLayout, Tiles
@@ -148,6 +148,25 @@ def test_positions_with_lora(norm: torch.Tensor | None, kv_heads: int, compiled:
     assert [kernel.name for kernel in compiled] == ["_shrink_tiles_kernel", "_expand_rope_kernel"]
     for kernel in compiled:
         assert stack_bytes(kernel) == 0
+
+
+@pytest.mark.parametrize(
+    ("max_rank", "projections", "kilobytes"), [(16, 2, 40), (64, 1, 56), (64, 2, 72), (256, 2, 168)]
+)
+def test_fragments_serve_where_there_is_room(
+    max_rank: int, projections: int, kilobytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GPUs with less shared memory than an H200's other kernels do."""
+    y = torch.empty(ROWS, 256, dtype=BF16)
+    on_gpu: Any = SimpleNamespace(
+        dtype=BF16, is_cuda=True, get_device=lambda: 0,
+        data_ptr=y.data_ptr, stride=y.stride, element_size=y.element_size,
+    )  # fmt: skip
+    shape = Shape(4096, (128, 128), max_rank, lora.PREFILL_BLOCK_M)
+    for room, expected in ((kilobytes << 10, True), ((kilobytes << 10) - 1, False)):
+        monkeypatch.setattr(expand_fragments, "shared_memory", lambda _index, room=room: room)
+        assert expand_fragments.serves(on_gpu, shape, 128, projections) is expected
+    assert not expand_fragments.serves(on_gpu, shape, 256, projections)
 
 
 @pytest.mark.parametrize("beside", [False, True])
