@@ -19,17 +19,19 @@ if AVAILABLE:
     if hasattr(async_copy, "async_load"):
         async_load = async_copy.async_load
     else:
-        async_load = async_copy.async_copy_global_to_shared  # its name until Triton 3.7
+        async_load = async_copy.async_copy_global_to_shared  # its former name
 else:
     gl, async_copy, async_load, mma_v2 = tl, None, None, None  # for annotations
 
 __all__ = [
     "AVAILABLE",
     "async_copy",
+    "async_load",
     "gl",
     "jit",
     "launch_dependents",
     "mma_v2",
+    "shared_memory",
     "sync_warp",
     "wait",
 ]

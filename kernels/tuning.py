@@ -33,9 +33,10 @@ class Config:
     shrink_k:      input features that a shrink block holds at a time;
     shrink_r:      stacked ranks that it holds at a time; 16 in `shrink_fragments`;
     rank_blocks:   blocks that share a tile's stacked ranks, each going through its part;
-    expand_n:      output features that a block holds at a time;
+    expand_n:      output features that a block holds at a time; 128 in `expand_fragments`;
     expand_span:   output features that it goes through at most (row by row: those it holds);
-    expand_r:      ranks that an expand block holds at a time;
+    expand_r:      ranks that an expand block holds at a time; 16 there;
+    silu_n:        columns of gate, and of up, of a block within the activation;
     pdl:           start while the previous kernel ends (programmatic dependent launch).
     """
 
