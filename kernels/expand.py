@@ -9,43 +9,18 @@ from granatum.kernels import expand_fragments as fragments
 from granatum.kernels import reference_lora as reference
 from granatum.kernels.backend import dot, jit, require, require_rows, runs_kernel, tl, triton
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
-from granatum.kernels.shrink import (
+from granatum.kernels.lookup import (
+    find_slice,
     load_adapter_tile,
-    load_inside,
     load_tile,
+    rank_before,
     source_rows,
-    tile_programs,
 )
+from granatum.kernels.shrink import load_inside, tile_programs
 from granatum.kernels.tuning import Config, Shape, config_for, power_of_two
 
 _FEWEST_BLOCKS = 128
 """That keep a GPU busy, of long tiles."""
-
-
-@jit()
-def _find_slice(block, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of a group's n-th block of output: its projection, first column in it, width and start."""
-    blocks0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
-    blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
-    second = block >= blocks0
-    third = block >= blocks0 + blocks1
-    p = second.to(tl.int32) + third.to(tl.int32)
-    block -= tl.where(third, blocks0 + blocks1, tl.where(second, blocks0, 0))
-    width = tl.where(third, N2, tl.where(second, N1, N0))
-    start = tl.where(third, N0 + N1, tl.where(second, N0, 0))
-    return p, block * BLOCK_N, width, start
-
-
-@jit()
-def rank_before(ranks, p, PROJECTIONS: tl.constexpr):
-    """The projection's rank, and its first row in the group's stacked A."""
-    rank = tl.load(ranks)
-    column = tl.zeros_like(rank)
-    for q in tl.static_range(1, PROJECTIONS):
-        own = tl.load(ranks + q)
-        column += tl.where(p >= q, tl.load(ranks + q - 1), 0)
-        rank = tl.where(p == q, own, rank)
-    return rank, column
 
 
 @jit("rows_total", "workspace_width", "layers", "layer")
@@ -83,7 +58,7 @@ def _expand_rows_kernel(
     block = tl.program_id(0)
     tile = tl.program_id(1)
     slot, first, rows = load_adapter_tile(entries, count, tile)
-    p, column, width, begin = _find_slice(block, N0, N1, N2, BLOCK_N)
+    p, column, width, begin = find_slice(block, N0, N1, N2, BLOCK_N)
     place = (slot * layers + layer) * 7 + PROJECTION
     rank, stacked_row = rank_before(ranks + place, p, PROJECTIONS)
     b_start = arena + tl.multiple_of(tl.load(b_offsets + place + p), 32)
@@ -132,7 +107,7 @@ def _expand_rows_kernel(
 
 
 @jit()
-def sum_chunks(at, known, chunk_stride, CHUNKS: tl.constexpr):
+def _sum_chunks(at, known, chunk_stride, CHUNKS: tl.constexpr):
     """A shrink's results: its partial sums, added in order."""
     total = tl.load(at, mask=known, other=0.0)
     for chunk in range(1, CHUNKS):
@@ -141,7 +116,7 @@ def sum_chunks(at, known, chunk_stride, CHUNKS: tl.constexpr):
 
 
 @jit()
-def dot_expanded(v, b, total):
+def _dot_expanded(v, b, total):
     """total + v @ b; with a bfloat16 b, v's high and low halves in turn, else both as float32."""
     if b.dtype == tl.bfloat16:
         high = v.to(tl.bfloat16)
@@ -187,7 +162,7 @@ def _expand_tiles_kernel(
     The first BLOCK_R ranks' intermediate is summed once for all columns. ADD: to y; if not, y is
     made, of the bias and what the adapter adds.
     """
-    p, column, width, begin = _find_slice(tl.program_id(0), N0, N1, N2, SPAN)
+    p, column, width, begin = find_slice(tl.program_id(0), N0, N1, N2, SPAN)
     m = tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
     chunk_stride = rows_total.to(tl.int64) * workspace_width
@@ -206,7 +181,7 @@ def _expand_tiles_kernel(
             y_rows = y + source_rows(order, first + m, m < rows)[:, None] * y_stride + begin
             v_at = partials + (first + m).to(tl.int64)[:, None] * workspace_width + stacked_row
             known = present & (r < rank)[None, :]
-            v = sum_chunks(v_at + r[None, :], known, chunk_stride, CHUNKS)
+            v = _sum_chunks(v_at + r[None, :], known, chunk_stride, CHUNKS)
             for at in range(column, tl.minimum(column + SPAN, width), BLOCK_N):
                 n = at + tl.arange(0, BLOCK_N)
                 kept = present & (n < width)[None, :]
@@ -214,15 +189,15 @@ def _expand_tiles_kernel(
                     base = tl.load(y_rows + n[None, :], mask=kept, other=0.0)
                 b_at = b_start + r[:, None] * width + n[None, :]
                 b = tl.load(b_at, mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
-                delta = dot_expanded(v, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+                delta = _dot_expanded(v, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
                 for done in range(BLOCK_R, rank, BLOCK_R):
                     more = done + r
                     b_at = b_start + more[:, None] * width + n[None, :]
                     b = tl.load(b_at, mask=(more < rank)[:, None] & (n < width)[None, :], other=0.0)
-                    v_more = sum_chunks(
+                    v_more = _sum_chunks(
                         v_at + more[None, :], present & (more < rank)[None, :], chunk_stride, CHUNKS
                     )
-                    delta = dot_expanded(v_more, b, delta)
+                    delta = _dot_expanded(v_more, b, delta)
                 total = scale * delta
                 if ADD:
                     total += base.to(tl.float32)

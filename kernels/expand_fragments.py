@@ -8,13 +8,14 @@ a time. y and B come through a ring in shared memory, copied a step ahead.
 A step is a pair of 64 columns and 16 ranks. A tile's float32 intermediate is summed once for all
 steps and multiplied as the sum of two bfloat16, which a block holds for all ranks that the table
 allows. These kernels know no other dtype; for these, and under the interpreter, `expand` has one in
-Triton.
+Triton. `go_through` serves the activation and the positions as well, which finish a pair otherwise.
 """
 
 from typing import Any
 
 import torch
 
+from granatum.kernels import lookup
 from granatum.kernels.gluon import (
     AVAILABLE,
     async_copy,
@@ -23,10 +24,10 @@ from granatum.kernels.gluon import (
     jit,
     launch_dependents,
     mma_v2,
+    of_triton,
     shared_memory,
     wait,
 )
-from granatum.kernels.shrink_fragments import load_tile, source_rows
 from granatum.kernels.tuning import Shape
 
 BLOCK = 64
@@ -36,6 +37,11 @@ RANKS = 16
 """Ranks, likewise."""
 _STAGES = 2
 _WARPS = 4
+
+load_tile = of_triton(lookup.load_tile)
+source_rows = of_triton(lookup.source_rows)
+rank_before = of_triton(lookup.rank_before)
+_find_slice = of_triton(lookup.find_slice)
 
 
 def serves(y: torch.Tensor, shape: Shape, step: int, projections: int = 1) -> bool:
@@ -180,78 +186,80 @@ def add_product(sums, b, high, low):
 
 
 @jit()
-def _find_slice(block, N0: gl.constexpr, N1: gl.constexpr, N2: gl.constexpr, SPAN: gl.constexpr):
-    """As `expand._find_slice`."""
-    blocks0: gl.constexpr = (N0 + SPAN - 1) // SPAN
-    blocks1: gl.constexpr = (N1 + SPAN - 1) // SPAN
-    second = block >= blocks0
-    third = block >= blocks0 + blocks1
-    p = second.to(gl.int32) + third.to(gl.int32)
-    block -= gl.where(third, blocks0 + blocks1, gl.where(second, blocks0, 0))
-    width = gl.where(third, N2, gl.where(second, N1, N0))
-    start = gl.where(third, N0 + N1, gl.where(second, N0, 0))
-    return p, block * SPAN, width, start
-
-
-@jit()
-def rank_before(ranks, p, PROJECTIONS: gl.constexpr):
-    """As `expand.rank_before`."""
-    rank = gl.load(ranks)
-    column = 0 * rank
-    for q in gl.static_range(1, PROJECTIONS):
-        own = gl.load(ranks + q)
-        column += gl.where(p >= q, gl.load(ranks + q - 1), 0)
-        rank = gl.where(p == q, own, rank)
-    return rank, column
-
-
-@jit()
-def _expand_tile(
-    y_rows, present, bias, y_ring, b_ring, held, start, column, width, partials, first, rows,
-    stacked_row, rank, scale, chunk_stride, workspace_width,
-    CHUNKS: gl.constexpr, SPAN: gl.constexpr, ADD: gl.constexpr, ROWS: gl.constexpr,
-    RANKS: gl.constexpr, COPIED: gl.constexpr, SUMS: gl.constexpr, STAGES: gl.constexpr,
-    MANY: gl.constexpr,
+def go_through(
+    FINISH: gl.constexpr, finished, y_rows, gap, present, room, source, left_side, right_side,
+    column, columns, width,
+    STEP: gl.constexpr, ADD: gl.constexpr, CHUNKS: gl.constexpr, ROWS: gl.constexpr,
+    RANKS: gl.constexpr, COPIED: gl.constexpr, SUMS: gl.constexpr, HELD: gl.constexpr,
+    STAGES: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
-    """A tile's columns from `column` on. MANY: of more than 16 ranks."""
-    dtype: gl.constexpr = y_rows.dtype.element_ty
-    n = gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
-    blocks = gl.cdiv(rank, 16) if MANY else 1
-    steps = gl.cdiv(gl.minimum(SPAN, width - column), 128) * blocks
+    """Expand a tile's `columns` from `column` on, a pair of 64 and STEP in all at a step.
+
+    room: the rings, and what is held of the intermediate. source: the shrink's partials, the tile's
+    first row and rows, and the elements from a chunk to the next, and from a row.
+    A pair is a left and a right tile: of y, `gap` apart, and of B. A side is where B starts, its
+    first row in the stacked A, its rank and scale; if right_side is None, B's is 64 columns further
+    and the rest the left's. ADD: the sums begin as y, not as zeros. MANY: of more than 16 ranks.
+    FINISH(finished, turn, at, left, right, ROWS) takes the sums of the turn-th pair, at a column.
+    """
+    y_ring, b_ring, held = room
+    partials, first, rows, chunk_stride, workspace_width = source
+    start, stacked_row, rank, scale = left_side
+    if right_side is None:
+        next_start, next_rank, most = start + 64, rank, rank
+    else:
+        next_start, next_row, next_rank, next_scale = right_side
+        most = gl.maximum(rank, next_rank)
+    blocks = gl.cdiv(most, 16) if MANY else 1
+    steps = gl.cdiv(columns, STEP) * blocks
     for step in gl.static_range(STAGES - 1):
-        at, done = column + step // blocks * 128, step % blocks * 16
+        at, done = column + step // blocks * STEP, step % blocks * 16
         live = step < steps
         if ADD:
-            copy_y(y_ring, step, y_rows + at, 64, present & live & (done == 0))
-        own = gl.where(live, rank, 0)
-        copy_b(b_ring, step, start, start + 64, at, width, done, own, own, COPIED)
+            copy_y(y_ring, step, y_rows + at, gap, present & live & (done == 0))
+        copy_b(
+            b_ring, step, start, next_start, at, width, done, gl.where(live, rank, 0),
+            gl.where(live, next_rank, 0), COPIED,
+        )  # fmt: skip
         async_copy.commit_group()
     if MANY:
         hold_intermediate(
             held, 0, blocks, partials, first, rows, stacked_row, rank, scale, chunk_stride,
             workspace_width, CHUNKS, SUMS,
         )  # fmt: skip
+        if right_side is not None:
+            hold_intermediate(
+                held, HELD, blocks, partials, first, rows, next_row, next_rank, next_scale,
+                chunk_stride, workspace_width, CHUNKS, SUMS,
+            )  # fmt: skip
     else:
         high, low = load_intermediate(
             partials, first, rows, stacked_row, 0, rank, scale, chunk_stride, workspace_width,
             CHUNKS, SUMS,
         )  # fmt: skip
+        next_high, next_low = high, low
+        if right_side is not None:
+            next_high, next_low = load_intermediate(
+                partials, first, rows, next_row, 0, next_rank, next_scale, chunk_stride,
+                workspace_width, CHUNKS, SUMS,
+            )  # fmt: skip
     left = gl.zeros([64, 64], gl.float32, SUMS)
     right = left
     for step in range(steps):
         stage = step % STAGES
-        at, done = column + step // blocks * 128, step % blocks * 16
+        turn = step // blocks
+        at, done = column + turn * STEP, step % blocks * 16
         async_copy.wait_group(STAGES - 2)
         ahead = step + STAGES - 1
-        next_at, next_done = column + ahead // blocks * 128, ahead % blocks * 16
+        next_at, next_done = column + ahead // blocks * STEP, ahead % blocks * 16
         live = ahead < steps
         if ADD:
             next_y = present & live & (next_done == 0)
-            copy_y(y_ring, ahead % STAGES, y_rows + next_at, 64, next_y)
-        own = gl.where(live, rank, 0)
+            copy_y(y_ring, ahead % STAGES, y_rows + next_at, gap, next_y)
         copy_b(
-            b_ring, ahead % STAGES, start, start + 64, next_at, width, next_done, own, own, COPIED
-        )
+            b_ring, ahead % STAGES, start, next_start, next_at, width, next_done,
+            gl.where(live, rank, 0), gl.where(live, next_rank, 0), COPIED,
+        )  # fmt: skip
         async_copy.commit_group()
         if done == 0:
             if ADD:
@@ -260,18 +268,32 @@ def _expand_tile(
             else:
                 left = gl.zeros([64, 64], gl.float32, SUMS)
                 right = left
+        b = read_b(b_ring.index(2 * stage), RANKS, SUMS)
         if MANY:
             high, low = read_intermediate(held, done // 16, SUMS)
-        left = add_product(left, read_b(b_ring.index(2 * stage), RANKS, SUMS), high, low)
-        right = add_product(right, read_b(b_ring.index(2 * stage + 1), RANKS, SUMS), high, low)
+            next_high, next_low = high, low
+        left = add_product(left, b, high, low)
+        b = read_b(b_ring.index(2 * stage + 1), RANKS, SUMS)
+        if MANY and right_side is not None:
+            next_high, next_low = read_intermediate(held, HELD + done // 16, SUMS)
+        right = add_product(right, b, next_high, next_low)
         if done + 16 >= blocks * 16:
-            left_y, right_y = to_rows(left, ROWS), to_rows(right, ROWS)
-            if bias is not None:
-                left_y += gl.load(bias + at + n).to(gl.float32)
-                right_y += gl.load(bias + at + 64 + n).to(gl.float32)
-            gl.store(y_rows + at, left_y.to(dtype), mask=present)
-            gl.store(y_rows + at + 64, right_y.to(dtype), mask=present)
+            FINISH(finished, turn, at, left, right, ROWS)
     async_copy.wait_group(0)
+
+
+@jit()
+def _store(finished, _turn, at, left, right, ROWS: gl.constexpr):
+    """Add the bias, if any, and write the pair."""
+    y_rows, present, bias = finished
+    dtype: gl.constexpr = y_rows.dtype.element_ty
+    n = gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
+    left_y, right_y = to_rows(left, ROWS), to_rows(right, ROWS)
+    if bias is not None:
+        left_y += gl.load(bias + at + n).to(gl.float32)
+        right_y += gl.load(bias + at + 64 + n).to(gl.float32)
+    gl.store(y_rows + at, left_y.to(dtype), mask=present)
+    gl.store(y_rows + at + 64, right_y.to(dtype), mask=present)
 
 
 @jit("rows_total", "workspace_width", "layers", "layer")
@@ -331,17 +353,19 @@ def expand_kernel(
         if PDL:
             wait()
             launch_dependents()
+        finished, room = (y_rows, present, bias), (y_ring, b_ring, held)
+        source = (partials, first, rows, chunk_stride, workspace_width)
+        side = (start, stacked_row, rank, scale)
+        columns = gl.minimum(SPAN, width - column)
         if (rank <= 16) & ((rank > 0) | (not ADD)):
-            _expand_tile(
-                y_rows, present, bias, y_ring, b_ring, held, start, column, width, partials, first,
-                rows, stacked_row, rank, scale, chunk_stride, workspace_width, CHUNKS, SPAN, ADD,
-                ROWS, RANKS, COPIED, SUMS, STAGES, False,
+            go_through(
+                _store, finished, y_rows, 64, present, room, source, side, None, column, columns,
+                width, 128, ADD, CHUNKS, ROWS, RANKS, COPIED, SUMS, HELD, STAGES, False,
             )  # fmt: skip
         if HELD > 1 and rank > 16:
-            _expand_tile(
-                y_rows, present, bias, y_ring, b_ring, held, start, column, width, partials,
-                first, rows, stacked_row, rank, scale, chunk_stride, workspace_width, CHUNKS,
-                SPAN, ADD, ROWS, RANKS, COPIED, SUMS, STAGES, True,
+            go_through(
+                _store, finished, y_rows, 64, present, room, source, side, None, column, columns,
+                width, 128, ADD, CHUNKS, ROWS, RANKS, COPIED, SUMS, HELD, STAGES, True,
             )  # fmt: skip
     if PDL and gl.program_id(0) + gl.program_id(1) == 0:
         wait()  # one block that waits keeps the next kernel from overtaking

@@ -5,10 +5,9 @@ from math import gcd
 import torch
 
 from granatum.kernels import expand_fragments as fragments
-from granatum.kernels import shrink_fragments
 from granatum.kernels.backend import require, runs_kernel
 from granatum.kernels.expand import check_expand, expand, fitting_span
-from granatum.kernels.gluon import async_copy, gl, jit, launch_dependents, wait
+from granatum.kernels.gluon import gl, jit, launch_dependents, wait
 from granatum.kernels.layout import FIRST_PROJECTION, GROUPS, AdapterTable, KvLayout, Tiles
 from granatum.kernels.rope import Rotary, rope_and_write_kv
 from granatum.kernels.shrink import tile_programs
@@ -19,77 +18,25 @@ _BLOCK_HEADS = 8
 
 
 @jit()
-def _expand_rope_tile(
-    y_rows, out_rows, head_stride, present, c, s, p, q_norm, k_norm, eps, y_ring, b_ring, held,
-    start, head, width, partials, first, rows, stacked_row, rank, scale, chunk_stride,
-    workspace_width,
-    BLOCK_HEADS: gl.constexpr, CHUNKS: gl.constexpr, ROWS: gl.constexpr, RANKS: gl.constexpr,
-    COPIED: gl.constexpr, SUMS: gl.constexpr, STAGES: gl.constexpr, MANY: gl.constexpr,
-):  # fmt: skip
-    """As `expand_fragments._expand_tile`, for heads from a projection's `head` on."""
-    dtype: gl.constexpr = y_rows.dtype.element_ty
-    at_row = gl.arange(0, 64, gl.SliceLayout(1, SUMS))
-    sum_d = at_row % 8 * 8 + at_row // 8
-    blocks = gl.cdiv(rank, 16) if MANY else 1
-    steps = BLOCK_HEADS * blocks
-    for step in gl.static_range(STAGES - 1):
-        at, done = (head + step // blocks) * 128, step % blocks * 16
-        live = step < steps
-        fragments.copy_y(y_ring, step, y_rows + at, 64, present & live & (done == 0))
-        own = gl.where(live, rank, 0)
-        fragments.copy_b(b_ring, step, start, start + 64, at, width, done, own, own, COPIED)
-        async_copy.commit_group()
-    if MANY:
-        fragments.hold_intermediate(
-            held, 0, blocks, partials, first, rows, stacked_row, rank, scale, chunk_stride,
-            workspace_width, CHUNKS, SUMS,
-        )  # fmt: skip
-    else:
-        v_high, v_low = fragments.load_intermediate(
-            partials, first, rows, stacked_row, 0, rank, scale, chunk_stride, workspace_width,
-            CHUNKS, SUMS,
-        )  # fmt: skip
-    low = gl.zeros([64, 64], gl.float32, SUMS)
-    high = low
-    for step in range(steps):
-        stage = step % STAGES
-        this_head, done = head + step // blocks, step % blocks * 16
-        async_copy.wait_group(STAGES - 2)
-        ahead = step + STAGES - 1
-        next_at, next_done = (head + ahead // blocks) * 128, ahead % blocks * 16
-        live = ahead < steps
-        next_y = present & live & (next_done == 0)
-        fragments.copy_y(y_ring, ahead % STAGES, y_rows + next_at, 64, next_y)
-        own = gl.where(live, rank, 0)
-        fragments.copy_b(
-            b_ring, ahead % STAGES, start, start + 64, next_at, width, next_done, own, own, COPIED
-        )
-        async_copy.commit_group()
-        if done == 0:
-            low = fragments.to_sums(y_ring.index(2 * stage).load(ROWS), SUMS)
-            high = fragments.to_sums(y_ring.index(2 * stage + 1).load(ROWS), SUMS)
-        if MANY:
-            v_high, v_low = fragments.read_intermediate(held, done // 16, SUMS)
-        b = fragments.read_b(b_ring.index(2 * stage), RANKS, SUMS)
-        low = fragments.add_product(low, b, v_high, v_low)
-        b = fragments.read_b(b_ring.index(2 * stage + 1), RANKS, SUMS)
-        high = fragments.add_product(high, b, v_high, v_low)
-        if done + 16 >= blocks * 16:
-            if q_norm is not None:
-                square = gl.sum(low * low, axis=0) + gl.sum(high * high, axis=0)
-                factor = gl.where(p < 2, 1 / gl.sqrt(square / 128 + eps), 1.0)[None, :]
-                weight = gl.where(p == 0, q_norm, k_norm) + sum_d
-                rotates = (at_row >= 0) & (p < 2)
-                low_weight = gl.load(weight, mask=rotates, other=1.0).to(gl.float32)
-                high_weight = gl.load(weight + 64, mask=rotates, other=1.0).to(gl.float32)
-                low *= factor * low_weight[:, None]
-                high *= factor * high_weight[:, None]
-            out_at = out_rows + this_head * head_stride
-            new_low = (low * c - high * s).to(dtype)
-            gl.store(out_at, fragments.to_rows(new_low, ROWS), mask=present)
-            new_high = (high * c + low * s).to(dtype)
-            gl.store(out_at + 64, fragments.to_rows(new_high, ROWS), mask=present)
-    async_copy.wait_group(0)
+def _store_rotated(finished, turn, _at, low, high, ROWS: gl.constexpr):
+    """Norm a head's two halves, if there is a norm, rotate them and write them."""
+    out_rows, head, head_stride, present, c, s, p, norms = finished
+    q_norm, k_norm, sum_d, eps = norms
+    dtype: gl.constexpr = out_rows.dtype.element_ty
+    if q_norm is not None:
+        square = gl.sum(low * low, axis=0) + gl.sum(high * high, axis=0)
+        factor = gl.where(p < 2, 1 / gl.sqrt(square / 128 + eps), 1.0)[None, :]
+        weight = gl.where(p == 0, q_norm, k_norm) + sum_d
+        rotates = (sum_d >= 0) & (p < 2)
+        low_weight = gl.load(weight, mask=rotates, other=1.0).to(gl.float32)
+        high_weight = gl.load(weight + 64, mask=rotates, other=1.0).to(gl.float32)
+        low *= factor * low_weight[:, None]
+        high *= factor * high_weight[:, None]
+    out_at = out_rows + (head + turn) * head_stride
+    new_low = (low * c - high * s).to(dtype)
+    gl.store(out_at, fragments.to_rows(new_low, ROWS), mask=present)
+    new_high = (high * c + low * s).to(dtype)
+    gl.store(out_at + 64, fragments.to_rows(new_high, ROWS), mask=present)
 
 
 @jit("rows_total", "workspace_width", "layers", "layer")
@@ -137,17 +84,19 @@ def _expand_rope_kernel(
     width = gl.where(p == 0, HEADS, KV_HEADS) * 128
     m = gl.arange(0, 64, gl.SliceLayout(1, ROWS))
     d = gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
+    at_row = gl.arange(0, 64, gl.SliceLayout(1, SUMS))
+    sum_d = at_row % 8 * 8 + at_row // 8
     y_ring, b_ring = fragments.make_rings(qkv, STAGES)
     held = fragments.make_held(1, HELD)
     chunk_stride = rows_total.to(gl.int64) * workspace_width
     for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
-        slot, first, rows = shrink_fragments.load_tile(entries, count, tile)
+        slot, first, rows = fragments.load_tile(entries, count, tile)
         place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
         rank, stacked_row = fragments.rank_before(ranks + place, p, 3)
         rank = gl.where(slot < 0, 0, rank)
         start = arena + gl.multiple_of(gl.load(b_offsets + place + p), 32)
         scale = gl.load(scales + place + p)
-        row = shrink_fragments.source_rows(order, first + m, m < rows)
+        row = fragments.source_rows(order, first + m, m < rows)
         kv_slot = gl.load(kv_slots + row, mask=m < rows, other=-1).to(gl.int64)
         position = gl.load(positions + row, mask=kv_slot >= 0, other=0).to(gl.int64)
         present = (kv_slot >= 0)[:, None]
@@ -164,19 +113,23 @@ def _expand_rope_kernel(
         if PDL:
             wait()
             launch_dependents()
+        own_head = head - before
+        room = (y_ring, b_ring, held)
+        norms = (q_norm, k_norm, sum_d, eps)
+        finished = (out_rows, own_head, head_stride, present, c, s, p, norms)
+        source = (partials, first, rows, chunk_stride, workspace_width)
+        side = (start, stacked_row, rank, scale)
         if rank <= 16:
-            _expand_rope_tile(
-                y_rows, out_rows, head_stride, present, c, s, p, q_norm, k_norm, eps, y_ring,
-                b_ring, held, start, head - before, width, partials, first, rows, stacked_row, rank,
-                scale, chunk_stride, workspace_width, BLOCK_HEADS, CHUNKS, ROWS, RANKS, COPIED,
-                SUMS, STAGES, False,
+            fragments.go_through(
+                _store_rotated, finished, y_rows, 64, present, room, source, side, None,
+                own_head * 128, BLOCK_HEADS * 128, width, 128, True, CHUNKS, ROWS, RANKS, COPIED,
+                SUMS, HELD, STAGES, False,
             )  # fmt: skip
         if HELD > 1 and rank > 16:
-            _expand_rope_tile(
-                y_rows, out_rows, head_stride, present, c, s, p, q_norm, k_norm, eps, y_ring,
-                b_ring, held, start, head - before, width, partials, first, rows, stacked_row,
-                rank, scale, chunk_stride, workspace_width, BLOCK_HEADS, CHUNKS, ROWS, RANKS,
-                COPIED, SUMS, STAGES, True,
+            fragments.go_through(
+                _store_rotated, finished, y_rows, 64, present, room, source, side, None,
+                own_head * 128, BLOCK_HEADS * 128, width, 128, True, CHUNKS, ROWS, RANKS, COPIED,
+                SUMS, HELD, STAGES, True,
             )  # fmt: skip
     if PDL and gl.program_id(0) + gl.program_id(1) == 0:
         wait()  # one block that waits keeps the next kernel from overtaking

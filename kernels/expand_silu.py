@@ -5,14 +5,14 @@ from typing import Any
 import torch
 
 from granatum.kernels import expand_fragments as fragments
-from granatum.kernels import shrink_fragments
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.backend import jit, require_rows, runs_kernel, tl
 from granatum.kernels.expand import check_expand, expand, fitting_span
-from granatum.kernels.gluon import async_copy, gl, launch_dependents, wait
+from granatum.kernels.gluon import gl, launch_dependents, wait
 from granatum.kernels.gluon import jit as gluon_jit
 from granatum.kernels.layout import FIRST_PROJECTION, GROUPS, AdapterTable, Tiles
-from granatum.kernels.shrink import load_tile, source_rows, tile_programs
+from granatum.kernels.lookup import load_tile, source_rows
+from granatum.kernels.shrink import tile_programs
 from granatum.kernels.tuning import power_of_two
 
 GATE_UP = GROUPS.index("gate_up")
@@ -128,74 +128,11 @@ def _expand_silu_rows_kernel(
 
 
 @gluon_jit()
-def _expand_silu_tile(
-    y_rows, out_rows, present, y_ring, b_ring, held, gate_start, up_start, column, partials, first,
-    rows, gate_rank, up_rank, gate_scale, up_scale, chunk_stride, workspace_width,
-    N: gl.constexpr, CHUNKS: gl.constexpr, SPAN: gl.constexpr, ROWS: gl.constexpr,
-    RANKS: gl.constexpr, COPIED: gl.constexpr, SUMS: gl.constexpr, HELD: gl.constexpr,
-    STAGES: gl.constexpr, MANY: gl.constexpr,
-):  # fmt: skip
-    """As `expand_fragments._expand_tile`, for gate and up at once."""
-    blocks = gl.cdiv(gl.maximum(gate_rank, up_rank), 16) if MANY else 1
-    steps = gl.cdiv(gl.minimum(SPAN, N - column), 64) * blocks
-    for step in gl.static_range(STAGES - 1):
-        at, done = column + step // blocks * 64, step % blocks * 16
-        live = step < steps
-        fragments.copy_y(y_ring, step, y_rows + at, N, present & live & (done == 0))
-        fragments.copy_b(
-            b_ring, step, gate_start, up_start, at, N, done, gl.where(live, gate_rank, 0),
-            gl.where(live, up_rank, 0), COPIED,
-        )  # fmt: skip
-        async_copy.commit_group()
-    if MANY:
-        fragments.hold_intermediate(
-            held, 0, blocks, partials, first, rows, 0, gate_rank, gate_scale, chunk_stride,
-            workspace_width, CHUNKS, SUMS,
-        )  # fmt: skip
-        fragments.hold_intermediate(
-            held, HELD, blocks, partials, first, rows, gate_rank, up_rank, up_scale, chunk_stride,
-            workspace_width, CHUNKS, SUMS,
-        )  # fmt: skip
-    else:
-        gate_high, gate_low = fragments.load_intermediate(
-            partials, first, rows, 0, 0, gate_rank, gate_scale, chunk_stride, workspace_width,
-            CHUNKS, SUMS,
-        )  # fmt: skip
-        up_high, up_low = fragments.load_intermediate(
-            partials, first, rows, gate_rank, 0, up_rank, up_scale, chunk_stride, workspace_width,
-            CHUNKS, SUMS,
-        )  # fmt: skip
-    gate = gl.zeros([64, 64], gl.float32, SUMS)
-    up = gate
-    for step in range(steps):
-        stage = step % STAGES
-        at, done = column + step // blocks * 64, step % blocks * 16
-        async_copy.wait_group(STAGES - 2)
-        ahead = step + STAGES - 1
-        next_at, next_done = column + ahead // blocks * 64, ahead % blocks * 16
-        live = ahead < steps
-        next_y = present & live & (next_done == 0)
-        fragments.copy_y(y_ring, ahead % STAGES, y_rows + next_at, N, next_y)
-        fragments.copy_b(
-            b_ring, ahead % STAGES, gate_start, up_start, next_at, N, next_done,
-            gl.where(live, gate_rank, 0), gl.where(live, up_rank, 0), COPIED,
-        )  # fmt: skip
-        async_copy.commit_group()
-        if done == 0:
-            gate = fragments.to_sums(y_ring.index(2 * stage).load(ROWS), SUMS)
-            up = fragments.to_sums(y_ring.index(2 * stage + 1).load(ROWS), SUMS)
-        b = fragments.read_b(b_ring.index(2 * stage), RANKS, SUMS)
-        if MANY:
-            gate_high, gate_low = fragments.read_intermediate(held, done // 16, SUMS)
-        gate = fragments.add_product(gate, b, gate_high, gate_low)
-        b = fragments.read_b(b_ring.index(2 * stage + 1), RANKS, SUMS)
-        if MANY:
-            up_high, up_low = fragments.read_intermediate(held, HELD + done // 16, SUMS)
-        up = fragments.add_product(up, b, up_high, up_low)
-        if done + 16 >= blocks * 16:
-            made = (gate / (1.0 + gl.exp(-gate)) * up).to(out_rows.dtype.element_ty)
-            gl.store(out_rows + at, fragments.to_rows(made, ROWS), mask=present)
-    async_copy.wait_group(0)
+def _store_activated(finished, _turn, at, gate, up, ROWS: gl.constexpr):
+    """Write what the activation makes of a pair."""
+    out_rows, present = finished
+    made = (gate / (1.0 + gl.exp(-gate)) * up).to(out_rows.dtype.element_ty)
+    gl.store(out_rows + at, fragments.to_rows(made, ROWS), mask=present)
 
 
 @gluon_jit("rows_total", "workspace_width", "layers", "layer")
@@ -239,7 +176,7 @@ def _expand_silu_tiles_kernel(
     y_ring, b_ring = fragments.make_rings(gate_up, STAGES)
     held = fragments.make_held(2, HELD)
     for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
-        slot, first, rows = shrink_fragments.load_tile(entries, count, tile)
+        slot, first, rows = fragments.load_tile(entries, count, tile)
         place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
         gate_rank = gl.where(slot < 0, 0, gl.load(ranks + place))
         up_rank = gl.where(slot < 0, 0, gl.load(ranks + place + 1))
@@ -248,24 +185,28 @@ def _expand_silu_tiles_kernel(
         gate_scale = gl.load(scales + place)
         up_scale = gl.load(scales + place + 1)
         present = (m < rows)[:, None]
-        source = shrink_fragments.source_rows(order, first + m, m < rows)[:, None]
+        source = fragments.source_rows(order, first + m, m < rows)[:, None]
         y_rows = gate_up + source * y_stride + n
         out_rows = out + source * out_stride + n
         if PDL:
             wait()
             launch_dependents()
-        rank = gl.maximum(gate_rank, up_rank)
+        finished, room = (out_rows, present), (y_ring, b_ring, held)
+        source = (partials, first, rows, chunk_stride, workspace_width)
+        gate_side = (gate_start, 0, gate_rank, gate_scale)
+        up_side = (up_start, gate_rank, up_rank, up_scale)
+        columns, rank = gl.minimum(SPAN, N - column), gl.maximum(gate_rank, up_rank)
         if rank <= 16:
-            _expand_silu_tile(
-                y_rows, out_rows, present, y_ring, b_ring, held, gate_start, up_start, column,
-                partials, first, rows, gate_rank, up_rank, gate_scale, up_scale, chunk_stride,
-                workspace_width, N, CHUNKS, SPAN, ROWS, RANKS, COPIED, SUMS, HELD, STAGES, False,
+            fragments.go_through(
+                _store_activated, finished, y_rows, N, present, room, source, gate_side, up_side,
+                column, columns, N, 64, True, CHUNKS, ROWS, RANKS, COPIED, SUMS, HELD, STAGES,
+                False,
             )  # fmt: skip
         if HELD > 1 and rank > 16:
-            _expand_silu_tile(
-                y_rows, out_rows, present, y_ring, b_ring, held, gate_start, up_start, column,
-                partials, first, rows, gate_rank, up_rank, gate_scale, up_scale, chunk_stride,
-                workspace_width, N, CHUNKS, SPAN, ROWS, RANKS, COPIED, SUMS, HELD, STAGES, True,
+            fragments.go_through(
+                _store_activated, finished, y_rows, N, present, room, source, gate_side, up_side,
+                column, columns, N, 64, True, CHUNKS, ROWS, RANKS, COPIED, SUMS, HELD, STAGES,
+                True,
             )  # fmt: skip
     if PDL and gl.program_id(0) + gl.program_id(1) == 0:
         wait()  # as in `_expand_silu_rows_kernel`

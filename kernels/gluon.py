@@ -31,6 +31,7 @@ __all__ = [
     "jit",
     "launch_dependents",
     "mma_v2",
+    "of_triton",
     "shared_memory",
     "sync_warp",
     "wait",
@@ -46,6 +47,11 @@ def jit(*runtime_integers: str) -> Callable[[Callable[..., Any]], Any]:
         return gluon.jit(function, do_not_specialize=list(runtime_integers))
 
     return decorate
+
+
+def of_triton(helper: Any) -> Any:
+    """A Triton helper of scalars and what they address, for kernels in Gluon."""
+    return gluon.jit(helper.fn) if AVAILABLE else helper
 
 
 @cache

@@ -8,6 +8,7 @@ from granatum.kernels import reference_lora as reference
 from granatum.kernels import shrink_fragments
 from granatum.kernels.backend import dot, jit, require, require_rows, runs_kernel, tl
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
+from granatum.kernels.lookup import load_adapter_tile, load_tile, source_rows
 from granatum.kernels.tuning import Config, Shape, config_for, power_of_two
 
 _ROW_FEATURES = 256
@@ -16,31 +17,6 @@ _ROW_RANKS = 4
 """Stacked ranks of a block there."""
 _USUAL_SEGMENTS = 4
 """Of a step with long tiles: runs of rows of one adapter, whose last tiles are not full."""
-
-
-@jit()
-def source_rows(order, row, present):
-    """The rows of x and y that are these rows of the tiles' order; any if not present."""
-    if order is not None:
-        row = tl.load(order + row, mask=present, other=0)
-    return row.to(tl.int64)
-
-
-@jit()
-def load_tile(entries, count, tile):
-    """The tile's slot, first row and rows; a spare one has a slot that exists, and no rows."""
-    used = tile < tl.load(count)
-    slot = tl.load(entries + tile * 4)
-    first = tl.load(entries + tile * 4 + 1)
-    rows = tl.load(entries + tile * 4 + 2)
-    return tl.where(used, slot, 0).to(tl.int64), first, tl.where(used, rows, 0)
-
-
-@jit()
-def load_adapter_tile(entries, count, tile):
-    """As `load_tile`, where a tile without an adapter is a spare one."""
-    slot, first, rows = load_tile(entries, count, tile)
-    return tl.maximum(slot, 0), first, tl.where(slot < 0, 0, rows)
 
 
 @jit()

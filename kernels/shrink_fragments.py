@@ -10,7 +10,16 @@ It knows no other dtype; for these, and under the interpreter, `shrink` multipli
 
 import torch
 
-from granatum.kernels.gluon import AVAILABLE, gl, jit, launch_dependents, mma_v2, wait
+from granatum.kernels import lookup
+from granatum.kernels.gluon import (
+    AVAILABLE,
+    gl,
+    jit,
+    launch_dependents,
+    mma_v2,
+    of_triton,
+    wait,
+)
 
 
 def serves(x: torch.Tensor) -> bool:
@@ -18,22 +27,8 @@ def serves(x: torch.Tensor) -> bool:
     return AVAILABLE and x.dtype == torch.bfloat16
 
 
-@jit()
-def load_tile(entries, count, tile):
-    """As `shrink.load_tile`."""
-    used = tile < gl.load(count)
-    slot = gl.load(entries + tile * 4)
-    first = gl.load(entries + tile * 4 + 1)
-    rows = gl.load(entries + tile * 4 + 2)
-    return gl.where(used, slot, 0).to(gl.int64), first, gl.where(used, rows, 0)
-
-
-@jit()
-def source_rows(order, row, present):
-    """As `shrink.source_rows`."""
-    if order is not None:
-        row = gl.load(order + row, mask=present, other=0)
-    return row.to(gl.int64)
+_load_adapter_tile = of_triton(lookup.load_adapter_tile)
+_source_rows = of_triton(lookup.source_rows)
 
 
 @jit("rows_total", "width", "layers", "layer")
@@ -74,9 +69,8 @@ def shrink_kernel(
     chunk = gl.program_id(0)
     tile = gl.program_id(1)
     rank_block = gl.program_id(2)
-    slot, first, rows = load_tile(entries, count, tile)
-    rows = gl.where(slot < 0, 0, rows)
-    place = gl.maximum(slot, 0) * layers + layer
+    slot, first, rows = _load_adapter_tile(entries, count, tile)
+    place = slot * layers + layer
     a_start = arena + gl.multiple_of(gl.load(a_offsets + place * 4 + GROUP), 32)
     stacked = gl.load(ranks + place * 7 + PROJECTION)
     for p in gl.static_range(1, PROJECTIONS):
@@ -89,7 +83,7 @@ def shrink_kernel(
         m = gl.arange(0, 8, gl.SliceLayout(0, RIGHT))
         out_r = gl.arange(0, 16, gl.SliceLayout(1, SUMS))[:, None]
         out_m = gl.arange(0, 8, gl.SliceLayout(0, SUMS))[None, :]
-        source = source_rows(order, first + m, m < rows)
+        source = _source_rows(order, first + m, m < rows)
         for start in range(begin, stacked, RANK_BLOCKS * 16):
             a_at = a_start + (start + r) * K + k
             real = start + r < stacked
@@ -101,7 +95,7 @@ def shrink_kernel(
                     wait()
             for done in range(0, rows, 8):
                 if done > 0:
-                    source = source_rows(order, first + done + m, done + m < rows)
+                    source = _source_rows(order, first + done + m, done + m < rows)
                 x_at = x + source[None, :] * x_stride + x_k
                 present = (done + m < rows)[None, :]
                 inside = present & ((x_k < K) | EVEN)
