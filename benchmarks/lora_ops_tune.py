@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -143,7 +143,11 @@ class Bench:
         self.linear = linear
         self.adapters = adapters or max(64, math.ceil(POOL_BYTES / linear.adapter_bytes))
         self.matrices = cases.make_matrices(linear, self.adapters)
-        self.packed: Packed = cases.pack_matrices(self.matrices)
+
+    @cached_property
+    def packed(self) -> Packed:
+        """The adapters as decodes read them; prompts' rigs pack their own."""
+        return cases.pack_matrices(self.matrices)
 
     def launches(
         self, batch: cases.Batch, config: Config, x: torch.Tensor, y: torch.Tensor

@@ -107,10 +107,9 @@ class Model:
         if step.shape.long_tiles:
             silu_mul_with_lora(gate_up, x, out, *place, step.long_tiles, self._partials)
         if n := step.shape.short_tiles:
-            beside = not step.shape.long_tiles and runs_kernel_of_ours(x, base.weight)
             silu_mul_with_lora(
                 gate_up[:n], x[:n], out[:n], *place, step.short_tiles, self._partials,
-                beside_linear=beside,
+                beside_linear=_just_made(step, x, base),
             )  # fmt: skip
         if not step.shape.lora:
             silu_mul(gate_up, out)
@@ -133,8 +132,8 @@ class Model:
     ) -> None:
         """Add to y what the adapters of rows in short tiles make of x, right after the linear."""
         if n := step.shape.short_tiles:
-            beside = not step.shape.long_tiles and runs_kernel_of_ours(x, base.weight)
             tiles, place = step.short_tiles, self._place(index, group)
+            beside = _just_made(step, x, base)
             add_lora(y[:n], x[:n], *place, tiles, self._partials, beside_linear=beside)
 
     def _place(
@@ -157,6 +156,11 @@ class Model:
             for rows, block_m in sizes
         )
         return torch.empty(elements, dtype=torch.float32, device=self.device)
+
+
+def _just_made(step: Step, x: torch.Tensor, base: Linear) -> bool:
+    """Whether what comes before the LoRA of short tiles is our own linear of x."""
+    return not step.shape.long_tiles and runs_kernel_of_ours(x, base.weight)
 
 
 def _angles(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
