@@ -14,9 +14,9 @@ from granatum.router.deadline import Deadline
 from granatum.router.request import Request, seeded
 from granatum.router.resolver import Resolver
 from granatum.router.stream import Streams
-from granatum.router.validation import check
 from granatum.v1.inference_pb2 import GenerateRequest, GenerateResponse
 from granatum.v1.inference_pb2_grpc import InferenceServiceServicer
+from granatum.v1.validation import check
 
 
 class Inference(InferenceServiceServicer):

@@ -10,7 +10,16 @@ from typing import Any
 import grpc
 
 from granatum.runner.channel import AsyncChannel
-from granatum.runner.records import Cancel, Command, EngineFigures, Ready, Report, SetDraining, Stop
+from granatum.runner.records import (
+    Cancel,
+    Command,
+    EngineFault,
+    EngineFigures,
+    Ready,
+    Report,
+    SetDraining,
+    Stop,
+)
 from granatum.runner.session import Session
 from granatum.runner.submission import Bounds, Prepared, prepare
 from granatum.runner.tokenizer import Tokenizer
@@ -134,6 +143,8 @@ class Front:
             self.close(session)
 
     def _take(self, report: Report) -> None:
+        if isinstance(report, EngineFault):
+            return
         self._reported = time.monotonic()
         self._figures = report.figures
         if isinstance(report, Ready):

@@ -22,6 +22,10 @@ class Departure(Enum):
     REFUSED = "refused"
     EVICTED = "evicted"
     DRAINED = "drained"
+    ENGINE_LOST = "engine lost"
+    SUSPECTED = "suspected"
+    BLAMED = "blamed"
+    LOAD_FAILED = "load failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,8 @@ class Failure:
     code: int
     message: str
     reason: str
+    field: str = ""
+    """The request's field that is wrong, if one is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,8 @@ class Submit:
     top_logprobs: int | None = None
     """None: no log probabilities; n: the chosen token's and those of the n most likely."""
     priority: int = 0
+    suspicion: int = 0
+    """How often an engine failed in a step that computed it; above 0: steps of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +124,13 @@ class SequenceNews:
     logprobs: tuple[TokenLogprobs, ...] = ()
     """As many as tokens, or none if not asked for."""
     outcome: Finish | Departure | Failure | None = None
+    cause: Failure | None = None
+    """With LOAD_FAILED: the client's error if no other runner can load the adapter."""
 
     def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
         """One of every sequence is pickled in every step: three times as fast as by fields."""
-        return type(self), (self.sequence_id, self.tokens, self.logprobs, self.outcome)
+        fields = (self.sequence_id, self.tokens, self.logprobs, self.outcome)
+        return type(self), fields if self.cause is None else (*fields, self.cause)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +145,8 @@ class EngineFigures:
     decode_sequences: int
     decode_adapters: int
     adapter_loads: int
+    load_trouble: str = ""
+    """Why adapters cannot be loaded just now; empty: they can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +157,11 @@ class Ready:
     page_tokens: int
     max_context: int
     figures: EngineFigures
+    max_rank: int = 0
+    max_adapter_elements: int = 0
+    """Of the largest adapter that device and host memory have room for."""
+    step_s: float = 0.0
+    """How long the largest step takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,4 +178,14 @@ class StepReport:
     """Digests of the adapters on the device, if they have changed since the last report."""
 
 
-Report = Ready | StepReport
+@dataclass(frozen=True, slots=True)
+class EngineFault:
+    """The engine's last word: a step failed and the device is of no more use."""
+
+    sequences: tuple[int, ...]
+    """Those that the step computed."""
+    message: str
+    """For the log."""
+
+
+Report = Ready | StepReport | EngineFault

@@ -31,6 +31,10 @@ _DEPARTED = {
     Departure.REFUSED: runner_pb2.DEPARTURE_REFUSED,
     Departure.EVICTED: runner_pb2.DEPARTURE_EVICTED,
     Departure.DRAINED: runner_pb2.DEPARTURE_DRAINED,
+    Departure.ENGINE_LOST: runner_pb2.DEPARTURE_ENGINE_LOST,
+    Departure.SUSPECTED: runner_pb2.DEPARTURE_SUSPECTED,
+    Departure.BLAMED: runner_pb2.DEPARTURE_BLAMED,
+    Departure.LOAD_FAILED: runner_pb2.DEPARTURE_LOAD_FAILED,
 }
 
 

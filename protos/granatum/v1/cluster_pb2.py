@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19granatum/v1/cluster.proto\x12\x0bgranatum.v1\"\xf0\x02\n\x06Runner\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x11\n\tmax_batch\x18\x05 \x01(\r\x12\x13\n\x0btotal_pages\x18\x06 \x01(\r\x12\x12\n\nfree_pages\x18\x07 \x01(\r\x12\x19\n\x11reclaimable_pages\x18\x08 \x01(\r\x12\x13\n\x0bpage_tokens\x18\t \x01(\r\x12\x11\n\tsequences\x18\n \x01(\r\x12\x19\n\x11resident_adapters\x18\x0b \x03(\t\x12\x14\n\x0c\x64\x65\x63ode_steps\x18\x0c \x01(\x04\x12\x18\n\x10\x64\x65\x63ode_sequences\x18\r \x01(\x04\x12\x17\n\x0f\x64\x65\x63ode_adapters\x18\x0e \x01(\x04\x12\x15\n\radapter_loads\x18\x0f \x01(\x04\x12\x10\n\x08\x64raining\x18\x10 \x01(\x08\x12\x13\n\x0bmax_context\x18\x11 \x01(\r\"\x14\n\x12ListRunnersRequest\"A\n\x13ListRunnersResponse\x12*\n\x07runners\x18\x01 \x03(\x0b\x32\x19.granatum.v1.RunnerStatus\"^\n\x0cRunnerStatus\x12#\n\x06runner\x18\x01 \x01(\x0b\x32\x13.granatum.v1.Runner\x12\x10\n\x08reserved\x18\x02 \x01(\r\x12\x17\n\x0fheartbeat_age_s\x18\x03 \x01(\x01\"\'\n\x12\x44rainRunnerRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\"\x15\n\x13\x44rainRunnerResponse\"(\n\x13ResumeRunnerRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\"\x16\n\x14ResumeRunnerResponse\"7\n\x10HeartbeatRequest\x12#\n\x06runner\x18\x01 \x01(\x0b\x32\x13.granatum.v1.Runner\"6\n\x11HeartbeatResponse\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\x12\r\n\x05\x64rain\x18\x02 \x01(\x08\"&\n\x11\x44\x65registerRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse2\x89\x02\n\x0e\x43lusterService\x12P\n\x0bListRunners\x12\x1f.granatum.v1.ListRunnersRequest\x1a .granatum.v1.ListRunnersResponse\x12P\n\x0b\x44rainRunner\x12\x1f.granatum.v1.DrainRunnerRequest\x1a .granatum.v1.DrainRunnerResponse\x12S\n\x0cResumeRunner\x12 .granatum.v1.ResumeRunnerRequest\x1a!.granatum.v1.ResumeRunnerResponse2\xac\x01\n\x0fRegistryService\x12J\n\tHeartbeat\x12\x1d.granatum.v1.HeartbeatRequest\x1a\x1e.granatum.v1.HeartbeatResponse\x12M\n\nDeregister\x12\x1e.granatum.v1.DeregisterRequest\x1a\x1f.granatum.v1.DeregisterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19granatum/v1/cluster.proto\x12\x0bgranatum.v1\"\xc3\x03\n\x06Runner\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x04 \x01(\t\x12\x11\n\tmax_batch\x18\x05 \x01(\r\x12\x13\n\x0btotal_pages\x18\x06 \x01(\r\x12\x12\n\nfree_pages\x18\x07 \x01(\r\x12\x19\n\x11reclaimable_pages\x18\x08 \x01(\r\x12\x13\n\x0bpage_tokens\x18\t \x01(\r\x12\x11\n\tsequences\x18\n \x01(\r\x12\x19\n\x11resident_adapters\x18\x0b \x03(\t\x12\x14\n\x0c\x64\x65\x63ode_steps\x18\x0c \x01(\x04\x12\x18\n\x10\x64\x65\x63ode_sequences\x18\r \x01(\x04\x12\x17\n\x0f\x64\x65\x63ode_adapters\x18\x0e \x01(\x04\x12\x15\n\radapter_loads\x18\x0f \x01(\x04\x12\x10\n\x08\x64raining\x18\x10 \x01(\x08\x12\x13\n\x0bmax_context\x18\x11 \x01(\r\x12\x10\n\x08max_rank\x18\x12 \x01(\r\x12\x1c\n\x14max_adapter_elements\x18\x13 \x01(\x04\x12\x10\n\x08instance\x18\x14 \x01(\t\x12\x0f\n\x07trouble\x18\x15 \x01(\t\"\x14\n\x12ListRunnersRequest\"A\n\x13ListRunnersResponse\x12*\n\x07runners\x18\x01 \x03(\x0b\x32\x19.granatum.v1.RunnerStatus\"^\n\x0cRunnerStatus\x12#\n\x06runner\x18\x01 \x01(\x0b\x32\x13.granatum.v1.Runner\x12\x10\n\x08reserved\x18\x02 \x01(\r\x12\x17\n\x0fheartbeat_age_s\x18\x03 \x01(\x01\"\'\n\x12\x44rainRunnerRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\"\x15\n\x13\x44rainRunnerResponse\"(\n\x13ResumeRunnerRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\"\x16\n\x14ResumeRunnerResponse\"7\n\x10HeartbeatRequest\x12#\n\x06runner\x18\x01 \x01(\x0b\x32\x13.granatum.v1.Runner\"6\n\x11HeartbeatResponse\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\x12\r\n\x05\x64rain\x18\x02 \x01(\x08\"&\n\x11\x44\x65registerRequest\x12\x11\n\trunner_id\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse2\x89\x02\n\x0e\x43lusterService\x12P\n\x0bListRunners\x12\x1f.granatum.v1.ListRunnersRequest\x1a .granatum.v1.ListRunnersResponse\x12P\n\x0b\x44rainRunner\x12\x1f.granatum.v1.DrainRunnerRequest\x1a .granatum.v1.DrainRunnerResponse\x12S\n\x0cResumeRunner\x12 .granatum.v1.ResumeRunnerRequest\x1a!.granatum.v1.ResumeRunnerResponse2\xac\x01\n\x0fRegistryService\x12J\n\tHeartbeat\x12\x1d.granatum.v1.HeartbeatRequest\x1a\x1e.granatum.v1.HeartbeatResponse\x12M\n\nDeregister\x12\x1e.granatum.v1.DeregisterRequest\x1a\x1f.granatum.v1.DeregisterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,31 +32,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'granatum.v1.cluster_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RUNNER']._serialized_start=43
-  _globals['_RUNNER']._serialized_end=411
-  _globals['_LISTRUNNERSREQUEST']._serialized_start=413
-  _globals['_LISTRUNNERSREQUEST']._serialized_end=433
-  _globals['_LISTRUNNERSRESPONSE']._serialized_start=435
-  _globals['_LISTRUNNERSRESPONSE']._serialized_end=500
-  _globals['_RUNNERSTATUS']._serialized_start=502
-  _globals['_RUNNERSTATUS']._serialized_end=596
-  _globals['_DRAINRUNNERREQUEST']._serialized_start=598
-  _globals['_DRAINRUNNERREQUEST']._serialized_end=637
-  _globals['_DRAINRUNNERRESPONSE']._serialized_start=639
-  _globals['_DRAINRUNNERRESPONSE']._serialized_end=660
-  _globals['_RESUMERUNNERREQUEST']._serialized_start=662
-  _globals['_RESUMERUNNERREQUEST']._serialized_end=702
-  _globals['_RESUMERUNNERRESPONSE']._serialized_start=704
-  _globals['_RESUMERUNNERRESPONSE']._serialized_end=726
-  _globals['_HEARTBEATREQUEST']._serialized_start=728
-  _globals['_HEARTBEATREQUEST']._serialized_end=783
-  _globals['_HEARTBEATRESPONSE']._serialized_start=785
-  _globals['_HEARTBEATRESPONSE']._serialized_end=839
-  _globals['_DEREGISTERREQUEST']._serialized_start=841
-  _globals['_DEREGISTERREQUEST']._serialized_end=879
-  _globals['_DEREGISTERRESPONSE']._serialized_start=881
-  _globals['_DEREGISTERRESPONSE']._serialized_end=901
-  _globals['_CLUSTERSERVICE']._serialized_start=904
-  _globals['_CLUSTERSERVICE']._serialized_end=1169
-  _globals['_REGISTRYSERVICE']._serialized_start=1172
-  _globals['_REGISTRYSERVICE']._serialized_end=1344
+  _globals['_RUNNER']._serialized_end=494
+  _globals['_LISTRUNNERSREQUEST']._serialized_start=496
+  _globals['_LISTRUNNERSREQUEST']._serialized_end=516
+  _globals['_LISTRUNNERSRESPONSE']._serialized_start=518
+  _globals['_LISTRUNNERSRESPONSE']._serialized_end=583
+  _globals['_RUNNERSTATUS']._serialized_start=585
+  _globals['_RUNNERSTATUS']._serialized_end=679
+  _globals['_DRAINRUNNERREQUEST']._serialized_start=681
+  _globals['_DRAINRUNNERREQUEST']._serialized_end=720
+  _globals['_DRAINRUNNERRESPONSE']._serialized_start=722
+  _globals['_DRAINRUNNERRESPONSE']._serialized_end=743
+  _globals['_RESUMERUNNERREQUEST']._serialized_start=745
+  _globals['_RESUMERUNNERREQUEST']._serialized_end=785
+  _globals['_RESUMERUNNERRESPONSE']._serialized_start=787
+  _globals['_RESUMERUNNERRESPONSE']._serialized_end=809
+  _globals['_HEARTBEATREQUEST']._serialized_start=811
+  _globals['_HEARTBEATREQUEST']._serialized_end=866
+  _globals['_HEARTBEATRESPONSE']._serialized_start=868
+  _globals['_HEARTBEATRESPONSE']._serialized_end=922
+  _globals['_DEREGISTERREQUEST']._serialized_start=924
+  _globals['_DEREGISTERREQUEST']._serialized_end=962
+  _globals['_DEREGISTERRESPONSE']._serialized_start=964
+  _globals['_DEREGISTERRESPONSE']._serialized_end=984
+  _globals['_CLUSTERSERVICE']._serialized_start=987
+  _globals['_CLUSTERSERVICE']._serialized_end=1252
+  _globals['_REGISTRYSERVICE']._serialized_start=1255
+  _globals['_REGISTRYSERVICE']._serialized_end=1427
 # @@protoc_insertion_point(module_scope)

@@ -41,6 +41,10 @@ class Runner(_message.Message):
     ADAPTER_LOADS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_FIELD_NUMBER: _builtins.int
+    MAX_RANK_FIELD_NUMBER: _builtins.int
+    MAX_ADAPTER_ELEMENTS_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    TROUBLE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique in the fleet."""
     address: _builtins.str
@@ -48,7 +52,9 @@ class Runner(_message.Message):
     model: _builtins.str
     """The base model that it serves."""
     model_fingerprint: _builtins.str
-    """Identity of the base model's shape: equal for runners that can serve each other's streams."""
+    """Identity of the base model (shape, weights, tokenizer, end tokens): equal for runners that can
+    serve each other's streams.
+    """
     max_batch: _builtins.int
     """The most sequences that it runs at a time."""
     total_pages: _builtins.int
@@ -73,6 +79,14 @@ class Runner(_message.Message):
     """True while it takes no new sequences."""
     max_context: _builtins.int
     """The longest sequence, prompt and output together, that it can hold."""
+    max_rank: _builtins.int
+    """The largest rank of an adapter that it serves."""
+    max_adapter_elements: _builtins.int
+    """Elements of the largest adapter that it has room for, on the device and in host memory."""
+    instance: _builtins.str
+    """This process: another one after each start. Two processes of one id are told apart by it."""
+    trouble: _builtins.str
+    """Why it cannot load adapters just now, for operators; empty: it can."""
     @_builtins.property
     def resident_adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Digests of the adapters on the GPU."""
@@ -97,10 +111,14 @@ class Runner(_message.Message):
         adapter_loads: _builtins.int = ...,
         draining: _builtins.bool = ...,
         max_context: _builtins.int = ...,
+        max_rank: _builtins.int = ...,
+        max_adapter_elements: _builtins.int = ...,
+        instance: _builtins.str = ...,
+        trouble: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_loads", b"adapter_loads", "address", b"address", "decode_adapters", b"decode_adapters", "decode_sequences", b"decode_sequences", "decode_steps", b"decode_steps", "draining", b"draining", "free_pages", b"free_pages", "id", b"id", "max_batch", b"max_batch", "max_context", b"max_context", "model", b"model", "model_fingerprint", b"model_fingerprint", "page_tokens", b"page_tokens", "reclaimable_pages", b"reclaimable_pages", "resident_adapters", b"resident_adapters", "sequences", b"sequences", "total_pages", b"total_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_loads", b"adapter_loads", "address", b"address", "decode_adapters", b"decode_adapters", "decode_sequences", b"decode_sequences", "decode_steps", b"decode_steps", "draining", b"draining", "free_pages", b"free_pages", "id", b"id", "instance", b"instance", "max_adapter_elements", b"max_adapter_elements", "max_batch", b"max_batch", "max_context", b"max_context", "max_rank", b"max_rank", "model", b"model", "model_fingerprint", b"model_fingerprint", "page_tokens", b"page_tokens", "reclaimable_pages", b"reclaimable_pages", "resident_adapters", b"resident_adapters", "sequences", b"sequences", "total_pages", b"total_pages", "trouble", b"trouble"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

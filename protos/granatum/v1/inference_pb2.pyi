@@ -70,8 +70,8 @@ class GenerateRequest(_message.Message):
     prompt: _builtins.str
     """Text, tokenized by the model's own tokenizer with its special tokens."""
     priority: _builtins.int
-    """A request of higher priority is admitted before those of lower ones; equal ones in order of
-    arrival. 0 is normal.
+    """A request of higher priority is admitted before those of lower ones; from -1,000 to what the
+    caller's key allows, which is 0 unless its operator said more. 0 is normal.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -205,7 +205,7 @@ class SamplingParams(_message.Message):
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 (or absent) takes the most likely token; above 0 flattens or sharpens the distribution."""
+    """0 (or absent) takes the most likely token; 0.001 to 100 flattens or sharpens the distribution."""
     top_p: _builtins.float
     """Keep the smallest set of tokens whose probabilities sum to at least this, in (0, 1]."""
     top_k: _builtins.int
@@ -214,7 +214,7 @@ class SamplingParams(_message.Message):
     """Keep tokens at least this fraction as likely as the most likely one, in [0, 1]."""
     repetition_penalty: _builtins.float
     """Divides the positive and multiplies the negative logits of tokens seen in prompt or output;
-    above 0, 1 is neutral.
+    0.01 to 100, 1 is neutral.
     """
     presence_penalty: _builtins.float
     """Subtracted once from the logits of tokens already generated, in [-2, 2]."""

@@ -34,6 +34,14 @@ class _DepartureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Departure.V
     """KV pages ran out and it was the newest."""
     DEPARTURE_DRAINED: _Departure.ValueType  # 3
     """The runner drains."""
+    DEPARTURE_ENGINE_LOST: _Departure.ValueType  # 4
+    """The engine ended or hung; nothing points at this sequence."""
+    DEPARTURE_SUSPECTED: _Departure.ValueType  # 5
+    """The engine failed in a step that computed this sequence beside others."""
+    DEPARTURE_BLAMED: _Departure.ValueType  # 6
+    """The engine failed in a step that computed this sequence alone."""
+    DEPARTURE_LOAD_FAILED: _Departure.ValueType  # 7
+    """The runner cannot load its adapter; another one may."""
 
 class Departure(_Departure, metaclass=_DepartureEnumTypeWrapper):
     """Why a sequence left a runner before its end."""
@@ -46,6 +54,14 @@ DEPARTURE_EVICTED: Departure.ValueType  # 2
 """KV pages ran out and it was the newest."""
 DEPARTURE_DRAINED: Departure.ValueType  # 3
 """The runner drains."""
+DEPARTURE_ENGINE_LOST: Departure.ValueType  # 4
+"""The engine ended or hung; nothing points at this sequence."""
+DEPARTURE_SUSPECTED: Departure.ValueType  # 5
+"""The engine failed in a step that computed this sequence beside others."""
+DEPARTURE_BLAMED: Departure.ValueType  # 6
+"""The engine failed in a step that computed this sequence alone."""
+DEPARTURE_LOAD_FAILED: Departure.ValueType  # 7
+"""The runner cannot load its adapter; another one may."""
 Global___Departure: _TypeAlias = Departure  # noqa: Y015
 
 @_typing.final
@@ -56,6 +72,7 @@ class SessionRequest(_message.Message):
 
     SUBMIT_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    PING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def submit(self) -> Global___SubmitSequence:
         """Begin a sequence."""
@@ -64,21 +81,43 @@ class SessionRequest(_message.Message):
     def cancel(self) -> Global___CancelSequence:
         """End one."""
 
+    @_builtins.property
+    def ping(self) -> Global___Ping:
+        """Nothing to ask: the router and the link are alive."""
+
     def __init__(
         self,
         *,
         submit: Global___SubmitSequence | None = ...,
         cancel: Global___CancelSequence | None = ...,
+        ping: Global___Ping | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "ping", b"ping", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "ping", b"ping", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["submit", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["submit", "cancel", "ping"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
 Global___SessionRequest: _TypeAlias = SessionRequest  # noqa: Y015
+
+@_typing.final
+class Ping(_message.Message):
+    """A sign of life."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ping: _TypeAlias = Ping  # noqa: Y015
 
 @_typing.final
 class SubmitSequence(_message.Message):
@@ -91,12 +130,17 @@ class SubmitSequence(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     GENERATED_FIELD_NUMBER: _builtins.int
     TEXT_DELIVERED_FIELD_NUMBER: _builtins.int
+    SUSPICION_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """Chosen by the router, unique in the session."""
     adapter_digest: _builtins.str
     """`sha256:<digest>` of the adapter; empty for the base model."""
     text_delivered: _builtins.int
     """Characters (Unicode code points) of their text that the client already has."""
+    suspicion: _builtins.int
+    """How often an engine failed in a step that computed this sequence. Above 0, the runner computes
+    it in steps of its own, so that a further failure points at it or clears it.
+    """
     @_builtins.property
     def request(self) -> _inference_pb2.GenerateRequest:
         """The request, with `sampling.seed` always set; its `adapter` and `request_id` are not used."""
@@ -113,10 +157,11 @@ class SubmitSequence(_message.Message):
         request: _inference_pb2.GenerateRequest | None = ...,
         generated: _abc.Iterable[_builtins.int] | None = ...,
         text_delivered: _builtins.int = ...,
+        suspicion: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "generated", b"generated", "request", b"request", "sequence_id", b"sequence_id", "text_delivered", b"text_delivered"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "generated", b"generated", "request", b"request", "sequence_id", b"sequence_id", "suspicion", b"suspicion", "text_delivered", b"text_delivered"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -153,7 +198,7 @@ class SessionResponse(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]:
-        """One entry per sequence with news."""
+        """One entry per sequence with news; none in a sign of life."""
 
     def __init__(
         self,
@@ -180,6 +225,7 @@ class SequenceOutput(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     DEPARTED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """The sequence."""
     prompt_tokens: _builtins.int
@@ -196,6 +242,10 @@ class SequenceOutput(_message.Message):
     def failed(self) -> Global___SequenceFailure:
         """It cannot be: the client gets this error."""
 
+    @_builtins.property
+    def cause(self) -> Global___SequenceFailure:
+        """With DEPARTURE_LOAD_FAILED: the error for the client if no other runner can load the adapter."""
+
     def __init__(
         self,
         *,
@@ -205,10 +255,11 @@ class SequenceOutput(_message.Message):
         finished: _inference_pb2.FinishReason.ValueType = ...,
         departed: Global___Departure.ValueType = ...,
         failed: Global___SequenceFailure | None = ...,
+        cause: Global___SequenceFailure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["departed", b"departed", "failed", b"failed", "finished", b"finished", "outcome", b"outcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "departed", b"departed", "failed", b"failed", "finished", b"finished", "outcome", b"outcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["departed", b"departed", "failed", b"failed", "finished", b"finished", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "sequence_id", b"sequence_id", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "departed", b"departed", "failed", b"failed", "finished", b"finished", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "sequence_id", b"sequence_id", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["finished", "departed", "failed"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
@@ -225,22 +276,26 @@ class SequenceFailure(_message.Message):
     CODE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
     code: _builtins.int
     """A google.rpc.Code."""
     message: _builtins.str
     """What happened and what to do."""
     reason: _builtins.str
     """The machine-readable reason, as in google.rpc.ErrorInfo."""
+    field: _builtins.str
+    """The request's field that is wrong, as in google.rpc.BadRequest; empty: none."""
     def __init__(
         self,
         *,
         code: _builtins.int = ...,
         message: _builtins.str = ...,
         reason: _builtins.str = ...,
+        field: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "message", b"message", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

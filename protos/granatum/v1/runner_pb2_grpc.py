@@ -51,6 +51,10 @@ class RunnerServiceServicer:
 
         Submissions and cancellations go down; one message per engine step comes up. When the stream
         breaks, the runner cancels the sequences that came by it.
+
+        Both sides speak at least once a second, the router by pings, the runner by empty messages. A
+        side that hears nothing for several seconds ends the session, so that a silent link counts as
+        a broken one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

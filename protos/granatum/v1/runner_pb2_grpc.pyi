@@ -38,6 +38,10 @@ class RunnerServiceStub:
 
     Submissions and cancellations go down; one message per engine step comes up. When the stream
     breaks, the runner cancels the sequences that came by it.
+
+    Both sides speak at least once a second, the router by pings, the runner by empty messages. A
+    side that hears nothing for several seconds ends the session, so that a silent link counts as
+    a broken one.
     """
 
 @_typing.type_check_only
@@ -50,6 +54,10 @@ class RunnerServiceAsyncStub(RunnerServiceStub):
 
     Submissions and cancellations go down; one message per engine step comes up. When the stream
     breaks, the runner cancels the sequences that came by it.
+
+    Both sides speak at least once a second, the router by pings, the runner by empty messages. A
+    side that hears nothing for several seconds ends the session, so that a silent link counts as
+    a broken one.
     """
 
 class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -65,6 +73,10 @@ class RunnerServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Submissions and cancellations go down; one message per engine step comes up. When the stream
         breaks, the runner cancels the sequences that came by it.
+
+        Both sides speak at least once a second, the router by pings, the runner by empty messages. A
+        side that hears nothing for several seconds ends the session, so that a silent link counts as
+        a broken one.
         """
 
 def add_RunnerServiceServicer_to_server(servicer: RunnerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

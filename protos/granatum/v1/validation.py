@@ -1,8 +1,13 @@
-"""What a GenerateRequest may say. Whatever is wrong is named by its field."""
+"""What a valid request is: stated once, used by routers and again by runners.
+
+Whatever is wrong is named by its field. What only a model knows (its vocabulary, its context) is
+an argument.
+"""
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from granatum.v1.errors import InvalidRequest
 from granatum.v1.inference_pb2 import GenerateRequest, SamplingParams, StopConditions
@@ -17,14 +22,42 @@ MAX_STOP_STRING = 256
 MAX_STOP_IDS = 64
 MAX_TOP_LOGPROBS = 20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_FLOAT_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "temperature": (lambda v: 0 <= v <= 100, "from 0 to 100"),
-    "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "min_p": (lambda v: 0 <= v <= 1, "from 0 to 1"),
-    "repetition_penalty": (lambda v: 0 < v <= 100, "above 0 and at most 100"),
-    "presence_penalty": (lambda v: -2 <= v <= 2, "from -2 to 2"),
-    "frequency_penalty": (lambda v: -2 <= v <= 2, "from -2 to 2"),
+MAX_PRIORITY = 1_000
+"""Priorities go from minus this to this."""
+MAX_TOKENS = (1 << 31) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Finite numbers from `least` to `most`, and 0 where it has a meaning of its own."""
+
+    least: float
+    most: float
+    zero: bool = False
+    above: bool = False
+    """`least` itself is out."""
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` is among them."""
+        if not math.isfinite(value):
+            return False
+        high_enough = value > self.least if self.above else value >= self.least
+        return (self.zero and value == 0) or (high_enough and value <= self.most)
+
+    def __str__(self) -> str:
+        start = "0, or from " if self.zero else "above " if self.above else "from "
+        return f"{start}{self.least:g} to {self.most:g}"
+
+
+SAMPLING_RANGES = {
+    "temperature": Range(1e-3, 100, zero=True),
+    "top_p": Range(0, 1, above=True),
+    "min_p": Range(0, 1),
+    "repetition_penalty": Range(1e-2, 100),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
 }
+"""The floors keep logits finite when they are divided by these numbers."""
 
 
 def check(request: GenerateRequest) -> None:
@@ -39,6 +72,21 @@ def check(request: GenerateRequest) -> None:
     _require(
         request.logprobs.top <= MAX_TOP_LOGPROBS, "logprobs.top", f"give 0 to {MAX_TOP_LOGPROBS}"
     )
+    _require(
+        abs(request.priority) <= MAX_PRIORITY,
+        "priority",
+        f"give {-MAX_PRIORITY:,} to {MAX_PRIORITY:,}",
+    )
+
+
+def check_ids(ids: Sequence[int], field: str, vocabulary: int) -> None:
+    """Raise InvalidRequest unless all ids are below the size of the model's vocabulary."""
+    if ids and max(ids) >= vocabulary:
+        wrong = next(token for token in ids if token >= vocabulary)
+        raise InvalidRequest(
+            f"{field}: token id {wrong} is not below the model's vocabulary size {vocabulary}",
+            field=field,
+        )
 
 
 def _require(right: bool, field: str, remedy: str) -> None:
@@ -93,15 +141,18 @@ def _check_chat(request: GenerateRequest) -> None:
 
 
 def _check_sampling(sampling: SamplingParams) -> None:
-    for name, (allows, allowed) in _FLOAT_RANGES.items():
+    for name, allowed in SAMPLING_RANGES.items():
         value: float = getattr(sampling, name)
         if sampling.HasField(name):  # type: ignore[arg-type]
-            right = math.isfinite(value) and allows(value)
+            right = allowed.holds(value)
             _require(right, f"sampling.{name}", f"{value:g} is not a number {allowed}")
     _require(sampling.top_k < 2**31, "sampling.top_k", "give at most 2,147,483,647; 0 keeps all")
 
 
 def _check_stop(stop: StopConditions) -> None:
+    for name in ("max_tokens", "min_tokens"):
+        number: int = getattr(stop, name)
+        _require(number <= MAX_TOKENS, f"stop.{name}", f"give at most {MAX_TOKENS:,}")
     if stop.HasField("max_tokens"):
         _require(stop.max_tokens >= 1, "stop.max_tokens", "give at least 1, or leave it out")
         _require(
