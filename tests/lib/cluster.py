@@ -47,6 +47,11 @@ class Process:
                 command, stdout=file, stderr=file, env=environment, start_new_session=True
             )
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._child.pid
+
     def port(self) -> int:
         """The port that it listens on, once it says so in its log."""
         deadline = time.monotonic() + START_S
