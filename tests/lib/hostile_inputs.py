@@ -11,10 +11,11 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import adapter_files as files
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from hypothesis import strategies as st
 
@@ -176,9 +177,7 @@ def _right() -> st.SearchStrategy[Change]:
         "prompt": st.sampled_from(("granite>", "x", "\n", "\0", "<pad> hi", "é👩", "\U0010ffff")),
         "token_ids.ids": st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=250),
     }
-    return st.one_of(
-        *(values.map(lambda v, path=path: _set(path, v)) for path, values in numbers.items())
-    )
+    return st.one_of(*(values.map(partial(_set, path)) for path, values in numbers.items()))
 
 
 def generations() -> st.SearchStrategy[Input]:
@@ -282,11 +281,11 @@ def _value(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     if field.type == FieldDescriptor.TYPE_BYTES:
         return st.binary(max_size=30)
     names = st.sampled_from(("runner-x", "hostile", "mine", "mine@1", "acme/mine", ""))
-    text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+    text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     return st.one_of(names, st.sampled_from(ODD_TEXTS), text, st.just("x" * 70_000))
 
 
-def _message(descriptor: Descriptor) -> st.SearchStrategy[Message]:
+def _message(descriptor: Any) -> st.SearchStrategy[Message]:
     from google.protobuf.message_factory import GetMessageClass
 
     def field_value(field: FieldDescriptor) -> st.SearchStrategy[Any]:
@@ -310,7 +309,7 @@ def _message(descriptor: Descriptor) -> st.SearchStrategy[Message]:
 
 # --- Uploads -----------------------------------------------------------------------------------
 
-_JSON_VALUES = (
+_JSON_VALUES: tuple[Any, ...] = (
     0, -1, 1, 64, 65, 256, 10**9, 10**30, 1e308, 1e-300, NAN, INF, True, False, None, "", "x", "\0",
     [], {}, ["q_proj"], ["q_proj"] * 5000, "all-linear", "(a+)+$", ".*" * 300, "[^a]" * 200,
     {"q_proj": 4}, {".*": 128}, {"(a|a)*" * 30: 8}, {str(n): 1 for n in range(300)},
