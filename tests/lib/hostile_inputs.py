@@ -161,7 +161,7 @@ is 256 tokens, and for a tenant's key without privileges."""
 def _right() -> st.SearchStrategy[Change]:
     numbers = {
         "sampling.temperature": st.sampled_from((0.0, 0.001, 1.0, 100.0)),
-        "sampling.top_p": st.floats(1e-3, 1, width=32),
+        "sampling.top_p": st.floats(2**-10, 1, width=32),
         "sampling.min_p": st.floats(0, 1, width=32),
         "sampling.repetition_penalty": st.sampled_from((0.01, 1.0, 100.0)),
         "sampling.presence_penalty": st.floats(-2, 2, width=32),

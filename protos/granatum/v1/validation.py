@@ -25,6 +25,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 MAX_PRIORITY = 1_000
 """Priorities go from minus this to this."""
 MAX_TOKENS = (1 << 31) - 1
+_FLOAT32_STEP = 2.0**-23
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class Range:
         """Whether `value` is among them."""
         if not math.isfinite(value):
             return False
-        high_enough = value > self.least if self.above else value >= self.least
+        least = self.least * (1 - _FLOAT32_STEP)  # the wire's float for 0.01 lies just below it
+        high_enough = value > least if self.above else value >= least
         return (self.zero and value == 0) or (high_enough and value <= self.most)
 
     def __str__(self) -> str:
