@@ -76,6 +76,7 @@ def test_the_wrong_field_is_named(field: str, fields: dict[str, Any]) -> None:
         {"chat": Chat(messages=[ChatMessage(role="user", content="x")])},
         {"prompt": "x", "request_id": "Order-7:2/b.c_d+e=f@g", "priority": -1000},
         {"prompt": "x", "sampling": SamplingParams(temperature=1e-3, repetition_penalty=0.01)},
+        {"prompt": "x", "sampling": SamplingParams(presence_penalty=-2, frequency_penalty=2)},
         {
             "prompt": "x",
             "sampling": SamplingParams(temperature=0, top_p=1, top_k=0, min_p=0, seed=2**64 - 1),

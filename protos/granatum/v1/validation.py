@@ -42,7 +42,9 @@ class Range:
         """Whether `value` is among them."""
         if not math.isfinite(value):
             return False
-        least = self.least * (1 - _FLOAT32_STEP)  # the wire's float for 0.01 lies just below it
+        least = (
+            self.least - abs(self.least) * _FLOAT32_STEP
+        )  # the wire's float for 0.01 lies just below it
         high_enough = value > least if self.above else value >= least
         return (self.zero and value == 0) or (high_enough and value <= self.most)
 
