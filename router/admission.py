@@ -144,16 +144,16 @@ class Admission:
         failure: Unavailable | None = None
         answered = False
         try:
-            while not answered:
+            while True:
                 task = self._begin(call())
                 await asyncio.wait({task}, timeout=max(0.0, give_up - clock()))
                 if not task.done():
                     raise failure or TimeoutError
                 failure = _failure(task)
-                answered = failure is None
-                if failure is not None:
-                    await _pause(failure, give_up - clock())
-            return task.result()
+                if failure is None:
+                    answered = True
+                    return task.result()
+                await _pause(failure, give_up - clock())
         finally:
             if task is not None and not answered:
                 self._abandon(task, brought)

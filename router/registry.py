@@ -43,7 +43,7 @@ _CONNECTIONS = 32
 _LEASES_PER_CALL = 500
 _ENTRY_LEASE_S = 1.5
 """The queue waits no longer for a router that died; one that only stalled gets its places back."""
-_WAITING = {
+_WAITING: dict[bytes, type[Queued | Unreachable | Limited | Capped]] = {
     b"queued": Queued,
     b"unreachable": Unreachable,
     b"limits": Limited,
