@@ -39,6 +39,7 @@ from granatum.v1.errors import InvalidRequest, PreconditionFailed, Unavailable
 _SCRIPT = Path(__file__).with_suffix(".lua").read_text(encoding="utf-8")
 _TIMEOUT_S = 1.0
 _RETRIES = 1
+_SILENCES = 5
 _CONNECTIONS = 32
 _LEASES_PER_CALL = 500
 _ENTRY_LEASE_S = 1.5
@@ -189,13 +190,19 @@ class Registry:
             await self._redis.ping()
 
     async def news(self) -> AsyncGenerator[None]:
-        """Yield at once, and then whenever room may have come free for whoever waits."""
+        """Yield at once, and then whenever room may have come free for whoever waits.
+
+        Ends after a silence, for a subscription may be lost and say nothing: subscribe again.
+        """
         with _translated():
             async with self._redis.pubsub() as subscription:
                 await subscription.subscribe(f"{self._prefix}:room")
                 _heed_cancellation()
-                while True:
+                silences = 0
+                while silences < _SILENCES:
+                    silences += 1
                     if await subscription.get_message(timeout=_TIMEOUT_S):
+                        silences = 0
                         yield
                     _heed_cancellation()
 
