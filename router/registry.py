@@ -1,6 +1,7 @@
 """What routers know together: live runners, reservations, the queue. Redis, and nothing durable.
 
-`registry.lua` beside this file has the keys and every read-modify-write.
+`registry.lua` beside this file has the keys. The other Lua files have every read-modify-write; all
+are one script.
 """
 
 import asyncio
@@ -36,7 +37,14 @@ from granatum.router.placement import (
 from granatum.v1.cluster_pb2 import Runner, RunnerStatus
 from granatum.v1.errors import InvalidRequest, PreconditionFailed, Unavailable
 
-_SCRIPT = Path(__file__).with_suffix(".lua").read_text(encoding="utf-8")
+_PARTS = ("registry", "queue", "placement", "leases", "runners")
+_DISPATCH = "return {number, commands[command](unpack(ARGV, 3))}"
+_SCRIPT = "\n".join(
+    [
+        *(Path(__file__).with_name(f"{part}.lua").read_text(encoding="utf-8") for part in _PARTS),
+        _DISPATCH,
+    ]
+)
 _TIMEOUT_S = 1.0
 _RETRIES = 1
 _SILENCES = 5

@@ -146,7 +146,7 @@ async def test_a_router_that_cannot_reach_a_runner_keeps_nobody_else_from_it(
 async def test_a_turn_that_does_not_come_says_why(desks: tuple[Desk, Desk]) -> None:
     one, two = desks
     with pytest.raises(Unavailable) as none:
-        await one.admit("1", within_s=0.05)
+        await one.admit("1", within_s=0.3)
     assert none.value.reason == "NO_RUNNER"
     await beat(one.registry, "a", 1)
     await one.admit("2")
@@ -307,10 +307,11 @@ async def test_a_capped_tenant_and_a_large_adapter_hold_up_nobody_of_their_own_r
         running = await desk.admit("a0", tenant="a")
         large = await desk.admit("l0", tenant="l", rank=64)
         assert (running.runner_id, large.runner_id) == ("small", "large")
-        capped = [
-            asyncio.create_task(desk.admit(f"a{n}", tenant="a")) for n in range(1, 4)
-        ] + [asyncio.create_task(desk.admit(f"m{n}", tenant="m", rank=64)) for n in range(2)]
-        await waiting(desk, 5)
+        capped: list[asyncio.Task[Placed]] = []
+        for tenant, rank in (("a", 0), ("a", 0), ("a", 0), ("m", 64), ("m", 64)):
+            id_ = f"waits {len(capped)}"
+            capped.append(asyncio.create_task(desk.admit(id_, tenant=tenant, rank=rank)))
+            await waiting(desk, len(capped))
         assert (await asyncio.wait_for(desk.admit("b", tenant="b"), 2)).runner_id == "small"
         full = asyncio.create_task(desk.admit("c", tenant="c"))
         other = await asyncio.wait_for(full, 2)
@@ -336,7 +337,7 @@ async def test_a_bound_that_is_reached_is_named(redis_url: str, fleet: str) -> N
         await desk.admit("0", tenant="a")
         waits = [asyncio.create_task(desk.admit(f"w{n}", tenant="a")) for n in range(2)]
         await waiting(desk, 2)
-        with pytest.raises(Overloaded, match="2 requests.*--max-queued-per-tenant") as queue:
+        with pytest.raises(Overloaded, match=r"2 requests.*--max-queued-per-tenant") as queue:
             await desk.admit("1", tenant="a")
         assert (queue.value.reason, queue.value.retry_after_s) == ("TENANT_QUEUE", 1.0)
         await desk.admit("2", tenant="b")

@@ -72,12 +72,14 @@ async def test_a_heartbeat_that_no_runner_can_mean_names_its_field(
 async def test_an_id_that_no_runner_can_have_is_refused(box: Box, id_: str) -> None:
     await box.router()
     registry = RegistryServiceStub(box.channel())
-    for call, key, request in (
-        (box.cluster().DrainRunner, box.admin, DrainRunnerRequest(runner_id=id_)),
-        (box.cluster().ResumeRunner, box.admin, ResumeRunnerRequest(runner_id=id_)),
-        (registry.Deregister, CLUSTER_KEY, DeregisterRequest(runner_id=id_)),
-    ):
-        assert names(await error_of(call(request, metadata=bearer(key), timeout=5)), "runner_id")
+    cluster, admin, ours = box.cluster(), bearer(box.admin), bearer(CLUSTER_KEY)
+    calls = (
+        cluster.DrainRunner(DrainRunnerRequest(runner_id=id_), metadata=admin, timeout=5),
+        cluster.ResumeRunner(ResumeRunnerRequest(runner_id=id_), metadata=admin, timeout=5),
+        registry.Deregister(DeregisterRequest(runner_id=id_), metadata=ours, timeout=5),
+    )
+    for call in calls:
+        assert names(await error_of(call), "runner_id")
 
 
 async def test_the_second_of_two_runners_with_one_id_is_refused(box: Box) -> None:

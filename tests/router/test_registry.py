@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import pytest
 from redis.asyncio import Redis
@@ -312,7 +312,7 @@ async def order_of_turns(
 
 
 async def queue_up(
-    registry: Registry, *wanted: tuple[str, dict[str, object]]
+    registry: Registry, *wanted: tuple[str, Mapping[str, object]]
 ) -> dict[str, PlacementRequest]:
     waiting = {}
     for id_, fields in wanted:
@@ -380,7 +380,9 @@ async def test_tenants_take_turns_by_weight_and_each_in_its_own_order(long: Regi
 async def test_who_waited_and_left_has_had_no_turn(long: Registry) -> None:
     held = await seated(long)
     left = await queue_up(long, *((f"x{n}", {"tenant": "a"}) for n in range(50)))
-    await long.release([Lease(LeaseKind.ENTRY, "", request.entry or "") for request in left.values()])
+    await long.release(
+        [Lease(LeaseKind.ENTRY, "", request.entry or "") for request in left.values()]
+    )
     waiting = await queue_up(
         long,
         ("a0", {"tenant": "a"}),
@@ -482,9 +484,7 @@ async def test_a_restarted_runner_at_its_old_address_is_the_same_one(registry: R
     assert [s.runner.instance for s in await registry.runners()] == ["2"]
 
 
-async def test_the_queue_waits_briefly_for_a_router_that_died(
-    redis_url: str, fleet: str
-) -> None:
+async def test_the_queue_waits_briefly_for_a_router_that_died(redis_url: str, fleet: str) -> None:
     async with Registry(redis_url, fleet, lease_s=6) as dead, Registry(redis_url, fleet) as alive:
         held = await seated(alive)
         for n in range(5):
@@ -497,7 +497,9 @@ async def test_the_queue_waits_briefly_for_a_router_that_died(
                 await asyncio.sleep(0.05)
 
 
-async def test_a_router_that_stalled_has_its_places_back(registry: Registry, brief: Registry) -> None:
+async def test_a_router_that_stalled_has_its_places_back(
+    registry: Registry, brief: Registry
+) -> None:
     held = await seated(registry)
     stalled = await brief.place(want("1"))
     late = await registry.place(want("2"))

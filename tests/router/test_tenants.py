@@ -242,9 +242,7 @@ async def test_a_key_bounds_its_priority(
 async def test_a_request_id_that_is_taken_says_when_to_try_again(box: Box) -> None:
     await box.router(lease_s=1.5)
     await box.runner("a", script=Script(step_s=0.01))
-    request = GenerateRequest(
-        prompt="hi", request_id="mine", stop=StopConditions(max_tokens=1000)
-    )
+    request = GenerateRequest(prompt="hi", request_id="mine", stop=StopConditions(max_tokens=1000))
     stub = box.inference()
     running = stub.Generate(request, metadata=bearer(box.acme), timeout=10)
     await running.read()
