@@ -27,11 +27,17 @@ if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
 
 _tenant: ContextVar[str] = ContextVar("tenant")
+_max_priority: ContextVar[int] = ContextVar("max_priority")
 
 
 def current_tenant() -> str:
     """The tenant whose key came with the call under way."""
     return _tenant.get()
+
+
+def current_max_priority() -> int:
+    """The highest priority that the key of the call under way may ask for."""
+    return _max_priority.get()
 
 
 class Access(grpc.aio.ServerInterceptor):
@@ -72,6 +78,7 @@ class Access(grpc.aio.ServerInterceptor):
             return
         if service in (INFERENCE, ADAPTERS) and identity.tenant is not None:
             _tenant.set(identity.tenant)
+            _max_priority.set(identity.max_priority)
             return
         raise _forbidden(service)
 

@@ -1,65 +1,42 @@
 """How a sequence gets its runner: at once, or after its turn in the queue."""
 
 import asyncio
-import bisect
 import random
-from collections.abc import Awaitable, Callable, Collection, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Coroutine
+from contextlib import aclosing
+from dataclasses import replace
 from typing import TypeVar
 
 from granatum.router.leases import Leases
+from granatum.router.line import Line, Waiter
 from granatum.router.placement import (
+    Capped,
     Full,
     Lease,
     LeaseKind,
+    Limited,
+    Outcome,
     Placed,
     PlacementRequest,
     Queued,
-    Unreachable,
+    TenantFull,
+    Unservable,
+    Waiting,
 )
 from granatum.router.registry import Registry
-from granatum.v1.errors import GranatumError, Overloaded, Unavailable
+from granatum.v1.errors import (
+    DeadlineExceeded,
+    GranatumError,
+    Overloaded,
+    PreconditionFailed,
+    Unavailable,
+)
 
 T = TypeVar("T")
 
 _POLL_S = 0.5
 _RETRY_S = 0.2
 _RETRY_AFTER_S = 1.0
-
-
-@dataclass(order=True, slots=True)
-class Waiter:
-    """One who stands in line, and the event that says: try."""
-
-    entry: str
-    turn: asyncio.Event = field(default_factory=asyncio.Event, compare=False)
-
-
-class Line:
-    """This router's part of the queue, in the queue's order. Only the first one tries."""
-
-    def __init__(self) -> None:
-        self._waiters: list[Waiter] = []
-
-    def __len__(self) -> int:
-        return len(self._waiters)
-
-    @contextmanager
-    def enter(self, entry: str) -> Iterator[Waiter]:
-        """Stand in line; whoever leaves lets the next one try."""
-        waiter = Waiter(entry)
-        bisect.insort(self._waiters, waiter)
-        try:
-            yield waiter
-        finally:
-            self._waiters.remove(waiter)
-            self.call()
-
-    def call(self) -> None:
-        """Let the first one try."""
-        if self._waiters:
-            self._waiters[0].turn.set()
 
 
 class Admission:
@@ -75,6 +52,7 @@ class Admission:
         self._leases = leases
         self._unreachable = unreachable
         self._line = Line()
+        self._under_way: set[asyncio.Task[object]] = set()
 
     @property
     def waiting(self) -> int:
@@ -83,14 +61,20 @@ class Admission:
 
     async def run(self) -> None:
         """Wake those who wait whenever there may be room, until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listen())
-            tasks.create_task(self._poll())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._listen())
+                tasks.create_task(self._poll())
+        finally:
+            await asyncio.gather(*self._under_way, return_exceptions=True)
 
     async def claim(self, lease: Lease, give_up: float) -> bool:
         """Claim a name, waiting for the registry if need be; False if it is taken."""
         assert lease.kind is LeaseKind.CLAIM
-        claimed = await _insist(lambda: self._registry.claim(lease), give_up)
+        try:
+            claimed = await self._insist(lambda: self._registry.claim(lease), lease, give_up)
+        except TimeoutError:
+            raise _deadline_passed() from None
         if claimed:
             self._leases.hold(lease)
         return claimed
@@ -98,50 +82,95 @@ class Admission:
     async def admit(self, request: PlacementRequest, give_up: float) -> Placed:
         """A runner with room reserved, by `give_up` (of the event loop's clock) at the latest.
 
-        The caller releases the reservation. Raises Overloaded if the queue is full or no turn
-        came, Unavailable if there is no runner within reach or the registry is away.
+        The caller releases the reservation. Raises Overloaded if a bound is reached or no turn
+        came, PreconditionFailed if no runner could ever serve the adapter, Unavailable if there is
+        no runner within reach or the registry is away, DeadlineExceeded.
         """
-        outcome = await self._attempt(request, give_up)
-        if isinstance(outcome, Full):
-            raise Overloaded(
-                "every runner is busy and the queue is full: try again later",
-                reason="QUEUE_FULL",
-                retry_after_s=_RETRY_AFTER_S,
-            )
+        try:
+            outcome = await self._attempt(request, give_up)
+        except TimeoutError:
+            raise _deadline_passed() from None
         if not isinstance(outcome, Placed):
-            outcome = await self._stand_in_line(request, outcome, give_up)
+            outcome = await self._stand_in_line(request, _waiting(request, outcome), give_up)
         self._leases.hold(outcome.reservation)
         return outcome
 
     async def _stand_in_line(
-        self, request: PlacementRequest, outcome: Queued | Unreachable, give_up: float
+        self, request: PlacementRequest, outcome: Waiting, give_up: float
     ) -> Placed:
         request = replace(request, entry=outcome.entry)
         lease = Lease(LeaseKind.ENTRY, "", outcome.entry)
+        self._leases.hold(lease)
         try:
-            with self._line.enter(outcome.entry) as waiter:
-                while True:
-                    # Where only unreachable runners have room, its entry must block nobody else's.
-                    keep = (
-                        self._leases.hold if isinstance(outcome, Queued) else self._leases.release
-                    )
-                    keep(lease)
-                    if not await _comes(waiter.turn, give_up):
-                        raise _too_late(outcome)
+            with self._line.enter(outcome.entry, request) as waiter:
+                while await self._turn(waiter, outcome, give_up):
                     attempt = await self._attempt(request, give_up)
                     if isinstance(attempt, Placed):
                         return attempt
-                    assert not isinstance(attempt, Full)
-                    outcome = attempt
+                    outcome = _waiting(request, attempt)
+        except TimeoutError:
+            pass
         finally:
             self._leases.release(lease)
+        raise _too_late(outcome)
 
-    async def _attempt(
-        self, request: PlacementRequest, give_up: float
-    ) -> Placed | Queued | Unreachable | Full:
-        return await _insist(
-            lambda: self._registry.place(replace(request, avoid=self._unreachable())), give_up
-        )
+    async def _turn(self, waiter: Waiter, outcome: Waiting, give_up: float) -> bool:
+        """Wait for the next turn and take it; False if it does not come in time."""
+        waiter.note(outcome)
+        self._line.pass_on(waiter)
+        async with asyncio.timeout_at(give_up):
+            await waiter.turn.wait()
+        waiter.turn.clear()
+        return True
+
+    async def _attempt(self, request: PlacementRequest, give_up: float) -> Outcome:
+        def place() -> Coroutine[object, object, Outcome]:
+            avoid = {*request.avoid, *self._unreachable()}
+            return self._registry.place(replace(request, avoid=avoid))
+
+        brought = Lease(LeaseKind.SEQUENCE, request.entry or "", request.id)
+        return await self._insist(place, brought, give_up)
+
+    async def _insist(
+        self, call: Callable[[], Coroutine[object, object, T]], brought: Lease, give_up: float
+    ) -> T:
+        """Call until the registry answers. TimeoutError, or its failure, if it does not in time.
+
+        A call under way is never cut off: the registry may have acted already. If nobody waits for
+        its answer any more, what it `brought` is released when it has ended.
+        """
+        clock = asyncio.get_running_loop().time
+        task: asyncio.Task[T] | None = None
+        failure: Unavailable | None = None
+        answered = False
+        try:
+            while True:
+                task = self._begin(call())
+                await asyncio.wait({task}, timeout=max(0.0, give_up - clock()))
+                if not task.done():
+                    raise failure or TimeoutError
+                failure = _failure(task)
+                if failure is None:
+                    answered = True
+                    return task.result()
+                await _pause(failure, give_up - clock())
+        finally:
+            if task is not None and not answered:
+                self._abandon(task, brought)
+
+    def _begin(self, call: Coroutine[object, object, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(call)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return task
+
+    def _abandon(self, task: asyncio.Task[T], brought: Lease) -> None:
+        def ended(task: asyncio.Task[T]) -> None:
+            if not task.cancelled():
+                task.exception()  # which nobody waits for
+            self._leases.abandon(brought)
+
+        task.add_done_callback(ended)
 
     async def _listen(self) -> None:
         while True:
@@ -158,36 +187,69 @@ class Admission:
             self._line.call()
 
 
-async def _comes(turn: asyncio.Event, give_up: float) -> bool:
-    """Wait for the turn and take it; False if it does not come in time."""
-    try:
-        async with asyncio.timeout_at(give_up):
-            await turn.wait()
-    except TimeoutError:
-        return False
-    turn.clear()
-    return True
+def _failure(task: asyncio.Task[T]) -> Unavailable | None:
+    """Why the registry did not answer, or None; whatever else went wrong is raised."""
+    error = task.exception()
+    if error is None or isinstance(error, Unavailable):
+        return error
+    raise error
 
 
-async def _insist(call: Callable[[], Awaitable[T]], give_up: float) -> T:
-    """Call until the registry answers, or raise Unavailable when it is time to give up."""
-    error: Unavailable | None = None
-    try:
-        async with asyncio.timeout_at(give_up):
-            while True:
-                try:
-                    return await call()
-                except Unavailable as away:
-                    error = away
-                await asyncio.sleep(_RETRY_S * random.uniform(0.5, 1.5))
-    except TimeoutError:
-        raise error or Unavailable(
-            "the registry did not answer in time: try again", retry_after_s=_RETRY_AFTER_S
-        ) from None
+async def _pause(failure: Unavailable, left_s: float) -> None:
+    """Wait before the next try; raise the failure if no time is left for one."""
+    pause = _RETRY_S * random.uniform(0.5, 1.5)
+    await asyncio.sleep(max(0.0, min(pause, left_s)))
+    if left_s <= pause:
+        raise failure
 
 
-def _too_late(outcome: Queued | Unreachable) -> GranatumError:
-    if isinstance(outcome, Queued) and outcome.live_runners:
+def _waiting(request: PlacementRequest, outcome: Outcome) -> Waiting:
+    """An outcome for which to wait; raise the error that the others are."""
+    match outcome:
+        case Full():
+            raise Overloaded(
+                "every runner is busy and the queue is full: try again later",
+                reason="QUEUE_FULL",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        case TenantFull():
+            raise Overloaded(
+                f"your tenant has {outcome.limit} requests in the queue, as many as it may "
+                "(--max-queued-per-tenant): wait for some to run",
+                reason="TENANT_QUEUE",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        case Unservable():
+            raise _unservable(request, outcome)
+        case Placed():
+            raise AssertionError("a placement need not wait")
+        case _:
+            return outcome
+
+
+def _unservable(request: PlacementRequest, fleet: Unservable) -> PreconditionFailed:
+    return PreconditionFailed(
+        f"no runner can serve the adapter, of rank {request.rank} and {request.elements:,} "
+        f"elements: the fleet's largest take rank {fleet.max_rank} and {fleet.max_elements:,} "
+        "elements; upload a smaller one, or ask the operator for a larger runner",
+        reason="ADAPTER_NOT_SERVABLE",
+        field="adapter",
+    )
+
+
+def _deadline_passed() -> DeadlineExceeded:
+    return DeadlineExceeded("the deadline came before a runner was found: give a later one")
+
+
+def _too_late(outcome: Waiting) -> GranatumError:
+    if isinstance(outcome, Capped):
+        return Overloaded(
+            "your tenant ran as many requests as it may at a time (--max-running-per-tenant) until "
+            "the deadline: wait for one to end",
+            reason="TENANT_RUNNING",
+            retry_after_s=_RETRY_AFTER_S,
+        )
+    if isinstance(outcome, Queued | Limited) and outcome.live_runners:
         return Overloaded(
             "every runner was busy until the deadline: try again later",
             reason="QUEUE_TIMEOUT",

@@ -24,6 +24,7 @@ from granatum.router.resolver import Resolver
 from granatum.router.session import Sessions
 from granatum.router.settings import Settings
 from granatum.router.stream import Streams
+from granatum.router.upkeep import keep_up
 from granatum.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server
 from granatum.v1.cluster_pb2_grpc import (
     add_ClusterServiceServicer_to_server,
@@ -53,6 +54,8 @@ class Router:
             lease_s=settings.lease_s,
             runner_lease_s=_HEARTBEATS_PER_LEASE * settings.heartbeat_s,
             max_queue=settings.max_queue,
+            max_queued_per_tenant=settings.tenants_queue,
+            max_running_per_tenant=settings.max_running_per_tenant,
         )
         self._sessions = Sessions(self._connect, self._cluster_key)
         self._leases = Leases(self._registry)
@@ -86,7 +89,7 @@ class Router:
         )
         async with asyncio.TaskGroup() as tasks:
             for part in (self._leases, self._admission, self._health, collection):
-                tasks.create_task(part.run())
+                tasks.create_task(keep_up(part.run, type(part).__name__))
 
     def _connect(self, address: str) -> grpc.aio.Channel:
         tls = self._settings.runner_tls

@@ -9,9 +9,9 @@ from typing import Any
 
 import grpc
 
-from granatum.router.access import current_tenant
+from granatum.router.access import current_max_priority, current_tenant
 from granatum.router.deadline import Deadline
-from granatum.router.request import Request, seeded
+from granatum.router.request import Request, bounded, seeded
 from granatum.router.resolver import Resolver
 from granatum.router.stream import Streams
 from granatum.v1.inference_pb2 import GenerateRequest, GenerateResponse
@@ -33,6 +33,7 @@ class Inference(InferenceServiceServicer):
         tenant = current_tenant()
         deadline = Deadline.from_remaining(context.time_remaining())
         check(request)
+        request = bounded(request, current_max_priority())
         adapter = await self._resolver.resolve(tenant, request.adapter, deadline)
         request_id = request.request_id or secrets.token_hex(16)
         accepted = Request(
@@ -42,6 +43,8 @@ class Inference(InferenceServiceServicer):
             named=bool(request.request_id),
             adapter_digest=adapter.digest,
             adapter=adapter.name,
+            rank=adapter.rank,
+            elements=adapter.elements,
         )
         stream = self._streams.open(accepted, deadline)
         async with aclosing(stream.responses()) as responses:

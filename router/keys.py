@@ -2,10 +2,12 @@
 
     python -m granatum.router.keys add --tenant acme --file keys.json    prints the new key, once
     python -m granatum.router.keys add --admin --file keys.json
+    python -m granatum.router.keys add --tenant acme --max-priority 5 --file keys.json
     python -m granatum.router.keys list --file keys.json
     python -m granatum.router.keys revoke DIGEST --file keys.json        its first 8 digits will do
 
 The file: `{"keys": [{"sha256": "<64 hex>", "tenant": "acme"}, {"sha256": "...", "admin": true}]}`.
+A tenant's record may have `"max_priority"`, the highest that its requests may ask for, else 0.
 Keys are 256 random bits, so that a plain SHA-256 keeps them, and so that the time it takes to look
 a digest up tells nothing about any key.
 """
@@ -29,6 +31,7 @@ import structlog
 
 from granatum.adapters_store.names import check_name
 from granatum.v1.errors import GranatumError, InvalidRequest, NotFound
+from granatum.v1.validation import MAX_PRIORITY
 
 _CHECK_S = 1.0
 _PREFIX = "gk-"
@@ -43,9 +46,14 @@ class Identity:
     """Whom a key names: a tenant, or (None) an operator of the cluster."""
 
     tenant: str | None
+    max_priority: int = 0
+    """The highest that the tenant's requests may ask for."""
 
     def __str__(self) -> str:
-        return "admin" if self.tenant is None else f"tenant {self.tenant}"
+        if self.tenant is None:
+            return "admin"
+        bound = f", priority up to {self.max_priority}" if self.max_priority else ""
+        return f"tenant {self.tenant}{bound}"
 
 
 class Keys:
@@ -91,6 +99,9 @@ def add(path: Path, identity: Identity) -> str:
     key = _PREFIX + secrets.token_urlsafe(32)
     record: dict[str, Any] = {"sha256": digest_of(key)}
     record |= {"admin": True} if identity.tenant is None else {"tenant": identity.tenant}
+    if identity.max_priority:
+        record["max_priority"] = identity.max_priority
+    _identity(record)  # or raise what is wrong
     with _locked(path):
         _write(path, [*(_records(path) if path.exists() else []), record])
     return key
@@ -123,11 +134,20 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 def _identity(record: dict[str, Any]) -> Identity:
     admin, tenant = record.get("admin", False), record.get("tenant")
-    if admin is True and tenant is None:
+    if admin is True and tenant is None and "max_priority" not in record:
         return Identity(None)
     if admin is False and isinstance(tenant, str):
-        return Identity(check_name(tenant, "tenant name"))
-    raise ValueError("a key has either a tenant or admin: true")
+        bound = _check_priority(record.get("max_priority", 0))
+        return Identity(check_name(tenant, "tenant name"), bound)
+    raise InvalidRequest(
+        "a key has either a tenant or admin: true, and only a tenant a max_priority"
+    )
+
+
+def _check_priority(bound: object) -> int:
+    if type(bound) is not int or abs(bound) > MAX_PRIORITY:
+        raise InvalidRequest(f"max_priority: give {-MAX_PRIORITY} to {MAX_PRIORITY}")
+    return bound
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
@@ -166,6 +186,9 @@ def _parser() -> argparse.ArgumentParser:
     whose = adding.add_mutually_exclusive_group(required=True)
     whose.add_argument("--tenant", help="the tenant that it names")
     whose.add_argument("--admin", action="store_true", help="a key for ClusterService")
+    adding.add_argument(
+        "--max-priority", type=int, default=0, help="the highest that the tenant's requests may ask"
+    )
     listing = commands.add_parser("list", help="print digests and whom they name")
     revoking = commands.add_parser("revoke", help="remove a key")
     revoking.add_argument("digest", help="its first digits, as `list` prints them")
@@ -181,7 +204,7 @@ def main() -> int:
         match given.command:
             case "add":
                 tenant = None if given.admin else check_name(given.tenant, "tenant name")
-                print(add(given.file, Identity(tenant)))
+                print(add(given.file, Identity(tenant, given.max_priority)))
             case "list":
                 for digest, identity in read(given.file).items():
                     print(digest[:16], identity)

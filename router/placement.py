@@ -23,6 +23,16 @@ class PlacementRequest:
     """Runners that just sent this sequence back: taken only if no other has room."""
     avoid: Collection[str] = ()
     """Runners that this router cannot reach: never taken."""
+    tenant: str = ""
+    """Whose it is: tenants take turns."""
+    weight: float = 1.0
+    """How many turns the tenant gets for one of a tenant of weight 1."""
+    adapter: bool = False
+    """Whether it needs an adapter."""
+    rank: int = 0
+    """Of its adapter; a runner whose limit is lower is never taken."""
+    elements: int = 0
+    """Of its adapter; a runner without room for as many is never taken."""
 
 
 class LeaseKind(Enum):
@@ -31,6 +41,8 @@ class LeaseKind(Enum):
     RESERVATION = "reservation"
     ENTRY = "entry"
     CLAIM = "claim"
+    SEQUENCE = "sequence"
+    """Whatever a placement brought whose answer nobody has. It is released and never renewed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +51,13 @@ class Lease:
 
     kind: LeaseKind
     name: str
-    """Of a reservation the runner, of a claim what is claimed; of an entry nothing."""
+    """Of a reservation the runner, of a claim what is claimed, of a sequence the entry if known."""
     member: str
-    """Of a reservation the sequence, of a claim its owner, of an entry the entry."""
+    """Of a reservation the sequence, of a claim its owner, of an entry the entry; the sequence."""
     pages: int = 0
     """Reserved pages, given back with a reservation."""
+    tenant: str = ""
+    """Of a reservation: whose bound on running requests it counts against."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +84,23 @@ class Queued:
 
 
 @dataclass(frozen=True, slots=True)
-class Unreachable:
-    """Only runners that this router cannot reach have room. Not in the queue, so it blocks none."""
+class Aside:
+    """Waits, and is not in the queue: room that is free now is not for it, so it blocks nobody."""
 
     entry: str
     live_runners: int
+
+
+class Unreachable(Aside):
+    """Only runners that this router cannot reach have room."""
+
+
+class Limited(Aside):
+    """Only runners have room that are too small for its adapter."""
+
+
+class Capped(Aside):
+    """Its tenant runs as many requests as it may at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,4 +110,20 @@ class Full:
     live_runners: int
 
 
-Outcome = Placed | Queued | Unreachable | Full
+@dataclass(frozen=True, slots=True)
+class TenantFull:
+    """No room, and the tenant has as many requests in the queue as it may."""
+
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unservable:
+    """No runner that is alive could ever serve the adapter; the largest limits among them."""
+
+    max_rank: int
+    max_elements: int
+
+
+Waiting = Queued | Unreachable | Limited | Capped
+Outcome = Placed | Waiting | Full | TenantFull | Unservable

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
+from granatum.v1.errors import InvalidRequest
 from granatum.v1.inference_pb2 import GenerateRequest
 
 _BYTES_PER_TOKEN = 3
@@ -22,6 +23,9 @@ class Request:
     """`sha256:...`; empty for the base model."""
     adapter: str = ""
     """`tenant/name@version`; empty for the base model."""
+    rank: int = 0
+    elements: int = 0
+    """Of the adapter; 0: not known."""
 
     @property
     def estimated_tokens(self) -> int:
@@ -45,6 +49,21 @@ def seeded(message: GenerateRequest, tenant: str, request_id: str) -> GenerateRe
     if not sequence.sampling.HasField("seed"):
         sequence.sampling.seed = _seed(tenant, request_id)
     return sequence
+
+
+def bounded(message: GenerateRequest, max_priority: int) -> GenerateRequest:
+    """The request, if its key may ask for its priority; where even 0 is above, the default is less.
+
+    Raises InvalidRequest.
+    """
+    if message.priority > max(max_priority, 0):
+        raise InvalidRequest(
+            f"priority: {message.priority} is above {max_priority}, the highest of your key: give "
+            "a lower one, or ask for another key",
+            field="priority",
+        )
+    message.priority = min(message.priority, max_priority)
+    return message
 
 
 def _seed(tenant: str, request_id: str) -> int:

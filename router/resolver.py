@@ -1,4 +1,4 @@
-"""Which adapter a request means; while the store is away, what it meant last."""
+"""Which adapter a request means; while the store is away, what it meant a moment ago."""
 
 import asyncio
 from collections import OrderedDict
@@ -8,13 +8,15 @@ import structlog
 
 from granatum.adapters_store.store import AdapterStore
 from granatum.router.deadline import Deadline
-from granatum.v1.errors import NotFound, Unavailable
+from granatum.v1.errors import DeadlineExceeded, GranatumError, Unavailable
 
 _KNOWN = 20_000
-_FRESH_S = 2.0
+_ANSWER_S = 2.0
 """How long the store may take when an older answer would do."""
-_AWAY_S = 5.0
-"""How long to leave a store in peace that did not answer, when an older answer will do."""
+_MEMORY_S = 5.0
+"""How old an answer may be that serves while the store is away, from when the store gave it."""
+_AWAY_S = 1.0
+"""When to try again while it is."""
 
 log = structlog.get_logger(__name__)
 
@@ -25,46 +27,74 @@ class Resolved:
 
     digest: str = ""
     name: str = ""
+    rank: int = 0
+    elements: int = 0
+    """0: not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the store said, and when on the event loop's clock."""
+
+    resolved: Resolved
+    told: float
 
 
 class Resolver:
-    """Asks the store each time, so that versions, aliases and deletions count at once."""
+    """Asks the store each time, so that versions, aliases and deletions count at once.
+
+    Only the store's own failure lets memory answer, and only with what the store told this tenant
+    within the last few seconds: whatever a caller does, no other caller's answer changes.
+    """
 
     def __init__(self, store: AdapterStore, patience_s: float) -> None:
         self._store = store
         self._patience_s = patience_s
-        self._known: OrderedDict[tuple[str, str], Resolved] = OrderedDict()
-        self._away_until = 0.0
+        self._known: OrderedDict[tuple[str, str], _Known] = OrderedDict()
 
     async def resolve(self, tenant: str, reference: str, deadline: Deadline) -> Resolved:
         """The version that `reference` (as in GenerateRequest.adapter) means to this tenant.
 
-        Raises NotFound, InvalidRequest, or Unavailable if the store is away and never told.
+        Raises NotFound, InvalidRequest, DeadlineExceeded, or Unavailable if the store is away and
+        did not tell of late.
         """
         if not reference:
             return Resolved()
         key = (tenant, reference)
-        known = self._known.get(key)
-        now = asyncio.get_running_loop().time()
-        if known is not None and now < self._away_until:
-            return known
         give_up = deadline.give_up(self._patience_s)
+        known = self._remembered(key)
+        asked = asyncio.get_running_loop().time()
+        until = min(give_up, asked + _ANSWER_S) if known else give_up
         try:
-            async with asyncio.timeout_at(min(give_up, now + _FRESH_S) if known else give_up):
+            async with asyncio.timeout_at(until):
                 resolved = await self._ask(tenant, reference)
-        except NotFound:
+        except Unavailable as away:
+            return self._fall_back(key, away)
+        except TimeoutError as late:
+            if deadline.give_up_at == until:
+                raise DeadlineExceeded(
+                    "the deadline came before the adapter was found: give a later one"
+                ) from late
+            return self._fall_back(key, late)
+        except GranatumError:
             self._known.pop(key, None)
             raise
-        except (Unavailable, TimeoutError) as error:
-            return self._fall_back(known, error)
-        self._remember(key, resolved)
+        self._remember(key, _Known(resolved, asked))
         return resolved
+
+    def _remembered(self, key: tuple[str, str]) -> Resolved | None:
+        """What the store told, if it is not too old to serve."""
+        known = self._known.get(key)
+        if known is None or asyncio.get_running_loop().time() - known.told > _MEMORY_S:
+            return None
+        return known.resolved
 
     async def _ask(self, tenant: str, reference: str) -> Resolved:
         found = await self._store.resolve(tenant, reference)
-        return Resolved(f"sha256:{found.digest}", found.full_name)
+        return Resolved(f"sha256:{found.digest}", found.full_name, found.max_rank)
 
-    def _fall_back(self, known: Resolved | None, error: Exception) -> Resolved:
+    def _fall_back(self, key: tuple[str, str], error: Exception) -> Resolved:
+        known = self._remembered(key)
         if known is None:
             if isinstance(error, Unavailable):
                 raise error
@@ -74,11 +104,10 @@ class Resolver:
                 retry_after_s=_AWAY_S,
             ) from error
         log.warning("adapter store is away, an older answer serves", adapter=known.name)
-        self._away_until = asyncio.get_running_loop().time() + _AWAY_S
         return known
 
-    def _remember(self, key: tuple[str, str], resolved: Resolved) -> None:
-        self._known[key] = resolved
+    def _remember(self, key: tuple[str, str], known: _Known) -> None:
+        self._known[key] = known
         self._known.move_to_end(key)
         if len(self._known) > _KNOWN:
             self._known.popitem(last=False)

@@ -9,6 +9,9 @@ from granatum.adapters_store.limits import DEFAULT_LIMITS, Limits
 from granatum.router.stream import Patience
 from granatum.v1.transport import Tls
 
+_UNDIVIDED = 16
+"""A queue up to this length may be one tenant's; each other tenant still has a first place."""
+
 
 class Settings(BaseSettings):
     """A router's settings, validated once."""
@@ -36,6 +39,12 @@ class Settings(BaseSettings):
     )
 
     max_queue: int = Field(1024, ge=0, description="the most requests that wait for a runner")
+    max_queued_per_tenant: int = Field(
+        512, ge=0, description="of those the most of one tenant; never over half of a long queue"
+    )
+    max_running_per_tenant: int = Field(
+        0, ge=0, description="the most requests of one tenant that run at a time; 0: no bound"
+    )
     patience_s: float = Field(
         60.0, gt=0, description="seconds that a request without a deadline waits for a runner"
     )
@@ -81,6 +90,11 @@ class Settings(BaseSettings):
     def runner_tls(self) -> Tls | None:
         """Of the channels to runners."""
         return Tls.given(self.runner_cert, self.runner_key, self.runner_ca)
+
+    @property
+    def tenants_queue(self) -> int:
+        """The most requests of one tenant in the queue: a part, so that none fills it alone."""
+        return min(self.max_queued_per_tenant, max(self.max_queue // 2, _UNDIVIDED))
 
     @property
     def limits(self) -> Limits:

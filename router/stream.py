@@ -117,6 +117,7 @@ class Stream:
                 f"a request with the id {self._request.request_id!r} is running: wait for its "
                 "end, or give this one another request_id",
                 field="request_id",
+                retry_after_s=self._shared.registry.lease_s,  # a dead router's claim lasts as long
             )
         return lease
 
@@ -128,6 +129,10 @@ class Stream:
             priority=self._request.message.priority,
             entry=self._entry,
             exclude=[id_ for id_, until in self._excluded.items() if until > now],
+            tenant=self._request.tenant,
+            adapter=bool(self._request.adapter_digest),
+            rank=self._request.rank,
+            elements=self._request.elements,
         )
         placed = await self._shared.admission.admit(wanted, self._give_up())
         self._entry = placed.entry

@@ -49,7 +49,8 @@ class Heartbeat:
 
     async def deregister(self) -> None:
         """Take the runner out at once; if no router answers, its lease ends by itself."""
-        request = DeregisterRequest(runner_id=self._runner().id)
+        runner = self._runner()
+        request = DeregisterRequest(runner_id=runner.id, instance=runner.instance)
         for stub in tuple(self._stubs):
             try:
                 await stub.Deregister(request, metadata=self._metadata, timeout=_TIMEOUT_S)

@@ -121,3 +121,33 @@ def test_the_command_adds_lists_and_revokes(file: Path) -> None:
     refused = run("add", "--tenant", "../etc")
     assert refused.returncode == 1
     assert "tenant name" in refused.stderr
+
+
+def test_a_key_bounds_the_priority_that_its_tenant_may_ask_for(file: Path) -> None:
+    usual, high = keys.add(file, Identity("acme")), keys.add(file, Identity("acme", 7))
+    known = Keys(file)
+    assert [known.identify(key) for key in (usual, high)] == [
+        Identity("acme", 0),
+        Identity("acme", 7),
+    ]
+    for identity in (Identity("acme", 1001), Identity("acme", -1001), Identity(None, 7)):
+        with pytest.raises(InvalidRequest, match="max_priority"):
+            keys.add(file, identity)
+    assert len(keys.read(file)) == 2
+
+
+@pytest.mark.parametrize("bound", [1001, -(2**31), 1.5, "7", True, None])
+def test_a_bound_that_is_none_is_no_keys_file(file: Path, bound: object) -> None:
+    record = {"sha256": "0" * 64, "tenant": "acme", "max_priority": bound}
+    file.write_text(json.dumps({"keys": [record]}))
+    with pytest.raises(InvalidRequest):
+        keys.read(file)
+
+
+def test_the_command_takes_and_shows_the_bound(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (("add", "--tenant", "acme", "--max-priority", "5"), ("list",)):
+        monkeypatch.setattr(sys, "argv", ["keys", *arguments, "--file", str(file)])
+        assert keys.main() == 0
+    assert capsys.readouterr().out.endswith(" tenant acme, priority up to 5\n")

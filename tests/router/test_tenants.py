@@ -1,10 +1,16 @@
 """Over the wire: an adapter that is not published does not exist for any other tenant."""
 
+import asyncio
+import random
+
 import grpc
 import pytest
 from router_box import CLUSTER_KEY, Box
+from scripted_runner import Script
 from wire_adapters import adapter_files, error_of, generated, upload, upload_requests
 
+from granatum.router import keys
+from granatum.router.keys import Identity
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.cluster_pb2 import (
     DrainRunnerRequest,
@@ -12,7 +18,8 @@ from granatum.v1.cluster_pb2 import (
     ResumeRunnerRequest,
 )
 from granatum.v1.cluster_pb2_grpc import RegistryServiceStub
-from granatum.v1.errors import NotFound, PreconditionFailed
+from granatum.v1.errors import AlreadyExists, NotFound, PreconditionFailed
+from granatum.v1.inference_pb2 import GenerateRequest, StopConditions
 from granatum.v1.transport import bearer
 
 NEVER = {"digest": "sha256:" + "0" * 64, "stable": "unstable"}
@@ -208,3 +215,91 @@ async def test_a_runner_that_says_goodbye_is_gone(box: Box) -> None:
     ):
         call = getattr(box.cluster(), method)(request, metadata=bearer(box.admin), timeout=5)
         assert isinstance(await error_of(call), NotFound)
+
+
+@pytest.mark.parametrize(
+    ("bound", "asked", "given"),
+    [(0, 0, 0), (0, -5, -5), (7, 7, 7), (-3, 0, -3), (-3, -4, -4), (0, 1, None), (7, 8, None)],
+)
+async def test_a_key_bounds_its_priority(
+    box: Box, bound: int, asked: int, given: int | None
+) -> None:
+    key = keys.add(box.keys, Identity("globex", bound))
+    await box.router()
+    await box.runner("a")
+    request = GenerateRequest(prompt="hi", priority=asked, stop=StopConditions(max_tokens=1))
+    call = box.inference().Generate(request, metadata=bearer(key), timeout=10)
+    if given is None:
+        error = await error_of(call.read())
+        assert error.status is grpc.StatusCode.INVALID_ARGUMENT
+        assert error.message.startswith(f"priority: {asked} is above {bound}")
+        assert not box.runners["a"].submissions
+    else:
+        assert [response async for response in call]
+        assert box.runners["a"].submissions[0].request.priority == given
+
+
+async def test_a_request_id_that_is_taken_says_when_to_try_again(box: Box) -> None:
+    await box.router(lease_s=1.5)
+    await box.runner("a", script=Script(step_s=0.01))
+    request = GenerateRequest(prompt="hi", request_id="mine", stop=StopConditions(max_tokens=1000))
+    stub = box.inference()
+    running = stub.Generate(request, metadata=bearer(box.acme), timeout=10)
+    await running.read()
+    error = await error_of(stub.Generate(request, metadata=bearer(box.acme), timeout=10).read())
+    assert isinstance(error, AlreadyExists)
+    assert error.retry_after_s == 1.5
+    running.cancel()
+
+
+async def test_a_tenant_at_its_bound_leaves_room_for_others(box: Box) -> None:
+    other = box.tenant("globex")
+    await box.router(max_running_per_tenant=2)
+    runner = await box.runner("a", max_batch=4, script=Script(step_s=0.005))
+    streams = asyncio.create_task(box.generate_many(8, 30))
+    async with asyncio.timeout(5):
+        while len(runner.active) < 2:
+            await asyncio.sleep(0.005)
+    assert await generated(box, other, "") == ""
+    assert not streams.done()
+    assert len(await streams) == 8
+    assert runner.peak <= 3
+
+
+async def test_an_adapter_that_no_runner_can_serve_is_refused_with_both_ranks(box: Box) -> None:
+    await box.router()
+    runner = await box.runner("a")
+    await upload(box, box.acme, "bot")  # of rank 2
+    usual = runner.record
+    limited = usual()
+    limited.max_rank = 1
+    runner.record = lambda: limited  # type: ignore[method-assign]
+    await runner.heartbeat()
+    error = await error_of(generated(box, box.acme, "bot"))
+    assert isinstance(error, PreconditionFailed)
+    assert error.reason == "ADAPTER_NOT_SERVABLE"
+    assert "rank 2" in error.message
+    assert "rank 1" in error.message
+    assert await generated(box, box.acme, "") == ""
+
+
+async def test_calls_that_come_and_go_hold_up_nobody(box: Box) -> None:
+    """With leases that outlast the test: whatever they brought is given back, not left to lapse."""
+    other = box.tenant("globex")
+    await box.router(lease_s=60)
+    await box.runner("a", max_batch=2, script=Script(step_s=0.002))
+    stub, chance = box.inference(), random.Random(5)
+
+    async def come_and_go(n: int) -> None:
+        request = GenerateRequest(
+            prompt="hi", request_id=f"r{n}", stop=StopConditions(max_tokens=1000)
+        )
+        await asyncio.sleep(chance.uniform(0, 0.5))
+        call = stub.Generate(request, metadata=bearer(box.acme), timeout=10)
+        await asyncio.sleep(chance.choice([0, 0.001, 0.003, 0.01]))
+        call.cancel()
+
+    await asyncio.gather(*(come_and_go(n) for n in range(100)))
+    assert await asyncio.wait_for(generated(box, other, ""), 2) == ""
+    await box.idle()
+    assert not box.routers[0]._admission.waiting

@@ -1,0 +1,68 @@
+-- Who waits, and in which order: the part of registry.lua that knows entries.
+
+local function tenant_of(entry) return string.match(entry, '^%d+:%d+:%d+:([^/]*)/') or '' end
+local function level_of(entry) return string.sub(entry, 1, 10) end
+local function tag_of(entry) return tonumber(string.sub(entry, 12, 28)) or 0 end
+
+local function leave(entry)
+  redis.call('ZREM', key('queued', tenant_of(entry)), entry)
+  redis.call('ZREM', WAITING, entry)
+  return redis.call('ZREM', QUEUE, entry)
+end
+
+local function announce()
+  if redis.call('ZCARD', WAITING) > 0 then redis.call('PUBLISH', key('room'), '') end
+end
+
+-- Keep an entry waiting for another lease. Whoever steps aside lets others try.
+local function wait(entry, lease_ms, aside)
+  local queued = key('queued', tenant_of(entry))
+  redis.call('ZADD', WAITING, now + lease_ms, entry)
+  redis.call('ZADD', queued, 0, entry)
+  redis.call('PEXPIRE', queued, 2 * lease_ms)
+  if not aside then
+    redis.call('ZADD', QUEUE, 0, entry)
+  elseif redis.call('ZREM', QUEUE, entry) == 1 then
+    announce()
+  end
+end
+
+local function virtual(level)
+  redis.call('SET', key('virtual', level), string.format('%.0f', micros), 'NX')
+  redis.call('PEXPIRE', key('virtual', level), FAIR_MS)
+  return tonumber(redis.call('GET', key('virtual', level)))
+end
+
+local function cost(r) return math.max(1, math.floor(COST / r.weight)) end
+
+-- The start tag of a tenant's next entry. What left the queue unplaced has cost nothing.
+local function next_tag(level, r)
+  local served = tonumber(redis.call('ZSCORE', key('served', level), r.tenant) or '0')
+  local tag = math.max(virtual(level), served)
+  local last = redis.call('ZREVRANGEBYLEX', key('queued', r.tenant), '(' .. level .. ';',
+    '[' .. level .. ':', 'LIMIT', 0, 1)[1]
+  return last and math.max(tag, tag_of(last) + cost(r)) or tag
+end
+
+-- Account for a placement. An entry that was placed before has an old tag and changes nothing.
+local function serve(entry, r)
+  local level, tag = level_of(entry), tag_of(entry)
+  local served, from = key('served', level), math.max(virtual(level), tag)
+  redis.call('SET', key('virtual', level), string.format('%.0f', from), 'PX', FAIR_MS)
+  local before = tonumber(redis.call('ZSCORE', served, r.tenant) or '0')
+  redis.call('ZADD', served, math.max(before, tag + cost(r)), r.tenant)
+  redis.call('ZREMRANGEBYSCORE', served, '-inf', string.format('%.0f', from))
+  redis.call('PEXPIRE', served, FAIR_MS)
+end
+
+local function new_entry(r)
+  local clock = key('clock')
+  local arrival = math.max(micros, tonumber(redis.call('GET', clock) or '0') + 1)
+  redis.call('SET', clock, string.format('%.0f', arrival))
+  local level = string.format('%010.0f', 2147483647 - r.priority)
+  return string.format('%s:%017.0f:%017.0f:%s/%s', level, next_tag(level, r), arrival, r.tenant, r.id)
+end
+
+local function lapse_entries()
+  for _, entry in ipairs(redis.call('ZRANGEBYSCORE', WAITING, '-inf', now)) do leave(entry) end
+end
