@@ -36,15 +36,15 @@ class Request:
         return 1 + size // _BYTES_PER_TOKEN
 
 
-def seeded(message: GenerateRequest, tenant: str, request_id: str) -> GenerateRequest:
-    """The request as runners get it: a seed always set, without what is not their business."""
-    sequence = GenerateRequest()
-    sequence.CopyFrom(message)
-    sequence.ClearField("request_id")
-    sequence.ClearField("adapter")
-    if not sequence.sampling.HasField("seed"):
-        sequence.sampling.seed = _seed(tenant, request_id)
-    return sequence
+def prepare(message: GenerateRequest, tenant: str, request_id: str) -> None:
+    """Make the message what runners get: a seed always set, without what is not their business.
+
+    In place, because a prompt may be large and a router holds many.
+    """
+    message.ClearField("request_id")
+    message.ClearField("adapter")
+    if not message.sampling.HasField("seed"):
+        message.sampling.seed = _seed(tenant, request_id)
 
 
 def _seed(tenant: str, request_id: str) -> int:

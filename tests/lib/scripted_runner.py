@@ -30,6 +30,7 @@ from granatum.v1.runner_pb2 import (
 from granatum.v1.runner_pb2_grpc import RunnerServiceServicer, add_RunnerServiceServicer_to_server
 from granatum.v1.transport import Tls, bearer, bearer_of, build_server, listen, open_channel
 
+_SIGN_OF_LIFE_S = 0.05
 PIECES = (" a", "é", "日本", "", "🌰x", "\n", "longer piece")
 
 
@@ -116,6 +117,7 @@ class ScriptedRunner(RunnerServiceServicer):
     address: str = ""
     submissions: list[SubmitSequence] = field(default_factory=list)
     cancelled: int = 0
+    pings: int = 0
     peak: int = 0
     wrong: list[str] = field(default_factory=list)
     active: dict[tuple[int, int], Active] = field(default_factory=dict)
@@ -188,14 +190,17 @@ class ScriptedRunner(RunnerServiceServicer):
         immediate: list[SequenceOutput] = []
         reading = asyncio.create_task(self._read(requests, session, immediate))
         try:
-            while True:
+            spoke = asyncio.get_running_loop().time()
+            while not reading.done():
                 await asyncio.sleep(self.script.step_s)
                 outputs = immediate[:]
                 immediate.clear()
                 if not self.script.stalled:
                     for _ in range(self.script.burst):
                         outputs += self._step(session)
-                if outputs:
+                now = asyncio.get_running_loop().time()
+                if outputs or now > spoke + _SIGN_OF_LIFE_S:
+                    spoke = now
                     yield SessionResponse(outputs=outputs)
         finally:
             reading.cancel()
@@ -209,7 +214,9 @@ class ScriptedRunner(RunnerServiceServicer):
         immediate: list[SequenceOutput],
     ) -> None:
         async for request in requests:
-            if request.HasField("cancel"):
+            if request.HasField("ping"):
+                self.pings += 1
+            elif request.HasField("cancel"):
                 self.cancelled += 1
                 self.active.pop((session, request.cancel.sequence_id), None)
             else:
