@@ -213,7 +213,7 @@ class Sessions:
         try:
             channel = self._connect(address)
         except Exception as error:
-            log.error("no channel to a runner", runner=runner_id, address=address, exc_info=error)
+            log.error("no channel to a runner", runner=runner_id, address=address, error=str(error))
             self._note_trouble(runner_id, reached=False)
             raise SessionLost from None
         session = Session(address, channel, self._cluster_key, self._silence_s)
