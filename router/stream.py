@@ -104,6 +104,7 @@ class Stream:
                 f"a request with the id {self._request.request_id!r} is running: wait for its "
                 "end, or give this one another request_id",
                 field="request_id",
+                retry_after_s=self._shared.registry.lease_s,  # then a dead router's is forgotten
             )
         return lease
 

@@ -49,8 +49,8 @@ async def test_files_that_open_no_channel_end_the_routers_start(
     if damage == "missing":
         files["runner_ca"] = tmp_path / "nowhere.pem"
     elif damage == "no PEM":
-        files["runner_ca"] = tmp_path / "garbage.pem"
-        files["runner_ca"].write_text("garbage")
+        garbage = files["runner_ca"] = tmp_path / "garbage.pem"
+        garbage.write_text("garbage")
     else:
         files["runner_key"] = stranger.key
     with pytest.raises(InvalidRequest, match=r"pem|key"):
