@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from granatum.v1.error_interceptor import ErrorInterceptor
 from granatum.v1.errors import InvalidRequest
+from granatum.v1.server import sturdy_server
 
 MAX_MESSAGE_BYTES = 16 << 20
 """Between router and runner, where a message carries a request and all that was generated for it,
@@ -154,7 +155,7 @@ def build_server(
     `interceptors` run inside error mapping: what they raise is mapped too. `max_bytes` is the
     largest message it takes.
     """
-    server = grpc.aio.server(
+    server = sturdy_server(
         interceptors=[ErrorInterceptor(), *interceptors],
         options=(*_SERVER_OPTIONS, ("grpc.max_receive_message_length", max_bytes)),
     )
