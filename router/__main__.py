@@ -46,6 +46,7 @@ async def serve(settings: Settings) -> None:
         stopping = asyncio.create_task(stopped.wait())
         await asyncio.wait({stopping, router.background}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)
         if router.background.done():
             await router.background
 

@@ -13,12 +13,14 @@ from granatum.adapters_store.store import AdapterStore
 from granatum.router.access import SERVICES, Access
 from granatum.router.adapters import Adapters
 from granatum.router.admission import Admission
+from granatum.router.calls import Calls
 from granatum.router.cluster import Cluster, RunnerRegistry
 from granatum.router.collection import Collection
 from granatum.router.health import Health
 from granatum.router.inference import Inference
 from granatum.router.keys import Keys
 from granatum.router.leases import Leases
+from granatum.router.quotas import Quotas
 from granatum.router.registry import Registry
 from granatum.router.resolver import Resolver
 from granatum.router.session import Sessions
@@ -31,9 +33,11 @@ from granatum.v1.cluster_pb2_grpc import (
     add_RegistryServiceServicer_to_server,
 )
 from granatum.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
-from granatum.v1.transport import build_server, listen, open_channel
+from granatum.v1.transport import MAX_PUBLIC_BYTES, build_server, listen, open_channel
 
 _HEARTBEATS_PER_LEASE = 4
+_FAREWELL_S = 0.5
+"""For clients to hear, after the grace, that their streams end here."""
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +61,10 @@ class Router:
             max_queued_per_tenant=settings.tenants_queue,
             max_running_per_tenant=settings.max_running_per_tenant,
         )
-        self._sessions = Sessions(self._connect, self._cluster_key)
+        if (tls := settings.runner_tls) is not None:
+            tls.check_channel()
+        self._sessions = Sessions(self._connect, self._cluster_key, settings.silence_s)
+        self._calls = Calls(Quotas(settings.bounds), settings.unread_s)
         self._leases = Leases(self._registry)
         self._admission = Admission(self._registry, self._leases, self._sessions.unreachable)
         self._health = Health(self._registry)
@@ -76,12 +83,20 @@ class Router:
     async def __aexit__(self, *_: object) -> None:
         log.info("stopping", grace_s=self._settings.grace_s)
         await self._health.stop()
-        await self._server.stop(self._settings.grace_s)
+        await self._end_calls()
         await self._sessions.close()
         self.background.cancel()
         await asyncio.gather(self.background, return_exceptions=True)
         await self._leases.close()
         await self._registry.close()
+
+    async def _end_calls(self) -> None:
+        grace_s = self._settings.grace_s
+        stop = asyncio.create_task(self._server.stop(grace_s + _FAREWELL_S))
+        await asyncio.wait({stop}, timeout=grace_s)
+        self._calls.end_all()
+        await stop
+        await self._calls.close()
 
     async def _run_background(self) -> None:
         collection = Collection(
@@ -96,14 +111,15 @@ class Router:
         return open_channel(address, tls, insecure=self._settings.insecure)
 
     def _build(self) -> grpc.aio.Server:
-        server = build_server(SERVICES, [Access(self._keys, self._cluster_key)])
+        access = Access(self._keys, self._cluster_key)
+        server = build_server(SERVICES, [access], max_bytes=MAX_PUBLIC_BYTES)
         patience = self._settings.patience
         streams = Streams(
             self._id, self._registry, self._leases, self._admission, self._sessions, patience
         )
         resolver = Resolver(self._store, patience.placement_s)
         runners = RunnerRegistry(self._registry, self._base_model, self._settings.heartbeat_s)
-        add_InferenceServiceServicer_to_server(Inference(resolver, streams), server)
+        add_InferenceServiceServicer_to_server(Inference(resolver, streams, self._calls), server)
         add_AdapterServiceServicer_to_server(Adapters(self._store), server)
         add_ClusterServiceServicer_to_server(Cluster(self._registry), server)
         add_RegistryServiceServicer_to_server(runners, server)

@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 
 from granatum.router.access import current_max_priority, current_tenant
+from granatum.router.calls import Calls
 from granatum.router.deadline import Deadline
-from granatum.router.request import Request, bounded, seeded
+from granatum.router.request import Request, limit_priority, prepare
 from granatum.router.resolver import Resolver
 from granatum.router.stream import Streams
 from granatum.v1.inference_pb2 import GenerateRequest, GenerateResponse
@@ -22,31 +23,40 @@ from granatum.v1.validation import check
 class Inference(InferenceServiceServicer):
     """Streams generated tokens to tenants."""
 
-    def __init__(self, resolver: Resolver, streams: Streams) -> None:
+    def __init__(self, resolver: Resolver, streams: Streams, calls: Calls) -> None:
         self._resolver = resolver
         self._streams = streams
+        self._calls = calls
 
     async def Generate(
         self, request: GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[GenerateResponse]:
         """Continue a prompt."""
         tenant = current_tenant()
-        deadline = Deadline.from_remaining(context.time_remaining())
-        check(request)
-        request = bounded(request, current_max_priority())
-        adapter = await self._resolver.resolve(tenant, request.adapter, deadline)
-        request_id = request.request_id or secrets.token_hex(16)
-        accepted = Request(
+        with self._calls.open(tenant, request.ByteSize(), context) as call:
+            deadline = Deadline.from_remaining(context.time_remaining())
+            accepted = await self._accept(tenant, request, deadline)
+            stream = self._streams.open(accepted, deadline)
+            async with aclosing(stream.responses()) as responses:
+                async for response in responses:
+                    await call.begin()
+                    with call.writing():
+                        yield response
+
+    async def _accept(self, tenant: str, message: GenerateRequest, deadline: Deadline) -> Request:
+        check(message)
+        limit_priority(message, current_max_priority())
+        adapter = await self._resolver.resolve(tenant, message.adapter, deadline)
+        named = message.request_id
+        request_id = named or secrets.token_hex(16)
+        prepare(message, tenant, request_id)
+        return Request(
             tenant=tenant,
             request_id=request_id,
-            message=seeded(request, tenant, request_id),
-            named=bool(request.request_id),
+            message=message,
+            named=bool(named),
             adapter_digest=adapter.digest,
             adapter=adapter.name,
             rank=adapter.rank,
             elements=adapter.elements,
         )
-        stream = self._streams.open(accepted, deadline)
-        async with aclosing(stream.responses()) as responses:
-            async for response in responses:
-                yield response

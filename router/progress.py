@@ -1,5 +1,6 @@
 """What a client has of its stream, and what the next runner must know to go on from there."""
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ class Progress:
 
     request: Request
     arrived: float
-    tokens: list[int] = field(default_factory=list)
+    tokens: "array[int]" = field(default_factory=lambda: array("I"))
     characters: int = 0
     prompt_tokens: int = 0
     placements: int = 0
@@ -38,7 +39,7 @@ class Progress:
         """Tokens that the next runner must have room for, an estimate before any has counted."""
         return (self.prompt_tokens or self.request.estimated_tokens) + len(self.tokens)
 
-    def submission(self, now: float) -> SubmitSequence:
+    def submission(self, now: float, suspicion: int = 0) -> SubmitSequence:
         """The sequence for its next runner."""
         self.placements += 1
         if self.placed is None:
@@ -48,6 +49,7 @@ class Progress:
             request=self.request.message,
             generated=self.tokens,
             text_delivered=self.characters,
+            suspicion=suspicion,
         )
 
     def absorb(

@@ -1,49 +1,67 @@
 """A sequence on a runner, as the router's stream sees it."""
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
 from granatum.v1.runner_pb2 import SequenceOutput
+
+MESSAGE_BYTES = 16 << 10
+"""News are received in parts of about this size: the client's messages, and the steps in which it
+is seen to read."""
+UNREAD_BYTES = 256 << 10
+UNREAD_TOKENS = 2048
+"""Beyond these the client reads too slowly to be worth a runner's room."""
 
 
 class SessionLost(Exception):
     """The session broke; its sequences are to be placed again.
 
-    `reached`: the runner was connected, so that it may be the sequence that brought it down.
+    `alone`: the runner was lost with no other sequence of this router, which may be the cause.
     """
 
-    def __init__(self, *, reached: bool) -> None:
+    def __init__(self, *, alone: bool = False) -> None:
         super().__init__()
-        self.reached = reached
+        self.alone = alone
+
+
+class Unread(Exception):
+    """Too much was unread, so the runner forgot the sequence; it is to be placed again."""
 
 
 class RemoteSequence:
     """A sequence's news pile up here until they are received, by one receiver.
 
+    `cancel` has the runner forget it. `release` gives its room there back, as soon as it needs none
+    and not when the receiver hears of it: a client decides when that is. It may be called twice.
+
     Every token passes here, so waiting takes one future, and its limit one timer every so often.
     """
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
+    def __init__(self, cancel: Callable[[], None], release: Callable[[], None]) -> None:
         self._cancel = cancel
+        self._release = release
         self._loop = asyncio.get_running_loop()
-        self._news: list[SequenceOutput] = []
-        self._lost: SessionLost | None = None
+        self._news: deque[tuple[SequenceOutput, int]] = deque()
+        self._bytes = 0
+        self._tokens = 0
+        self._gone: SessionLost | Unread | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._waiting_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     async def receive(self, within_s: float) -> list[SequenceOutput]:
-        """Everything new since the last call, at least one.
+        """What is new since the last call, at least one, and about MESSAGE_BYTES at most.
 
-        Raises SessionLost, and TimeoutError if nothing comes for `within_s` seconds.
+        Raises SessionLost or Unread after the last of it, and TimeoutError if nothing comes for
+        `within_s` seconds.
         """
-        if not self._news and self._lost is None:
+        if not self._news and self._gone is None:
             await self._arrival(within_s)
         if not self._news:
-            assert self._lost is not None
-            raise self._lost
-        news, self._news = self._news, []
-        return news
+            assert self._gone is not None
+            raise self._gone
+        return self._take()
 
     def cancel(self) -> None:
         """Have the runner forget it; again, or after its end, is no harm."""
@@ -51,16 +69,48 @@ class RemoteSequence:
             self._timer.cancel()
             self._timer = None
         self._cancel()
+        self._release()
 
-    def deliver(self, output: SequenceOutput) -> None:
-        """Add news."""
-        self._news.append(output)
+    def deliver(self, output: SequenceOutput, *, over: bool) -> None:
+        """Add news; `over`: the last."""
+        size = output.ByteSize()
+        if size <= MESSAGE_BYTES:
+            self._pile(output, size)
+        else:
+            for part in _parts(output):
+                self._pile(part, part.ByteSize())
+        if over:
+            self._release()
+        elif self._waiter is None and self._too_much:
+            self._gone = Unread()
+            self.cancel()
         self._wake()
 
     def lose(self, lost: SessionLost) -> None:
         """No more news will come."""
-        self._lost = lost
+        self._gone = lost
+        self._release()
         self._wake()
+
+    @property
+    def _too_much(self) -> bool:
+        return self._bytes > UNREAD_BYTES or self._tokens > UNREAD_TOKENS
+
+    def _pile(self, output: SequenceOutput, size: int) -> None:
+        self._news.append((output, size))
+        self._bytes += size
+        self._tokens += len(output.tokens)
+
+    def _take(self) -> list[SequenceOutput]:
+        taken: list[SequenceOutput] = []
+        total = 0
+        while self._news and (not taken or total + self._news[0][1] <= MESSAGE_BYTES):
+            output, size = self._news.popleft()
+            taken.append(output)
+            total += size
+            self._tokens -= len(output.tokens)
+        self._bytes -= total
+        return taken
 
     async def _arrival(self, within_s: float) -> None:
         self._waiting_since = self._loop.time()
@@ -86,3 +136,20 @@ class RemoteSequence:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _parts(output: SequenceOutput) -> Iterator[SequenceOutput]:
+    """News too long for one message: their tokens over several, the rest with the last."""
+    part, size = SequenceOutput(sequence_id=output.sequence_id), 0
+    for token in output.tokens:
+        more = token.ByteSize()
+        if part.tokens and size + more > MESSAGE_BYTES:
+            yield part
+            part, size = SequenceOutput(sequence_id=output.sequence_id), 0
+        part.tokens.append(token)
+        size += more
+    rest = SequenceOutput()
+    rest.CopyFrom(output)
+    rest.ClearField("tokens")
+    part.MergeFrom(rest)
+    yield part

@@ -40,21 +40,21 @@ class Request:
         return 1 + size // _BYTES_PER_TOKEN
 
 
-def seeded(message: GenerateRequest, tenant: str, request_id: str) -> GenerateRequest:
-    """The request as runners get it: a seed always set, without what is not their business."""
-    sequence = GenerateRequest()
-    sequence.CopyFrom(message)
-    sequence.ClearField("request_id")
-    sequence.ClearField("adapter")
-    if not sequence.sampling.HasField("seed"):
-        sequence.sampling.seed = _seed(tenant, request_id)
-    return sequence
+def prepare(message: GenerateRequest, tenant: str, request_id: str) -> None:
+    """Make the message what runners get: a seed always set, without what is not their business.
+
+    In place, because a prompt may be large and a router holds many.
+    """
+    message.ClearField("request_id")
+    message.ClearField("adapter")
+    if not message.sampling.HasField("seed"):
+        message.sampling.seed = _seed(tenant, request_id)
 
 
-def bounded(message: GenerateRequest, max_priority: int) -> GenerateRequest:
-    """The request, if its key may ask for its priority; where even 0 is above, the default is less.
+def limit_priority(message: GenerateRequest, max_priority: int) -> None:
+    """Raise InvalidRequest if the key does not allow the message's priority.
 
-    Raises InvalidRequest.
+    A key may allow negative ones alone. Then 0, which is the default, becomes the most it allows.
     """
     if message.priority > max(max_priority, 0):
         raise InvalidRequest(
@@ -63,7 +63,6 @@ def bounded(message: GenerateRequest, max_priority: int) -> GenerateRequest:
             field="priority",
         )
     message.priority = min(message.priority, max_priority)
-    return message
 
 
 def _seed(tenant: str, request_id: str) -> int:

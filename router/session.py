@@ -10,6 +10,7 @@ import structlog
 from granatum.router.remote_sequence import RemoteSequence, SessionLost
 from granatum.v1.runner_pb2 import (
     CancelSequence,
+    Ping,
     SequenceOutput,
     SessionRequest,
     SubmitSequence,
@@ -20,6 +21,7 @@ from granatum.v1.transport import bearer
 _CONNECT_S = 3.0
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 2.0
+_PINGS_PER_SILENCE = 5
 
 Connect = Callable[[str], grpc.aio.Channel]
 
@@ -27,22 +29,38 @@ log = structlog.get_logger(__name__)
 
 
 class Session:
-    """One life of the stream to one runner."""
+    """One life of the stream to one runner.
 
-    def __init__(self, address: str, channel: grpc.aio.Channel, cluster_key: str) -> None:
+    The runner speaks at least once a second. After `silence_s` without a word the link or the
+    runner is taken for dead, which no other timeout would find as soon.
+    """
+
+    def __init__(
+        self, address: str, channel: grpc.aio.Channel, cluster_key: str, silence_s: float
+    ) -> None:
         self.address = address
         self.reached = False
+        self.closing = False
+        """It takes no more sequences."""
+        self.retired = False
+        """It is to close with the last of its sequences."""
         self._channel = channel
         self._cluster_key = cluster_key
+        self._ping_s = silence_s / _PINGS_PER_SILENCE
+        self._unanswered = 0
+        self._broken = False
         self._commands: asyncio.Queue[SessionRequest | None] = asyncio.Queue()
         self._sequences: dict[int, RemoteSequence] = {}
         self._next_id = 1
 
-    def submit(self, submission: SubmitSequence) -> RemoteSequence:
-        """Send a sequence; its `sequence_id` is set here."""
+    def submit(self, submission: SubmitSequence, release: Callable[[], None]) -> RemoteSequence:
+        """Send a sequence; its `sequence_id` is set here. `release` gives its room back."""
+        assert not self.closing
+        self.retired = False
         number = submission.sequence_id = self._next_id
         self._next_id += 1
-        sequence = self._sequences[number] = RemoteSequence(lambda: self.cancel(number))
+        sequence = RemoteSequence(lambda: self.cancel(number), release)
+        self._sequences[number] = sequence
         self._commands.put_nowait(SessionRequest(submit=submission))
         return sequence
 
@@ -51,28 +69,59 @@ class Session:
         if self._sequences.pop(sequence_id, None) is not None:
             cancel = CancelSequence(sequence_id=sequence_id)
             self._commands.put_nowait(SessionRequest(cancel=cancel))
+            self._close_if_done()
+
+    def retire(self) -> None:
+        """Close once the sequences are over, if none is submitted before."""
+        self.retired = True
+        self._close_if_done()
 
     async def run(self) -> None:
-        """Carry commands and news until the session breaks."""
+        """Carry commands and news until the session breaks or is retired and done."""
         try:
             async with asyncio.timeout(_CONNECT_S):
                 await _connected(self._channel)
             self.reached = True
-            stub = RunnerServiceStub(self._channel)
-            metadata = bearer(self._cluster_key)
-            async for response in stub.Session(self._outgoing(), metadata=metadata):
-                for output in response.outputs:
-                    self._deliver(output)
-            log.info("session ended by the runner", address=self.address)
+            await self._converse()
+            log.info("session over", address=self.address)
         except grpc.aio.AioRpcError as error:
+            self._broken = True
             code, details = error.code().name, error.details()
             log.warning("session broken", address=self.address, code=code, details=details)
         except (ConnectionError, TimeoutError):
-            log.warning("runner out of reach", address=self.address)
+            event = "runner fell silent" if self.reached else "runner out of reach"
+            log.warning(event, address=self.address)
         finally:
+            self.closing = True
             self._lose_all()
             self._commands.put_nowait(None)
             await self._channel.close()
+
+    async def _converse(self) -> None:
+        stub = RunnerServiceStub(self._channel)
+        async with asyncio.timeout(None) as silence:
+            pings = asyncio.create_task(self._ping(silence))
+            try:
+                metadata = bearer(self._cluster_key)
+                async for response in stub.Session(self._outgoing(), metadata=metadata):
+                    self._unanswered = 0
+                    for output in response.outputs:
+                        self._deliver(output)
+            finally:
+                pings.cancel()
+                await asyncio.gather(pings, return_exceptions=True)
+
+    async def _ping(self, silence: asyncio.Timeout) -> None:
+        """Speak, and end the silence of a runner that does not.
+
+        Pings are counted instead of seconds: where this process itself stood still, the runner's
+        words may lie unread.
+        """
+        while self._unanswered < _PINGS_PER_SILENCE:
+            self._unanswered += 1
+            self._commands.put_nowait(SessionRequest(ping=Ping()))
+            await asyncio.sleep(self._ping_s)
+        silence.reschedule(0)
 
     async def _outgoing(self) -> AsyncIterator[SessionRequest]:
         while (command := await self._commands.get()) is not None:
@@ -83,12 +132,20 @@ class Session:
         take = self._sequences.pop if over else self._sequences.get
         sequence = take(output.sequence_id, None)
         if sequence is not None:
-            sequence.deliver(output)
+            sequence.deliver(output, over=over)
+        if over:
+            self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self.retired and not self._sequences and not self.closing:
+            self.closing = True
+            self._commands.put_nowait(None)
 
     def _lose_all(self) -> None:
         sequences, self._sequences = self._sequences, {}
+        alone = self._broken and len(sequences) == 1
         for sequence in sequences.values():
-            sequence.lose(SessionLost(reached=self.reached))
+            sequence.lose(SessionLost(alone=alone))
 
 
 async def _connected(channel: grpc.aio.Channel) -> None:
@@ -108,21 +165,38 @@ class _Trouble:
 
 
 class Sessions:
-    """The sessions to all runners, opened by the first sequence that goes there."""
+    """The sessions to all runners, opened by the first sequence that goes there.
 
-    def __init__(self, connect: Connect, cluster_key: str) -> None:
+    A runner that comes back at another address has a session of its own there, and the one to the
+    old address ends with its sequences.
+    """
+
+    def __init__(self, connect: Connect, cluster_key: str, silence_s: float) -> None:
         self._connect = connect
         self._cluster_key = cluster_key
-        self._open: dict[str, Session] = {}
+        self._silence_s = silence_s
+        self._open: dict[str, dict[str, Session]] = {}  # by runner and address
         self._troubles: dict[str, _Trouble] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def submit(self, runner_id: str, address: str, submission: SubmitSequence) -> RemoteSequence:
-        """Send a sequence to a runner."""
-        session = self._open.get(runner_id)
-        if session is None or session.address != address:
+    def submit(
+        self,
+        runner_id: str,
+        address: str,
+        submission: SubmitSequence,
+        release: Callable[[], None],
+    ) -> RemoteSequence:
+        """Send a sequence to a runner; `release` gives its room there back.
+
+        Raises SessionLost if no channel to the runner can be made.
+        """
+        session = self._open.get(runner_id, {}).get(address)
+        if session is None or session.closing:
             session = self._start(runner_id, address)
-        return session.submit(submission)
+        for other in self._open[runner_id].values():
+            if other is not session:
+                other.retire()
+        return session.submit(submission, release)
 
     def unreachable(self) -> set[str]:
         """Runners whose session broke a moment ago."""
@@ -136,8 +210,14 @@ class Sessions:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _start(self, runner_id: str, address: str) -> Session:
-        session = Session(address, self._connect(address), self._cluster_key)
-        self._open[runner_id] = session
+        try:
+            channel = self._connect(address)
+        except Exception as error:
+            log.error("no channel to a runner", runner=runner_id, address=address, error=str(error))
+            self._note_trouble(runner_id, reached=False)
+            raise SessionLost from None
+        session = Session(address, channel, self._cluster_key, self._silence_s)
+        self._open.setdefault(runner_id, {})[address] = session
         task = asyncio.create_task(self._serve(runner_id, session), name=f"session {runner_id}")
         self._tasks.add(task)
         task.add_done_callback(self._finished)
@@ -147,9 +227,16 @@ class Sessions:
         try:
             await session.run()
         finally:
-            if self._open.get(runner_id) is session:
-                del self._open[runner_id]
+            self._forget(runner_id, session)
+            if not session.retired:
                 self._note_trouble(runner_id, reached=session.reached)
+
+    def _forget(self, runner_id: str, session: Session) -> None:
+        sessions = self._open.get(runner_id, {})
+        if sessions.get(session.address) is session:
+            del sessions[session.address]
+        if not sessions:
+            self._open.pop(runner_id, None)
 
     def _note_trouble(self, runner_id: str, *, reached: bool) -> None:
         """Stay away for a moment, twice as long after each vain attempt to connect."""

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from pydantic import AliasChoices, Field, SecretStr
+from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from granatum.adapters_store.limits import DEFAULT_LIMITS, Limits
+from granatum.router.quotas import Bounds
 from granatum.router.stream import Patience
 from granatum.v1.transport import Tls
 
@@ -54,6 +55,19 @@ class Settings(BaseSettings):
     idle_s: float = Field(
         600.0, gt=0, description="seconds without a token after which a stream is given up"
     )
+    silence_s: float = Field(
+        5.0, gt=0, description="seconds without a word after which a link to a runner is dead"
+    )
+    unread_s: float = Field(
+        60.0, gt=0, description="seconds after which a client that reads nothing is cut"
+    )
+    max_streams: int = Field(4096, gt=0, description="the most open streams of this router")
+    max_streams_per_tenant: int = Field(
+        1024, gt=0, description="the most open streams of one tenant on this router"
+    )
+    max_request_bytes_per_tenant: int = Field(
+        64 << 20, gt=0, description="the most bytes of one tenant's requests on this router"
+    )
     heartbeat_s: float = Field(1.0, gt=0, description="seconds between a runner's heartbeats")
     lease_s: float = Field(
         6.0, gt=0, description="seconds until what a dead router held is free again"
@@ -81,6 +95,13 @@ class Settings(BaseSettings):
     runner_key: Path | None = Field(None, description="PEM key of --runner-cert")
     insecure: bool = Field(False, description="plaintext beyond this machine, without TLS")
 
+    @field_validator("cluster_key")
+    @classmethod
+    def _check_key(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().strip():
+            raise ValueError("the cluster key is empty: set GRANATUM_CLUSTER_KEY")
+        return value
+
     @property
     def tls(self) -> Tls | None:
         """Of the listening port."""
@@ -103,6 +124,13 @@ class Settings(BaseSettings):
             max_bytes=self.max_adapter_bytes,
             max_rank=self.max_adapter_rank,
             max_versions=self.max_adapter_versions,
+        )
+
+    @property
+    def bounds(self) -> Bounds:
+        """The most that the router carries at a time."""
+        return Bounds(
+            self.max_streams, self.max_streams_per_tenant, self.max_request_bytes_per_tenant
         )
 
     @property

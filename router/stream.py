@@ -15,25 +15,13 @@ from granatum.router.leases import Leases
 from granatum.router.placement import Lease, LeaseKind, Placed, PlacementRequest
 from granatum.router.progress import Progress
 from granatum.router.registry import Registry
-from granatum.router.remote_sequence import RemoteSequence, SessionLost
+from granatum.router.remote_sequence import RemoteSequence, SessionLost, Unread
 from granatum.router.request import Request
 from granatum.router.session import Sessions
-from granatum.v1.errors import (
-    AlreadyExists,
-    DeadlineExceeded,
-    Overloaded,
-    Unavailable,
-    from_code,
-)
+from granatum.router.setbacks import FailedLoads, Setbacks, error_of
+from granatum.v1.errors import AlreadyExists, DeadlineExceeded, Unavailable
 from granatum.v1.inference_pb2 import GenerateResponse
-from granatum.v1.runner_pb2 import Departure, SequenceFailure, SequenceOutput
-
-_EXCLUDE_S = 2.0
-_FIRST_DELAY_S = 0.02
-_LONGEST_DELAY_S = 1.0
-_RETRY_AFTER_S = 1.0
-_FATAL_LOSSES = 4
-"""So many runners in a row lost with a sequence on them, and it is taken for the cause."""
+from granatum.v1.runner_pb2 import DEPARTURE_LOAD_FAILED, Departure, SequenceOutput
 
 log = structlog.get_logger(__name__)
 
@@ -68,6 +56,7 @@ class Streams:
         self.admission = admission
         self.sessions = sessions
         self.patience = patience
+        self.failed_loads = FailedLoads()
         self._numbers = itertools.count(1)
 
     def open(self, request: Request, deadline: Deadline) -> "Stream":
@@ -86,9 +75,7 @@ class Stream:
         self._clock = asyncio.get_running_loop().time
         self._progress = Progress(request, arrived=deadline.arrived)
         self._entry: str | None = None
-        self._excluded: dict[str, float] = {}
-        self._setbacks = 0
-        self._fatal_losses = 0
+        self._setbacks = Setbacks()
 
     async def responses(self) -> AsyncGenerator[GenerateResponse]:
         """Everything for the client, from the first token to the end.
@@ -99,7 +86,7 @@ class Stream:
         try:
             over = False
             while not over:
-                await asyncio.sleep(self._delay())
+                await asyncio.sleep(self._setbacks.longest_delay * random.uniform(0.5, 1.0))
                 placed = await self._place()
                 async with aclosing(self._relay(placed)) as responses:
                     async for response in responses:
@@ -117,18 +104,19 @@ class Stream:
                 f"a request with the id {self._request.request_id!r} is running: wait for its "
                 "end, or give this one another request_id",
                 field="request_id",
-                retry_after_s=self._shared.registry.lease_s,  # a dead router's claim lasts as long
+                retry_after_s=self._shared.registry.lease_s,  # then a dead router's is forgotten
             )
         return lease
 
     async def _place(self) -> Placed:
         now = self._clock()
+        ill = self._shared.failed_loads.runners(self._request.adapter_digest, now)
         wanted = PlacementRequest(
             id=f"{self._id}.{self._progress.placements}",
             tokens=self._progress.tokens_to_hold,
             priority=self._request.message.priority,
             entry=self._entry,
-            exclude=[id_ for id_, until in self._excluded.items() if until > now],
+            exclude=sorted(ill | self._setbacks.excluded(now)),
             tenant=self._request.tenant,
             adapter=bool(self._request.adapter_digest),
             rank=self._request.rank,
@@ -140,28 +128,42 @@ class Stream:
 
     async def _relay(self, placed: Placed) -> AsyncGenerator[GenerateResponse]:
         """What one runner has to say, until it is done with the sequence."""
-        shared, runner_id = self._shared, placed.runner_id
-        submission = self._progress.submission(self._clock())
-        sequence = shared.sessions.submit(runner_id, placed.address, submission)
+        runner_id = placed.runner_id
+
+        def release() -> None:
+            self._shared.leases.release(placed.reservation)
+
+        try:
+            submission = self._progress.submission(self._clock(), self._setbacks.suspicion)
+            sequence = self._shared.sessions.submit(runner_id, placed.address, submission, release)
+            async with aclosing(self._responses_of(sequence, runner_id)) as responses:
+                async for response in responses:
+                    yield response
+        except SessionLost as lost:
+            self._setbacks.lost(runner_id, self._clock(), alone=lost.alone)
+            self._note(runner_id, "lost")
+        except Unread:
+            self._note(runner_id, "unread")
+        finally:
+            release()
+
+    async def _responses_of(
+        self, sequence: RemoteSequence, runner_id: str
+    ) -> AsyncGenerator[GenerateResponse]:
         try:
             over = False
             while not over:
                 news = await self._receive(sequence, runner_id)
                 over = news[-1].WhichOneof("outcome") is not None
-                if over:
-                    shared.leases.release(placed.reservation)
                 response = self._progress.absorb(news, runner_id, self._clock())
                 if response.tokens:
-                    self._setbacks = self._fatal_losses = 0
+                    self._setbacks.progressed()
                 if response.tokens or response.HasField("end"):
                     yield response
                 if over:
                     self._follow(news[-1], runner_id)
-        except SessionLost as lost:
-            self._lost(lost, runner_id)
         finally:
             sequence.cancel()
-            shared.leases.release(placed.reservation)
 
     async def _receive(self, sequence: RemoteSequence, runner_id: str) -> list[SequenceOutput]:
         quiet_until = self._clock() + self._shared.patience.idle_s
@@ -170,7 +172,7 @@ class Stream:
                 return await sequence.receive(self._shared.patience.stall_s)
             except TimeoutError:
                 if not await self._alive(runner_id):
-                    raise SessionLost(reached=True) from None
+                    raise SessionLost from None
                 if self._clock() > quiet_until:
                     raise DeadlineExceeded(
                         f"the runner {runner_id} made no token for "
@@ -186,45 +188,23 @@ class Stream:
     def _follow(self, last: SequenceOutput, runner_id: str) -> None:
         """Do as the outcome says: end with its error, or remember where not to go next."""
         if last.HasField("failed"):
-            raise _failure(last.failed)
+            raise error_of(last.failed)
         if last.HasField("departed"):
-            self._set_back(runner_id, Departure.Name(last.departed))
+            now = self._clock()
+            if last.departed == DEPARTURE_LOAD_FAILED:
+                self._shared.failed_loads.note(runner_id, self._request.adapter_digest, now)
+            self._note(runner_id, Departure.Name(last.departed))
+            self._setbacks.departed(runner_id, last, now)
 
-    def _lost(self, lost: SessionLost, runner_id: str) -> None:
-        self._fatal_losses += lost.reached
-        if self._fatal_losses >= _FATAL_LOSSES:
-            raise Unavailable(
-                f"{self._fatal_losses} runners were lost one after another with this request on "
-                "them: it is not tried again",
-                reason="RUNNERS_LOST",
-            )
-        self._set_back(runner_id, "lost")
-
-    def _set_back(self, runner_id: str, cause: str) -> None:
-        self._setbacks += 1
-        self._excluded[runner_id] = self._clock() + _EXCLUDE_S
+    def _note(self, runner_id: str, cause: str) -> None:
         log.info(
-            "sequence to be placed again",
+            "sequence left its runner",
             sequence=self._id,
             runner=runner_id,
             cause=cause,
             tokens=len(self._progress.tokens),
         )
 
-    def _delay(self) -> float:
-        """Seconds before the next placement: none at first, then longer each time in vain."""
-        if self._setbacks < 2:
-            return 0.0
-        longest = _FIRST_DELAY_S * 2.0 ** min(self._setbacks - 2, 10)
-        return min(longest, _LONGEST_DELAY_S) * random.uniform(0.5, 1.0)
-
     def _give_up(self) -> float:
         """When to stop waiting for a runner, on the event loop's clock."""
         return self._deadline.give_up(self._shared.patience.placement_s)
-
-
-def _failure(failed: SequenceFailure) -> Exception:
-    error = from_code(failed.code, failed.message, failed.reason)
-    if isinstance(error, Unavailable | Overloaded):
-        error.retry_after_s = _RETRY_AFTER_S
-    return error

@@ -21,6 +21,7 @@ from granatum.v1.runner_pb2 import (
     DEPARTURE_DRAINED,
     DEPARTURE_EVICTED,
     DEPARTURE_REFUSED,
+    Departure,
     SequenceFailure,
     SequenceOutput,
     SessionRequest,
@@ -30,6 +31,7 @@ from granatum.v1.runner_pb2 import (
 from granatum.v1.runner_pb2_grpc import RunnerServiceServicer, add_RunnerServiceServicer_to_server
 from granatum.v1.transport import Tls, bearer, bearer_of, build_server, listen, open_channel
 
+_SIGN_OF_LIFE_S = 0.05
 PIECES = (" a", "é", "日本", "", "🌰x", "\n", "longer piece")
 
 
@@ -56,6 +58,9 @@ class Active:
     delivered: int
     made_here: int = 0
 
+    def __post_init__(self) -> None:
+        self.text = text_of(self.ids)
+
     @property
     def prompt(self) -> str:
         return self.submission.request.prompt
@@ -68,10 +73,10 @@ class Active:
         """One token; every third holds its text back for the next."""
         self.ids.append(token_id(self.prompt, len(self.ids)))
         self.made_here += 1
-        text = text_of(self.ids)
+        self.text += text_of(self.ids[-1:])
         hold = len(self.ids) % 3 == 1 and not self.complete
-        upto = self.delivered if hold else len(text)
-        token = Token(id=self.ids[-1], text=text[self.delivered : upto])
+        upto = self.delivered if hold else len(self.text)
+        token = Token(id=self.ids[-1], text=self.text[self.delivered : upto])
         self.delivered = max(self.delivered, upto)
         output = SequenceOutput(sequence_id=self.submission.sequence_id, tokens=[token])
         if self.made_here == 1:
@@ -95,6 +100,10 @@ class Script:
     """No heartbeat is sent."""
     fail: SequenceFailure | None = None
     """Every submission fails so."""
+    depart: "Departure.ValueType | None" = None
+    """Every submission comes back so, with `fail` as its cause."""
+    mute: bool = False
+    """Sessions hear no word, not even a sign of life."""
     step_s: float = 0.001
     burst: int = 1
     """So many steps come up in one message."""
@@ -116,6 +125,7 @@ class ScriptedRunner(RunnerServiceServicer):
     address: str = ""
     submissions: list[SubmitSequence] = field(default_factory=list)
     cancelled: int = 0
+    pings: int = 0
     peak: int = 0
     wrong: list[str] = field(default_factory=list)
     active: dict[tuple[int, int], Active] = field(default_factory=dict)
@@ -188,14 +198,19 @@ class ScriptedRunner(RunnerServiceServicer):
         immediate: list[SequenceOutput] = []
         reading = asyncio.create_task(self._read(requests, session, immediate))
         try:
-            while True:
+            spoke = asyncio.get_running_loop().time()
+            while not reading.done():
                 await asyncio.sleep(self.script.step_s)
                 outputs = immediate[:]
                 immediate.clear()
                 if not self.script.stalled:
                     for _ in range(self.script.burst):
                         outputs += self._step(session)
-                if outputs:
+                now = asyncio.get_running_loop().time()
+                if self.script.mute:
+                    continue
+                if outputs or now > spoke + _SIGN_OF_LIFE_S:
+                    spoke = now
                     yield SessionResponse(outputs=outputs)
         finally:
             reading.cancel()
@@ -209,7 +224,9 @@ class ScriptedRunner(RunnerServiceServicer):
         immediate: list[SequenceOutput],
     ) -> None:
         async for request in requests:
-            if request.HasField("cancel"):
+            if request.HasField("ping"):
+                self.pings += 1
+            elif request.HasField("cancel"):
                 self.cancelled += 1
                 self.active.pop((session, request.cancel.sequence_id), None)
             else:
@@ -224,6 +241,10 @@ class ScriptedRunner(RunnerServiceServicer):
         if ids != expected_ids(prompt, len(ids)):
             self.wrong.append(f"{prompt}: generated {ids}")
         number = submission.sequence_id
+        if self.script.depart is not None:
+            return SequenceOutput(
+                sequence_id=number, departed=self.script.depart, cause=self.script.fail
+            )
         if self.script.fail is not None:
             return SequenceOutput(sequence_id=number, failed=self.script.fail)
         if self.script.refuse or self.draining or len(self.active) >= self.max_batch:

@@ -14,6 +14,7 @@ import pytest
 from router_box import CLUSTER_KEY, Box
 from scripted_runner import Script, ScriptedRunner, expected_ids
 
+from granatum.v1.errors import Unavailable, from_rpc_error
 from granatum.v1.inference_pb2 import GenerateRequest, StopConditions
 from granatum.v1.inference_pb2_grpc import InferenceServiceStub
 from granatum.v1.transport import bearer
@@ -103,7 +104,10 @@ async def test_streams_that_outlast_the_grace_end_and_free_their_place(box: Box)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async for _ in responses:
                 pass
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        error = from_rpc_error(caught.value)
+        assert isinstance(error, Unavailable)
+        assert error.reason == "ROUTER_STOPPING"
+        assert error.retry_after_s
         assert await process.stopped() == 0
     await nothing_is_reserved(box)
 
@@ -117,6 +121,8 @@ async def test_streams_that_outlast_the_grace_end_and_free_their_place(box: Box)
         (["--listen", "0.0.0.0:0"], "--insecure"),
         (["--tls-cert", "/nowhere/cert"], "certificate and its key"),
         (["--max-queue", "-1"], "max_queue"),
+        (["--runner-ca", "/nowhere/ca.pem"], "/nowhere/ca.pem"),
+        (["--cluster-key", " "], "GRANATUM_CLUSTER_KEY"),
     ],
 )
 async def test_it_says_what_is_wrong_with_its_settings(

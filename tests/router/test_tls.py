@@ -1,5 +1,6 @@
 """Mutual TLS between client, router and runner, by the settings alone."""
 
+import asyncio
 from pathlib import Path
 
 import grpc
@@ -8,6 +9,7 @@ from certificates import Authority
 from router_box import Box
 from scripted_runner import expected_ids
 
+from granatum.v1.errors import InvalidRequest, Unavailable, from_rpc_error
 from granatum.v1.inference_pb2 import GenerateRequest, StopConditions
 from granatum.v1.inference_pb2_grpc import InferenceServiceStub
 from granatum.v1.transport import Tls, bearer, open_channel
@@ -35,3 +37,44 @@ async def test_every_hop_speaks_mutual_tls(box: Box, tmp_path: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await generate(box, open_channel(address, stranger))
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("damage", ["missing", "no PEM", "another key"])
+async def test_files_that_open_no_channel_end_the_routers_start(
+    box: Box, tmp_path: Path, damage: str
+) -> None:
+    tls = Authority(tmp_path / "authority").issue("everyone")
+    stranger = Authority(tmp_path / "other").issue("stranger")
+    files = {"runner_cert": tls.cert, "runner_key": tls.key, "runner_ca": tls.ca}
+    if damage == "missing":
+        files["runner_ca"] = tmp_path / "nowhere.pem"
+    elif damage == "no PEM":
+        garbage = files["runner_ca"] = tmp_path / "garbage.pem"
+        garbage.write_text("garbage")
+    else:
+        files["runner_key"] = stranger.key
+    with pytest.raises(InvalidRequest, match=r"pem|key"):
+        await box.router(**files)
+
+
+async def test_files_that_vanish_cost_no_seat_and_are_not_named_to_clients(
+    box: Box, tmp_path: Path
+) -> None:
+    tls = Authority(tmp_path / "authority").issue("everyone")
+    assert tls.ca is not None
+    await box.router(runner_ca=tls.ca, runner_cert=tls.cert, runner_key=tls.key)
+    await box.runner("a", max_batch=8)
+    ca = tls.ca.read_bytes()
+    tls.ca.unlink()
+    done = await asyncio.gather(
+        *(box.generate("hello", seconds=2) for _ in range(10)), return_exceptions=True
+    )
+    for error in done:
+        assert isinstance(error, grpc.aio.AioRpcError)
+        told = from_rpc_error(error)
+        assert isinstance(told, Unavailable)
+        assert ".pem" not in told.message
+        assert str(tmp_path) not in told.message
+        assert told.retry_after_s
+    await box.idle()
+    tls.ca.write_bytes(ca)

@@ -13,11 +13,11 @@
     ├── DeadlineExceeded        DEADLINE_EXCEEDED     the caller's deadline passed
     └── Internal                INTERNAL              our bug
 
-A server raises these and `ErrorInterceptor` (transport.py) sends them; a client turns an
+A server raises these and `ErrorInterceptor` (error_interceptor.py) sends them; a client turns an
 `grpc.aio.AioRpcError` back into the same class with `from_rpc_error`.
 """
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -26,6 +26,9 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "granatum"
+_RETRY_AFTER_S = 1.0
+
+D = TypeVar("D", bound=Message)
 
 
 class GranatumError(Exception):
@@ -135,35 +138,50 @@ class Internal(GranatumError):
     status = grpc.StatusCode.INTERNAL
 
 
-def from_code(code: int, message: str, reason: str | None = None) -> GranatumError:
+def from_code(
+    code: int, message: str, reason: str | None = None, field: str | None = None
+) -> GranatumError:
     """The error of a google.rpc.Code, as one process reports it to another."""
-    return _BY_CODE.get(code, Internal)(message, reason=reason or None)
+    return _BY_CODE.get(code, Internal)(message, reason=reason or None, field=field or None)
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> GranatumError:
     """What a server raised, from what the client's stub raised."""
+    packed = _packed_details(error)
+    info = _unpacked(packed, error_details_pb2.ErrorInfo)
+    reason = info.reason if info else None
     kind = _BY_CODE.get(error.code().value[0], Internal)
-    details = _details(error)
-    reason = details.reason if details else None
     if reason == "INVALID_ADAPTER":
         kind = InvalidAdapter
-    retry = _retry_after_s(error)
-    return kind(error.details() or error.code().name, reason=reason, retry_after_s=retry)
+    elif error.code() is grpc.StatusCode.CANCELLED:
+        kind = Unavailable  # by the server or the network: a caller's own cancelling raises nothing
+    return kind(
+        error.details() or error.code().name,
+        reason=reason,
+        retry_after_s=_retry_after_s(packed, info is None and kind is Unavailable),
+        field=_field(packed),
+    )
 
 
-def _details(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo | None:
-    for detail in _packed_details(error):
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info):
-            return info
-    return None
+def _retry_after_s(packed: list[any_pb2.Any], nobody_said: bool) -> float | None:
+    """As the server says, or where gRPC itself raised the error and no server could say."""
+    retry = _unpacked(packed, error_details_pb2.RetryInfo)
+    if retry is not None:
+        return float(retry.retry_delay.ToMilliseconds()) / 1000
+    return _RETRY_AFTER_S if nobody_said else None
 
 
-def _retry_after_s(error: grpc.aio.AioRpcError) -> float | None:
-    for detail in _packed_details(error):
-        retry = error_details_pb2.RetryInfo()
-        if detail.Unpack(retry):
-            return float(retry.retry_delay.ToMilliseconds()) / 1000
+def _field(packed: list[any_pb2.Any]) -> str | None:
+    bad = _unpacked(packed, error_details_pb2.BadRequest)
+    return bad.field_violations[0].field if bad and bad.field_violations else None
+
+
+def _unpacked(packed: list[any_pb2.Any], kind: type[D]) -> D | None:
+    """The first detail of a kind."""
+    for detail in packed:
+        found = kind()
+        if detail.Unpack(found):
+            return found
     return None
 
 

@@ -1,46 +1,59 @@
-"""How our processes speak gRPC: channel options, TLS, and errors as rich status.
+"""How our processes speak gRPC: options of channels and servers, and TLS.
 
 Every server is built by `build_server` and every channel by `open_channel`, so that limits,
 keepalive, TLS, health, reflection and error mapping are the same on every hop.
 """
 
-from __future__ import annotations  # grpc.RpcMethodHandler takes parameters in its stub alone
+from __future__ import annotations
 
-import inspect
 import ipaddress
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+import ssl
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
-import structlog
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
-from grpc_status import rpc_status
 
-from granatum.v1.errors import GranatumError, Internal, InvalidRequest
+from granatum.v1.error_interceptor import ErrorInterceptor
+from granatum.v1.errors import InvalidRequest
+from granatum.v1.server import sturdy_server
 
 MAX_MESSAGE_BYTES = 16 << 20
+"""Between router and runner, where a message carries a request and all that was generated for it,
+or one step of all sequences."""
+MAX_PUBLIC_BYTES = 6 << 20
+"""From a stranger."""
+_PENDING_CALLS = 1 << 16
+"""Calls that arrived and whose handlers did not start yet; what is beyond ends as a bare CANCELLED.
+
+gRPC allows 1,000, from there on drops some at random, and beyond 3,000 all.
+"""
 _OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # else 60 s, whatever the keepalive's timeout
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
-_SERVER_OPTIONS = (*_OPTIONS, ("grpc.so_reuseport", 0))
+_SERVER_OPTIONS = (
+    *_OPTIONS,
+    ("grpc.so_reuseport", 0),
+    ("grpc.server.max_pending_requests", _PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", _PENDING_CALLS),
+)
 _CHANNEL_OPTIONS = (
     *_OPTIONS,
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +92,29 @@ class Tls:
             certificate_chain=_read(self.cert) if self.cert else None,
         )
 
+    def check_channel(self) -> None:
+        """Raise InvalidRequest unless channels can be opened with these files.
+
+        gRPC itself does not say what is wrong with them: its connections just fail.
+        """
+        for file in filter(None, (self.ca, self.cert, self.key)):
+            _read(file)
+        context = ssl.create_default_context()
+        if self.ca:
+            with _pem(f"{self.ca} holds no PEM certificates"):
+                context.load_verify_locations(self.ca)
+        if self.cert:
+            with _pem(f"{self.cert} and {self.key} are no PEM certificate with its plain key"):
+                context.load_cert_chain(self.cert, self.key, password="")
+
+
+@contextmanager
+def _pem(wrong: str) -> Iterator[None]:
+    try:
+        yield
+    except (ssl.SSLError, ValueError) as error:
+        raise InvalidRequest(wrong) from error
+
 
 def _read(file: Path) -> bytes:
     try:
@@ -109,14 +145,19 @@ def open_channel(
 
 
 def build_server(
-    services: Iterable[str], interceptors: Iterable[grpc.aio.ServerInterceptor] = ()
+    services: Iterable[str],
+    interceptors: Iterable[grpc.aio.ServerInterceptor] = (),
+    *,
+    max_bytes: int = MAX_MESSAGE_BYTES,
 ) -> grpc.aio.Server:
     """A server with our options, error mapping and reflection of the full service names given.
 
-    `interceptors` run inside error mapping: what they raise is mapped too.
+    `interceptors` run inside error mapping: what they raise is mapped too. `max_bytes` is the
+    largest message it takes.
     """
-    server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(), *interceptors], options=_SERVER_OPTIONS
+    server = sturdy_server(
+        interceptors=[ErrorInterceptor(), *interceptors],
+        options=(*_SERVER_OPTIONS, ("grpc.max_receive_message_length", max_bytes)),
     )
     health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
     reflection.enable_server_reflection([*services, health, reflection.SERVICE_NAME], server)
@@ -163,81 +204,3 @@ def _refuse_plaintext(address: str, insecure: bool) -> None:
             f"{address} is beyond this machine and no TLS is configured: "
             "give certificates, or ask for plaintext by name (--insecure)"
         )
-
-
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler = Callable[..., Any]
-
-
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Maps what a handler raises to a rich status; an unknown exception is logged as our bug."""
-
-    async def intercept_service(
-        self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
-        ],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wrap the handler of one call."""
-        try:
-            handler = await continuation(handler_call_details)
-        except GranatumError as error:
-            return _refusal(error)
-        return _wrap(handler) if handler is not None else handler
-
-
-def _refusal(error: GranatumError) -> grpc.RpcMethodHandler[Any, Any]:
-    """A handler that ends any call with `error` (a stream handler serves unary calls too)."""
-
-    async def refuse(_: Any, context: Context) -> AsyncIterator[Any]:
-        await _abort(context, error)
-        yield  # pragma: no cover - abort raises
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
-
-
-def _wrap(handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
-    codec = (handler.request_deserializer, handler.response_serializer)
-    if handler.unary_unary:
-        return grpc.unary_unary_rpc_method_handler(_call(handler.unary_unary), *codec)
-    if handler.stream_unary:
-        return grpc.stream_unary_rpc_method_handler(_call(handler.stream_unary), *codec)
-    if handler.unary_stream:
-        return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream), *codec)
-    assert handler.stream_stream is not None
-    return grpc.stream_stream_rpc_method_handler(_stream(handler.stream_stream), *codec)
-
-
-def _call(behavior: Handler) -> Handler:
-    async def call(request: Any, context: Context) -> Any:
-        try:
-            return await behavior(request, context)
-        except Exception as error:
-            await _abort(context, error)
-
-    return call
-
-
-def _stream(behavior: Handler) -> Handler:
-    async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-        try:
-            responses = behavior(request, context)
-            if inspect.isawaitable(responses):  # it writes to the context itself, as health does
-                await responses
-                return
-            async for response in responses:
-                yield response
-        except Exception as error:
-            await _abort(context, error)
-
-    return stream
-
-
-async def _abort(context: Context, error: Exception) -> None:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if not isinstance(error, GranatumError):
-        log.error("unexpected error", exc_info=error)
-        error = Internal("internal error: the server's log has the details")
-    await context.abort_with_status(rpc_status.to_status(error.to_status()))

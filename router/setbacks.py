@@ -1,0 +1,120 @@
+"""What counts against a sequence, and where it is not to go next."""
+
+from dataclasses import dataclass, field
+
+from granatum.v1 import runner_pb2
+from granatum.v1.errors import GranatumError, Internal, Overloaded, Unavailable, from_code
+from granatum.v1.runner_pb2 import SequenceFailure, SequenceOutput
+
+_EXCLUDE_S = 2.0
+_LOAD_EXCLUDE_S = 30.0
+_FIRST_DELAY_S = 0.02
+_LONGEST_DELAY_S = 1.0
+_RETRY_AFTER_S = 1.0
+_FATAL_LOSSES = 4
+"""So many runners in a row lost while this sequence ran alone there, and it is the cause."""
+_FATAL_BLAMES = 2
+"""So many engines failed in steps that computed this sequence alone, and it is the cause."""
+_FATAL_LOADS = 3
+"""So many runners in a row could not load the adapter, and the others are not asked."""
+
+
+class FailedLoads:
+    """Which runners could not load which adapters a moment ago, for all streams of this router."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, dict[str, float]] = {}  # by digest and runner
+
+    def note(self, runner_id: str, digest: str, now: float) -> None:
+        """A runner just failed to load an adapter."""
+        self._until = {key: u for key, u in self._until.items() if max(u.values()) > now}
+        self._until.setdefault(digest, {})[runner_id] = now + _LOAD_EXCLUDE_S
+
+    def runners(self, digest: str, now: float) -> set[str]:
+        """The runners that failed to load an adapter a moment ago."""
+        return {id_ for id_, until in self._until.get(digest, {}).items() if until > now}
+
+
+@dataclass(slots=True)
+class Setbacks:
+    """One sequence's. Each method that notes one raises the error that ends a hopeless sequence.
+
+    Only evidence counts: a runner that is lost with several sequences says nothing about any.
+    """
+
+    suspicion: int = 0
+    """How often an engine failed in a step that computed this sequence."""
+    _in_vain: int = 0
+    _losses: int = 0
+    _blames: int = 0
+    _failed_loads: set[str] = field(default_factory=set)
+    _excluded: dict[str, float] = field(default_factory=dict)
+
+    def progressed(self) -> None:
+        """A token came: whoever made it is not harmed by this sequence."""
+        self._in_vain = self._losses = 0
+        self._failed_loads.clear()
+
+    def lost(self, runner_id: str, now: float, *, alone: bool) -> None:
+        """A runner was lost with it. Raises Unavailable when too many were lost with it alone."""
+        self._losses += alone
+        if self._losses >= _FATAL_LOSSES:
+            raise Unavailable(
+                f"{self._losses} runners were lost one after another with this request alone on "
+                "them: it is not tried again",
+                reason="RUNNERS_LOST",
+            )
+        self._leave(runner_id, now, _EXCLUDE_S)
+
+    def departed(self, runner_id: str, last: SequenceOutput, now: float) -> None:
+        """A runner let go of it. Raises what the client is told when there is no hope."""
+        exclude_s = _EXCLUDE_S
+        match last.departed:
+            case runner_pb2.DEPARTURE_SUSPECTED:
+                self.suspicion += 1
+            case runner_pb2.DEPARTURE_BLAMED:
+                self.suspicion += 1
+                self._blame()
+            case runner_pb2.DEPARTURE_LOAD_FAILED:
+                self._load_failed(runner_id, last.cause)
+                exclude_s = _LOAD_EXCLUDE_S
+        self._leave(runner_id, now, exclude_s)
+
+    def excluded(self, now: float) -> set[str]:
+        """Where it should not go."""
+        return {runner_id for runner_id, until in self._excluded.items() if until > now}
+
+    @property
+    def longest_delay(self) -> float:
+        """Seconds before the next placement, at most: none at first, then longer each time."""
+        if self._in_vain < 2:
+            return 0.0
+        return min(_FIRST_DELAY_S * 2.0 ** min(self._in_vain - 2, 10), _LONGEST_DELAY_S)
+
+    def _leave(self, runner_id: str, now: float, exclude_s: float) -> None:
+        self._in_vain += 1
+        self._excluded[runner_id] = max(self._excluded.get(runner_id, 0.0), now + exclude_s)
+
+    def _blame(self) -> None:
+        self._blames += 1
+        if self._blames >= _FATAL_BLAMES:
+            raise Internal(
+                f"{self._blames} engines failed while they computed this request alone: it is not "
+                "tried again; tell the operator its request_id",
+                reason="SEQUENCE_BLAMED",
+            )
+
+    def _load_failed(self, runner_id: str, cause: SequenceFailure) -> None:
+        """An excluded runner is asked again only where no other one has room."""
+        again = runner_id in self._failed_loads
+        self._failed_loads.add(runner_id)
+        if again or len(self._failed_loads) >= _FATAL_LOADS:
+            raise error_of(cause)
+
+
+def error_of(failure: SequenceFailure) -> GranatumError:
+    """A runner's verdict, as the client gets it."""
+    error = from_code(failure.code, failure.message, failure.reason, failure.field)
+    if isinstance(error, Unavailable | Overloaded):
+        error.retry_after_s = _RETRY_AFTER_S
+    return error
