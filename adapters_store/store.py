@@ -4,7 +4,8 @@ import asyncio
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -13,6 +14,7 @@ import structlog
 from granatum.adapters_store.base_model import BaseModel
 from granatum.adapters_store.blobs import AdapterFiles, Blobs, epoch_of
 from granatum.adapters_store.catalog import Catalog, Version, Visibility
+from granatum.adapters_store.catalog_json import CatalogDamaged
 from granatum.adapters_store.garbage import COMMIT_WITHIN_S, Collected, collect
 from granatum.adapters_store.incoming import UploadHeader, receive
 from granatum.adapters_store.limits import DEFAULT_LIMITS, Limits
@@ -66,7 +68,7 @@ class AdapterStore:
         """
         header.check(self._limits)
         catalog = await self._tenants.read(tenant)
-        catalog.check_name_is_free(header.name, self._limits.max_versions)
+        catalog.check_room(header.name, header.digest, header.size_bytes, self._limits)
         with _scratch(self._objects.scratch) as directory:
             files = await receive(header, chunks, directory)
             summary = await asyncio.to_thread(validate, *files, self._base, self._limits)
@@ -97,7 +99,7 @@ class AdapterStore:
             newest = catalog.newest(header.name)
             created = newest is None or newest.digest != header.digest
             if created:
-                catalog = catalog.add_version(header.name, version, self._limits.max_versions)
+                catalog = catalog.add_version(header.name, version, self._limits)
                 newest = catalog.newest(header.name)
             assert newest is not None
             return catalog, (Manifest.of(catalog, tenant, header.name, newest), created)
@@ -135,9 +137,11 @@ class AdapterStore:
         if found is None:
             return None
         manifest = Manifest.of(catalog, owner, *found)
+        if owner == tenant:
+            return manifest
         # Aliases are their tenant's own; published is the name.
         shared = manifest.visibility is Visibility.PUBLISHED and manifest.name == ref.name
-        return manifest if owner == tenant or shared else None
+        return manifest.for_strangers() if shared else None
 
     async def _find_digest(self, tenant: str, digest: str) -> Manifest | None:
         catalog = await self._tenants.read(tenant)
@@ -145,29 +149,29 @@ class AdapterStore:
         if found is not None:
             return Manifest.of(catalog, tenant, *found)
         for owner in await self._tenants.publishers(digest):
-            catalog = await self._tenants.read(owner)
-            found = catalog.find_digest(digest, published=True)
-            if found is not None:
-                return Manifest.of(catalog, owner, *found)
+            with suppress(CatalogDamaged):  # which is that tenant's trouble alone
+                catalog = await self._tenants.read(owner)
+                found = catalog.find_digest(digest, published=True)
+                if found is not None:
+                    return Manifest.of(catalog, owner, *found).for_strangers()
         return None
 
     async def list(self, tenant: str, page_size: int = 0, page_token: str = "") -> Page:
         """The tenant's own adapters, every version, by name and version."""
         size = min(page_size or MAX_PAGE, MAX_PAGE)
         catalog = await self._tenants.read(tenant)
-        after = _position(page_token)
-        rest = [(n, v) for n, v in catalog.versions() if after is None or (n, v.version) > after]
+        rest = list(islice(catalog.versions_after(*_position(page_token)), size + 1))
         page = tuple(Manifest.of(catalog, tenant, name, version) for name, version in rest[:size])
         more = len(rest) > size
         return Page(page, f"{page[-1].name}@{page[-1].version}" if more else "")
 
     async def set_alias(self, tenant: str, alias: str, ref: str) -> Manifest:
         """Point `alias` at a version of the tenant's: `name` (its newest now), `name@version`."""
-        check_name(alias, "alias")
+        check_name(alias, "alias", "alias")
         name, version = _own(tenant, ref)
 
         def point(catalog: Catalog) -> tuple[Catalog, Manifest]:
-            changed = catalog.set_alias(alias, name, version)
+            changed = catalog.set_alias(alias, name, version, self._limits)
             found = changed.find(alias, None)
             assert found is not None
             return changed, Manifest.of(changed, tenant, *found)
@@ -176,7 +180,7 @@ class AdapterStore:
 
     async def delete_alias(self, tenant: str, alias: str) -> None:
         """Remove an alias."""
-        check_name(alias, "alias")
+        check_name(alias, "alias", "alias")
         await self._tenants.change(tenant, lambda catalog: (catalog.delete_alias(alias), None))
 
     async def delete(self, tenant: str, ref: str) -> int:
@@ -195,7 +199,7 @@ class AdapterStore:
 
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility) -> None:
         """Publish all versions of `name` to every tenant, or make them private."""
-        check_name(name)
+        check_name(name, field="name")
         await self._tenants.change(
             tenant, lambda catalog: (catalog.set_visibility(name, visibility), None)
         )
@@ -226,15 +230,20 @@ def _own(tenant: str, ref: str) -> tuple[str, int | None]:
     """The name and version of a reference to one of the tenant's own adapters."""
     parsed = AdapterRef.parse(ref)
     if parsed.name is None or parsed.tenant not in (None, tenant):
-        raise InvalidRequest(f"{shown(ref)}: name one of your own adapters as name or name@version")
+        raise InvalidRequest(
+            f"{shown(ref)}: name one of your own adapters as name or name@version",
+            field="adapter",
+        )
     return parsed.name, parsed.version
 
 
-def _position(page_token: str) -> tuple[str, int] | None:
-    """The version after which a page begins."""
+def _position(page_token: str) -> tuple[str, int]:
+    """The name and version after which a page begins."""
     if not page_token:
-        return None
-    ref = AdapterRef.parse(page_token)
-    if ref.name is None or ref.version is None:
-        raise InvalidRequest("page_token must come from the previous response")
+        return "", 0
+    ref = AdapterRef.parse(page_token, "page_token")
+    if ref.name is None or ref.version is None or ref.tenant is not None:
+        raise InvalidRequest(
+            "page_token: give the next_page_token of the previous response", field="page_token"
+        )
     return ref.name, ref.version
