@@ -1,13 +1,12 @@
 """The adapter store: what tenants upload, what their requests resolve to, what runners fetch."""
 
 import asyncio
-import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from tempfile import mkdtemp
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -17,17 +16,20 @@ from granatum.adapters_store.catalog import Catalog, Version, Visibility
 from granatum.adapters_store.catalog_json import CatalogDamaged
 from granatum.adapters_store.garbage import COMMIT_WITHIN_S, Collected, collect
 from granatum.adapters_store.incoming import UploadHeader, receive
-from granatum.adapters_store.limits import DEFAULT_LIMITS, Limits
+from granatum.adapters_store.limits import DEFAULT_LIMITS, Fleet, Limits
 from granatum.adapters_store.location import open_objects
 from granatum.adapters_store.manifest import Manifest, Page
 from granatum.adapters_store.names import AdapterRef, check_name, shown
 from granatum.adapters_store.objects import Objects
+from granatum.adapters_store.scratch import Scratch
 from granatum.adapters_store.tenants import Tenants
+from granatum.adapters_store.threads import until_done
 from granatum.adapters_store.validate import Summary, validate
 from granatum.v1.errors import InvalidRequest, NotFound, PreconditionFailed, Unavailable
 
 MAX_PAGE = 1000
 _UPLOAD_WITHIN_S = 86_400.0
+_VALIDATIONS = 2
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +53,9 @@ class AdapterStore:
         self._limits = limits
         self._now = now
         self._blobs = Blobs(objects)
+        self._scratch = Scratch(objects.scratch)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._validations = asyncio.Semaphore(_VALIDATIONS)
         self._tenants = Tenants(objects, lambda: epoch_of(now()))
 
     @classmethod
@@ -59,22 +64,29 @@ class AdapterStore:
         return cls(open_objects(url), base, limits)
 
     async def upload(
-        self, tenant: str, header: UploadHeader, chunks: AsyncIterator[bytes]
+        self, tenant: str, header: UploadHeader, chunks: AsyncIterator[bytes], fleet: Fleet = ()
     ) -> tuple[Manifest, bool]:
         """Store the files as the next version of `header.name`; the version, and if it is new.
 
         The bytes of the newest version again give that version. Nothing is visible before
-        everything was checked; whatever fails leaves nothing behind.
+        everything was checked, whether a runner of `fleet` can serve it too; whatever fails leaves
+        nothing behind.
         """
         header.check(self._limits)
         catalog = await self._tenants.read(tenant)
         catalog.check_room(header.name, header.digest, header.size_bytes, self._limits)
-        with _scratch(self._objects.scratch) as directory:
+        with self._scratch.room(header.size_bytes) as directory:
             files = await receive(header, chunks, directory)
-            summary = await asyncio.to_thread(validate, *files, self._base, self._limits)
+            summary = await self._validate(tenant, files, fleet)
             manifest, created = await self._commit(tenant, header, summary, files)
         log.info("adapter uploaded", adapter=manifest.full_name, created=created)
         return manifest, created
+
+    async def _validate(self, tenant: str, files: tuple[Path, Path], fleet: Fleet) -> Summary:
+        """One at a time of a tenant's, and few in all: it costs processor time."""
+        turn = self._turns.setdefault(tenant, asyncio.Lock())
+        async with turn, self._validations:
+            return await until_done(validate, *files, self._base, self._limits, fleet)
 
     async def _commit(
         self, tenant: str, header: UploadHeader, summary: Summary, files: tuple[Path, Path]
@@ -88,6 +100,7 @@ class AdapterStore:
             target_modules=summary.target_modules,
             create_time=begun,
             base_fingerprint=self._base.fingerprint,
+            elements=summary.elements,
         )
         await self._blobs.put(header.digest, files, epoch_of(begun))
 
@@ -214,16 +227,6 @@ class AdapterStore:
         collected = await collect(self._objects, self._blobs, self._tenants, self._now(), grace_s)
         log.info("garbage collected", blobs=collected.blobs, bytes=collected.bytes)
         return collected
-
-
-@contextmanager
-def _scratch(parent: Path) -> Iterator[Path]:
-    """A directory of its own that goes away, whatever happens."""
-    path = Path(mkdtemp(prefix="upload-", dir=parent))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _own(tenant: str, ref: str) -> tuple[str, int | None]:
