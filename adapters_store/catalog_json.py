@@ -1,4 +1,8 @@
-"""How a catalog is written in the store: JSON that ends with a SHA-256 of everything before."""
+"""How a catalog is written in the store: JSON that ends with a SHA-256 of everything before.
+
+A version is a short row, and what many versions share stands once in "kinds": thousands of versions
+are read and written in some milliseconds, for which everything else in the process waits.
+"""
 
 import hashlib
 import json
@@ -18,11 +22,12 @@ from granatum.adapters_store.catalog import (
 from granatum.v1.errors import Internal
 
 _FORMAT = 2
-_WITHOUT_SUM = 1
-"""The format before there was a checksum."""
+_OLD_FORMAT = 1
 _AT_ONCE = 500
 """Versions to write in one go: the interpreter is held by a millisecond's work at most."""
 _END = re.compile(rb',"sha256":"([0-9a-f]{64})"}')
+_Kind = tuple[tuple[str, ...], str]
+"""The projections that a version adapts, and its base model's fingerprint."""
 _END_BYTES = len(b',"sha256":""}') + 64
 
 
@@ -47,12 +52,13 @@ def decode(data: bytes) -> tuple[Catalog, str]:
     """The catalog and its revision. Raises CatalogDamaged if `data` is not what was written."""
     try:
         fields = json.loads(data)
-        if fields["format"] == _FORMAT:
-            _check_sum(data)
-        elif fields["format"] != _WITHOUT_SUM:
+        if fields["format"] == _OLD_FORMAT:
+            return _old_catalog(fields), fields["revision"]
+        if fields["format"] != _FORMAT:
             raise ValueError(f"format {fields['format']}")
+        _check_sum(data)
         return _catalog(fields), fields["revision"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CatalogDamaged from error
 
 
@@ -64,45 +70,38 @@ def _check_sum(data: bytes) -> None:
 
 def _parts(catalog: Catalog, revision: str) -> Iterator[str]:
     """The JSON in pieces, without its checksum and last brace."""
+    kinds: dict[_Kind, int] = {}
     yield f'{{"format":{_FORMAT},"revision":{_json(revision)},"adapters":{{'
     for place, (name, adapter) in enumerate(catalog.adapters.items()):
-        fields = _json(
-            {
-                "next_version": adapter.next_version,
-                "visibility": adapter.visibility.value,
-                "emptied": adapter.emptied,
-            }
-        )
-        yield f'{"," if place else ""}{_json(name)}:{fields[:-1]},"versions":['
-        yield from _versions(adapter)
-        yield "]}"
-    aliases = {
-        alias: {"name": at.name, "version": at.version} for alias, at in catalog.aliases.items()
-    }
+        head = [adapter.next_version, adapter.visibility.value, adapter.emptied]
+        yield f"{',' if place else ''}{_json(name)}:{_json(head)[:-1]},["
+        yield from _rows(adapter, kinds)
+        yield "]]"
+    aliases = {alias: [at.name, at.version] for alias, at in catalog.aliases.items()}
     retired = {digest: [gone.at, gone.size_bytes] for digest, gone in catalog.retired.items()}
-    yield f'}},"aliases":{_json(aliases)},"retired":{_json(retired)}'
-    yield f',"floors":{_json(catalog.floors)}'
+    yield f'}},"kinds":{_json(list(kinds))},"aliases":{_json(aliases)},'
+    yield f'"retired":{_json(retired)},"floors":{_json(catalog.floors)}'
 
 
-def _versions(adapter: Adapter) -> Iterator[str]:
+def _rows(adapter: Adapter, kinds: dict[_Kind, int]) -> Iterator[str]:
     left = iter(adapter.versions)
     separator = ""
-    while batch := [_fields(version) for version in islice(left, _AT_ONCE)]:
+    while batch := [_row(version, kinds) for version in islice(left, _AT_ONCE)]:
         yield separator + _json(batch)[1:-1]
         separator = ","
 
 
-def _fields(version: Version) -> dict[str, object]:
-    return {
-        "version": version.version,
-        "digest": version.digest,
-        "size_bytes": version.size_bytes,
-        "max_rank": version.max_rank,
-        "target_modules": version.target_modules,
-        "create_time": version.create_time,
-        "base_fingerprint": version.base_fingerprint,
-        "elements": version.elements,
-    }
+def _row(version: Version, kinds: dict[_Kind, int]) -> list[object]:
+    kind = version.target_modules, version.base_fingerprint
+    return [
+        version.version,
+        version.digest,
+        version.size_bytes,
+        version.max_rank,
+        version.create_time,
+        version.elements,
+        kinds.setdefault(kind, len(kinds)),
+    ]
 
 
 def _json(value: object) -> str:
@@ -110,26 +109,41 @@ def _json(value: object) -> str:
 
 
 def _catalog(fields: dict[str, Any]) -> Catalog:
+    kinds = [(tuple(targets), base) for targets, base in fields["kinds"]]
     return Catalog(
-        adapters={name: _adapter(value) for name, value in fields["adapters"].items()},
+        adapters={name: _adapter(row, kinds) for name, row in fields["adapters"].items()},
+        aliases={alias: Alias(*at) for alias, at in fields["aliases"].items()},
+        retired={digest: Retired(*gone) for digest, gone in fields["retired"].items()},
+        floors=fields["floors"],
+    )
+
+
+def _adapter(row: list[Any], kinds: list[_Kind]) -> Adapter:
+    next_version, visibility, emptied, rows = row
+    versions = tuple(_version(row, kinds) for row in rows)
+    return Adapter(next_version, Visibility(visibility), versions, emptied)
+
+
+def _version(row: list[Any], kinds: list[_Kind]) -> Version:
+    number, digest, size_bytes, max_rank, create_time, elements, kind = row
+    targets, base = kinds[kind]
+    return Version(number, digest, size_bytes, max_rank, targets, create_time, base, elements)
+
+
+def _old_catalog(fields: dict[str, Any]) -> Catalog:
+    """As it was written before there was a checksum."""
+    return Catalog(
+        adapters={
+            name: Adapter(
+                next_version=adapter["next_version"],
+                visibility=Visibility(adapter["visibility"]),
+                versions=tuple(
+                    Version(**{**version, "target_modules": tuple(version["target_modules"])})
+                    for version in adapter["versions"]
+                ),
+            )
+            for name, adapter in fields["adapters"].items()
+        },
         aliases={alias: Alias(**at) for alias, at in fields["aliases"].items()},
-        retired={digest: _retired(value) for digest, value in fields["retired"].items()},
-        floors=fields.get("floors", {}),
+        retired={digest: Retired(at) for digest, at in fields["retired"].items()},
     )
-
-
-def _adapter(fields: dict[str, Any]) -> Adapter:
-    return Adapter(
-        next_version=fields["next_version"],
-        visibility=Visibility(fields["visibility"]),
-        versions=tuple(
-            Version(**{**version, "target_modules": tuple(version["target_modules"])})
-            for version in fields["versions"]
-        ),
-        emptied=fields.get("emptied", 0.0),
-    )
-
-
-def _retired(value: Any) -> Retired:
-    """From [time, bytes], or from the time alone, as catalogs without a checksum have it."""
-    return Retired(*value) if isinstance(value, list) else Retired(value)
