@@ -20,10 +20,11 @@ from uuid import uuid4
 import structlog
 
 from granatum.adapters_store.incoming import FILES, adapter_digest
-from granatum.adapters_store.names import check_digest
+from granatum.adapters_store.names import check_digest, is_digest
 from granatum.adapters_store.objects import Listed, Objects
 from granatum.adapters_store.peft_config import CONFIG_FILE
 from granatum.adapters_store.safetensors_file import WEIGHTS_FILE
+from granatum.adapters_store.strays import Strays, epoch_in
 from granatum.v1.errors import NotFound, Unavailable
 
 EPOCH_S = 3600
@@ -71,23 +72,24 @@ class Blobs:
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
+        self._strays = Strays()
 
     async def put(self, digest: str, files: Iterable[Path], epoch: int) -> None:
-        """Store the files, unless this epoch has them."""
-        prefix = f"{PREFIX}/{digest}/{epoch}"
-        sizes = {listed.key: listed.size for listed in await self._objects.listing(prefix)}
+        """Store the files in this epoch, over what may be there: that might be damaged."""
         for path in files:
-            key = f"{prefix}/{path.name}"
-            if sizes.get(key) != path.stat().st_size:
-                await self._objects.put_file(key, path)
+            await self._objects.put_file(f"{PREFIX}/{digest}/{epoch}/{path.name}", path)
 
     async def listing(self, digest: str | None = None) -> list[Blob]:
         """The blobs of one digest, or all; newest first within a digest."""
         prefix = PREFIX if digest is None else f"{PREFIX}/{digest}"
         found: dict[tuple[str, int], dict[str, Listed]] = {}
         for listed in await self._objects.listing(prefix):
-            _, owner, epoch, name = listed.key.split("/")
-            found.setdefault((owner, int(epoch)), {})[name] = listed
+            place = _place(listed.key)
+            if place is None:
+                self._strays.leave(listed.key)
+            else:
+                owner, epoch, name = place
+                found.setdefault((owner, epoch), {})[name] = listed
         return [Blob(*key, found[key]) for key in sorted(found, reverse=True)]
 
     async def fetch(self, digest: str, directory: Path) -> AdapterFiles:
@@ -141,6 +143,15 @@ class Blobs:
             ]
             for data in await asyncio.gather(*reads):
                 yield data or b""
+
+
+def _place(key: str) -> tuple[str, int, str] | None:
+    """Digest, epoch and file name of a blob's object; None if the key is no blob's."""
+    parts = key.split("/")
+    if len(parts) != 4 or not is_digest(parts[1]) or parts[3] not in FILES:
+        return None
+    epoch = epoch_in(parts[2])
+    return None if epoch is None else (parts[1], epoch, parts[3])
 
 
 def _append(sink: BinaryIO, sha256: "hashlib._Hash", data: bytes) -> None:

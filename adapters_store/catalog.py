@@ -5,11 +5,18 @@ swaps it in only if nobody else did meanwhile, so whatever holds for a value hol
 aliases are distinct, versions are never given twice, an alias points at a version that exists.
 """
 
+import hashlib
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 
+from granatum.adapters_store.limits import Limits
 from granatum.v1.errors import AlreadyExists, NotFound, Overloaded
+
+MAX_EMPTIED = 1_000
+"""The most names without versions of which a catalog remembers the next version."""
 
 
 class Visibility(Enum):
@@ -30,21 +37,28 @@ class Version:
     target_modules: tuple[str, ...]
     create_time: float
     base_fingerprint: str
+    elements: int = 0
+    """Room that it takes in a runner's arena; 0: uploaded before this was kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A name's versions, oldest first. It stays when all are deleted, for `next_version`."""
+    """A name's versions, oldest first.
+
+    Without versions it stays a while for `next_version`; `emptied` is when the last one went.
+    """
 
     next_version: int = 1
     visibility: Visibility = Visibility.PRIVATE
     versions: tuple[Version, ...] = ()
+    emptied: float = 0.0
 
     def find(self, version: int | None) -> Version | None:
         """That version, or the newest."""
         if version is None:
             return self.versions[-1] if self.versions else None
-        return next((known for known in self.versions if known.version == version), None)
+        at = bisect_left(self.versions, version, key=_number)
+        return next((v for v in self.versions[at : at + 1] if v.version == version), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +70,27 @@ class Alias:
 
 
 @dataclass(frozen=True, slots=True)
+class Retired:
+    """When bytes were last deleted, in Unix seconds, and how many they are."""
+
+    at: float
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True)  # no slots, for what is derived once
 class Catalog:
     """Everything that one tenant has.
 
     `retired` holds when each digest was last deleted, so that its bytes stay for streams in flight.
+    `floors` holds, for each of at most 256 classes of names, where a new name's versions begin:
+    above those of every name of its class that was forgotten. So no number is ever given twice,
+    and the memory of deleted names is bounded.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     aliases: dict[str, Alias] = field(default_factory=dict)
-    retired: dict[str, float] = field(default_factory=dict)
+    retired: dict[str, Retired] = field(default_factory=dict)
+    floors: dict[str, int] = field(default_factory=dict)
 
     def find(self, name: str, version: int | None) -> tuple[str, Version] | None:
         """The adapter's name and version that `name[@version]` or an alias stands for."""
@@ -84,45 +110,91 @@ class Catalog:
         """The latest upload with these bytes, of published adapters only if asked."""
         matching = [
             (name, version)
-            for name, version in self.versions()
-            if version.digest == digest and (not published or self._is_published(name))
+            for name, version in self._by_digest.get(digest, ())
+            if not published or self._is_published(name)
         ]
         return max(matching, key=lambda found: found[1].create_time, default=None)
 
     def versions(self) -> Iterator[tuple[str, Version]]:
         """Every name and version, sorted."""
-        for name in sorted(self.adapters):
-            for version in self.adapters[name].versions:
-                yield name, version
+        return self.versions_after("", 0)
+
+    def versions_after(self, name: str, version: int) -> Iterator[tuple[str, Version]]:
+        """Those that come after `name@version`, sorted."""
+        for later in self._names[bisect_left(self._names, name) :]:
+            versions = self.adapters[later].versions
+            after = version + 1 if later == name else 0
+            for found in versions[bisect_left(versions, after, key=_number) :]:
+                yield later, found
 
     def aliases_of(self, name: str, version: int) -> tuple[str, ...]:
         """The aliases that point at a version, sorted."""
-        target = Alias(name, version)
-        return tuple(sorted(alias for alias, at in self.aliases.items() if at == target))
+        return tuple(self._by_target.get(Alias(name, version), ()))
 
     def published(self) -> frozenset[str]:
         """The digests that other tenants may use."""
-        return frozenset(v.digest for name, v in self.versions() if self._is_published(name))
+        return self._published
+
+    @property
+    def size_bytes(self) -> int:
+        """Of everything stored for the tenant, what was just deleted too."""
+        kept = {digest: found[0][1].size_bytes for digest, found in self._by_digest.items()}
+        gone = (r.size_bytes for digest, r in self.retired.items() if digest not in kept)
+        return sum(kept.values()) + sum(gone)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return sorted(self.adapters)
+
+    @cached_property
+    def _by_digest(self) -> dict[str, list[tuple[str, Version]]]:
+        found: dict[str, list[tuple[str, Version]]] = {}
+        for name, version in self.versions():
+            found.setdefault(version.digest, []).append((name, version))
+        return found
+
+    @cached_property
+    def _by_target(self) -> dict[Alias, list[str]]:
+        found: dict[Alias, list[str]] = {}
+        for alias in sorted(self.aliases):
+            found.setdefault(self.aliases[alias], []).append(alias)
+        return found
+
+    @cached_property
+    def _published(self) -> frozenset[str]:
+        return frozenset(
+            version.digest
+            for name, adapter in self.adapters.items()
+            if self._is_published(name)
+            for version in adapter.versions
+        )
 
     def _is_published(self, name: str) -> bool:
         return self.adapters[name].visibility is Visibility.PUBLISHED
 
-    def check_name_is_free(self, name: str, max_versions: int) -> None:
-        """Raise if a version of `name` cannot be added."""
+    def check_room(self, name: str, digest: str, size_bytes: int, limits: Limits) -> None:
+        """Raise if a version of `name` with these bytes cannot be added."""
         if name in self.aliases:
             raise AlreadyExists(
-                f"{name!r} is an alias: upload under another name, or delete the alias first"
+                f"{name!r} is an alias: upload under another name, or delete the alias first",
+                field="header.name",
             )
-        if sum(1 for _ in self.versions()) >= max_versions:
-            raise Overloaded(
-                f"there are {max_versions} versions already, the most that a tenant may keep: "
-                "delete old ones first"
+        versions = sum(len(adapter.versions) for adapter in self.adapters.values())
+        if versions >= limits.max_versions:
+            raise _full(f"{limits.max_versions:,} versions", "delete old ones first")
+        if versions + len(self.retired) >= 2 * limits.max_versions:
+            raise _full(f"{limits.max_versions:,} deleted versions", "try again in an hour")
+        added = 0 if digest in self._by_digest or digest in self.retired else size_bytes
+        if self.size_bytes + added > limits.max_tenant_bytes:
+            raise _full(
+                f"{limits.max_tenant_bytes:,} bytes of adapters",
+                "delete old ones first; their bytes count for another hour or two",
             )
 
-    def add_version(self, name: str, version: Version, max_versions: int) -> "Catalog":
+    def add_version(self, name: str, version: Version, limits: Limits) -> "Catalog":
         """With the next version of `name`; the number in `version` is replaced by it."""
-        self.check_name_is_free(name, max_versions)
-        adapter = self.adapters.get(name, Adapter())
+        self.check_room(name, version.digest, version.size_bytes, limits)
+        adapter = self.adapters.get(name, Adapter(next_version=self.floors.get(_class(name), 1)))
         added = replace(
             adapter,
             next_version=adapter.next_version + 1,
@@ -136,31 +208,37 @@ class Catalog:
         gone = tuple(v for v in adapter.versions if version in (None, v.version))
         if not gone:
             raise NotFound(_no_such(name, version))
-        left = tuple(v for v in adapter.versions if v not in gone)
-        # A name that is used anew must not be public because it once was.
-        visibility = adapter.visibility if left else Visibility.PRIVATE
         numbers = {v.version for v in gone}
-        changed = Catalog(
-            adapters={
-                **self.adapters,
-                name: replace(adapter, versions=left, visibility=visibility),
-            },
+        left = tuple(v for v in adapter.versions if v.version not in numbers)
+        if left:
+            adapters = {**self.adapters, name: replace(adapter, versions=left)}
+        else:
+            # A name that is used anew must not be public because it once was.
+            adapters = {other: kept for other, kept in self.adapters.items() if other != name}
+            adapters[name] = Adapter(adapter.next_version, emptied=now)
+        changed = replace(
+            self,
+            adapters=adapters,
             aliases={
                 alias: at
                 for alias, at in self.aliases.items()
                 if at.name != name or at.version not in numbers
             },
-            retired={**self.retired, **{v.digest: now for v in gone}},
+            retired={**self.retired, **{v.digest: Retired(now, v.size_bytes) for v in gone}},
         )
-        return changed, len(gone)
+        return changed.forget(changed.emptied()[:-MAX_EMPTIED]), len(gone)
 
-    def set_alias(self, alias: str, name: str, version: int | None) -> "Catalog":
+    def set_alias(self, alias: str, name: str, version: int | None, limits: Limits) -> "Catalog":
         """With the alias pointing at that version, or at what is the newest now."""
         if self.adapters.get(alias, Adapter()).versions:
-            raise AlreadyExists(f"{alias!r} is an adapter's name: choose another alias")
+            raise AlreadyExists(
+                f"{alias!r} is an adapter's name: choose another alias", field="alias"
+            )
         found = self.adapters.get(name, Adapter()).find(version)
         if found is None:
             raise NotFound(_no_such(name, version))
+        if alias not in self.aliases and len(self.aliases) >= limits.max_aliases:
+            raise _full(f"{limits.max_aliases:,} aliases", "delete one first")
         return replace(self, aliases={**self.aliases, alias: Alias(name, found.version)})
 
     def delete_alias(self, alias: str) -> "Catalog":
@@ -180,9 +258,37 @@ class Catalog:
             self, adapters={**self.adapters, name: replace(adapter, visibility=visibility)}
         )
 
-    def forget_retired(self, before: float) -> "Catalog":
-        """Without the memory of digests deleted before that time."""
-        return replace(self, retired={d: at for d, at in self.retired.items() if at >= before})
+    def forget_deleted(self, before: float) -> "Catalog":
+        """Without the memory of digests and names deleted before that time."""
+        kept = {digest: gone for digest, gone in self.retired.items() if gone.at >= before}
+        names = [name for name in self.emptied() if self.adapters[name].emptied < before]
+        return replace(self, retired=kept).forget(names)
+
+    def emptied(self) -> list[str]:
+        """The names without versions, the first to lose its last one first."""
+        return [name for name, adapter in self.adapters.items() if not adapter.versions]
+
+    def forget(self, names: list[str]) -> "Catalog":
+        """Without these names; the floors of their classes rise above them."""
+        floors = dict(self.floors)
+        for name in names:
+            of = _class(name)
+            floors[of] = max(floors.get(of, 1), self.adapters[name].next_version)
+        gone = set(names)
+        kept = {name: adapter for name, adapter in self.adapters.items() if name not in gone}
+        return replace(self, adapters=kept, floors=floors)
+
+
+def _number(version: Version) -> int:
+    return version.version
+
+
+def _class(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:2]
+
+
+def _full(what: str, advice: str) -> Overloaded:
+    return Overloaded(f"there are {what} already, the most that a tenant may keep: {advice}")
 
 
 def _no_such(name: str, version: int | None) -> str:

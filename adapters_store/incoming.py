@@ -1,6 +1,5 @@
 """An upload on its way in: declared first, then checked byte by byte as it arrives."""
 
-import asyncio
 import hashlib
 import re
 from collections.abc import AsyncIterator
@@ -12,6 +11,7 @@ from granatum.adapters_store.limits import Limits
 from granatum.adapters_store.names import check_name, shown
 from granatum.adapters_store.peft_config import CONFIG_FILE
 from granatum.adapters_store.safetensors_file import WEIGHTS_FILE
+from granatum.adapters_store.threads import until_done
 from granatum.v1.errors import InvalidAdapter, Unavailable
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -38,13 +38,14 @@ class UploadHeader:
 
     def check(self, limits: Limits) -> None:
         """Raise InvalidRequest or InvalidAdapter unless it declares an adapter within `limits`."""
-        check_name(self.name)
-        for file in self.files:
+        check_name(self.name, field="header.name")
+        for file in self.files[: len(FILES) + 1]:
             _check_file_name(file.name)
         names = tuple(file.name for file in self.files)
         if names != FILES:
-            listed = ", ".join(names) or "no files"
-            raise InvalidAdapter(
+            many = len(names) > 2 * len(FILES)
+            listed = f"{len(names):,} files" if many else ", ".join(names) or "no files"
+            raise _undeclared(
                 f"the upload declares {listed}: declare {' and '.join(FILES)}, each once, in this "
                 "order"
             )
@@ -77,12 +78,8 @@ async def receive(
     """
     with _Receiver(header.files, directory) as receiver:
         async for chunk in chunks:
-            write = asyncio.ensure_future(asyncio.to_thread(receiver.write, chunk))
-            try:
-                await asyncio.shield(write)
-            finally:
-                # A cancelled upload must not leave a thread behind that makes files.
-                await asyncio.wait({write})
+            # A cancelled upload must not leave a thread behind that makes files.
+            await until_done(receiver.write, chunk)
         receiver.finish()
     return directory / CONFIG_FILE, directory / WEIGHTS_FILE
 
@@ -108,7 +105,9 @@ class _Receiver:
         while chunk:
             if not self._missing:
                 last = self._files[-1].name
-                raise InvalidAdapter(f"{last}: more bytes arrived than the upload declared")
+                raise InvalidAdapter(
+                    f"{last}: more bytes arrived than the upload declared", field="chunk"
+                )
             part, chunk = chunk[: self._missing], chunk[self._missing :]
             self._append(part)
             if not self._missing:
@@ -119,7 +118,8 @@ class _Receiver:
         if self._missing:
             raise InvalidAdapter(
                 f"{self._file.name}: the upload ended {self._missing} bytes short of the "
-                f"{self._file.size_bytes} declared"
+                f"{self._file.size_bytes} declared",
+                field="chunk",
             )
 
     def _begin_file(self) -> None:
@@ -146,35 +146,38 @@ class _Receiver:
             raise InvalidAdapter(
                 f"{self._file.name}: the bytes that arrived have SHA-256 "
                 f"{self._sha256.hexdigest()}, not the declared {self._file.sha256}: it was damaged "
-                "on the way, or changed while it was read"
+                "on the way, or changed while it was read",
+                field="chunk",
             )
         if self._waiting:
             self._begin_file()
+
+
+def _undeclared(text: str) -> InvalidAdapter:
+    return InvalidAdapter(text, field="header.files")
 
 
 def _check_file_name(name: str) -> None:
     if name in FILES:
         return
     if "/" in name or "\\" in name or ".." in name:
-        raise InvalidAdapter(f"file {shown(name)}: a file's name must not be a path")
+        raise _undeclared(f"file {shown(name)}: a file's name must not be a path")
     if _PICKLE.fullmatch(name):
-        raise InvalidAdapter(
+        raise _undeclared(
             f"file {shown(name)} is a pickle, which could run code: "
             "save with save_pretrained(..., safe_serialization=True)"
         )
-    raise InvalidAdapter(
-        f"file {shown(name)} is no part of an adapter: upload {' and '.join(FILES)}"
-    )
+    raise _undeclared(f"file {shown(name)} is no part of an adapter: upload {' and '.join(FILES)}")
 
 
 def _check_declaration(file: FileDeclaration, maximum: int) -> None:
     if _SHA256.fullmatch(file.sha256) is None:
-        raise InvalidAdapter(
+        raise _undeclared(
             f"{file.name}: declare its SHA-256 as 64 hexadecimal digits in lower case"
         )
     if file.size_bytes < 1:
-        raise InvalidAdapter(f"{file.name}: it is declared empty")
+        raise _undeclared(f"{file.name}: it is declared empty")
     if file.size_bytes > maximum:
-        raise InvalidAdapter(
+        raise _undeclared(
             f"{file.name}: {file.size_bytes} bytes are declared, more than the {maximum} allowed"
         )

@@ -11,11 +11,35 @@ class Limits:
     """Of adapter_model.safetensors."""
     max_config_bytes: int = 1 << 20
     """Of adapter_config.json."""
-    max_header_bytes: int = 8 << 20
-    """Of the safetensors header."""
+    max_header_bytes: int = 2 << 20
+    """Of the safetensors header, which is parsed at one go while everything else waits."""
     max_rank: int = 256
     max_versions: int = 10_000
     """Of all of one tenant's adapters together."""
+    max_tenant_bytes: int = 1 << 40
+    """Of all of one tenant's adapters together, equal bytes counted once."""
+    max_aliases: int = 1_000
+    """Of one tenant."""
 
 
 DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The largest adapter that a runner serves; 0 where it did not say."""
+
+    max_rank: int = 0
+    max_elements: int = 0
+
+    def has_rank(self, rank: int) -> bool:
+        """Whether an adapter of this rank is served."""
+        return not self.max_rank or rank <= self.max_rank
+
+    def has_elements(self, elements: int) -> bool:
+        """Whether an adapter of this many elements fits."""
+        return not self.max_elements or elements <= self.max_elements
+
+
+Fleet = tuple[Room, ...]
+"""The runners' rooms; empty where none is known."""

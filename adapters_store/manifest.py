@@ -1,6 +1,6 @@
 """What everyone else sees of an adapter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from granatum.adapters_store.catalog import Catalog, Version, Visibility
 
@@ -23,6 +23,8 @@ class Manifest:
     visibility: Visibility
     aliases: tuple[str, ...]
     base_fingerprint: str
+    elements: int = 0
+    """Room that it takes in a runner's arena; 0: unknown."""
 
     @classmethod
     def of(cls, catalog: Catalog, tenant: str, name: str, version: Version) -> "Manifest":
@@ -39,7 +41,12 @@ class Manifest:
             visibility=catalog.adapters[name].visibility,
             aliases=catalog.aliases_of(name, version.version),
             base_fingerprint=version.base_fingerprint,
+            elements=version.elements,
         )
+
+    def for_strangers(self) -> "Manifest":
+        """What another tenant sees: aliases are the owner's alone."""
+        return replace(self, aliases=())
 
     @property
     def full_name(self) -> str:

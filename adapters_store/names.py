@@ -13,17 +13,30 @@ _SYNTAX = "1 to 64 of a-z, 0-9, '-', '_' and '.', beginning with a letter or dig
 _SHOWN = 80
 
 
-def check_name(text: str, what: str = "adapter name") -> str:
-    """`text`, if it can name a tenant, an adapter or an alias; InvalidRequest if not."""
-    if _NAME.fullmatch(text) is None:
-        raise InvalidRequest(f"{shown(text)} is no valid {what}: give {_SYNTAX}")
+def is_name(text: str) -> bool:
+    """Whether `text` can name a tenant, an adapter or an alias."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_digest(text: str) -> bool:
+    """Whether `text` is 64 hexadecimal digits in lower case."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+def check_name(text: str, what: str = "adapter name", field: str | None = None) -> str:
+    """`text`, if it can name a tenant, an adapter or an alias; InvalidRequest if not.
+
+    `field` is the request's field that holds it.
+    """
+    if not is_name(text):
+        raise InvalidRequest(f"{shown(text)} is no valid {what}: give {_SYNTAX}", field=field)
     return text
 
 
-def check_digest(text: str) -> str:
+def check_digest(text: str, field: str | None = None) -> str:
     """`text`, if it is a digest (64 hexadecimal digits); InvalidRequest if not."""
-    if _DIGEST.fullmatch(text) is None:
-        raise InvalidRequest(f"{shown(text)} is no digest: give 64 of 0-9, a-f")
+    if not is_digest(text):
+        raise InvalidRequest(f"{shown(text)} is no digest: give 64 of 0-9, a-f", field=field)
     return text
 
 
@@ -45,19 +58,19 @@ class AdapterRef:
     digest: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "AdapterRef":
+    def parse(cls, text: str, field: str = "adapter") -> "AdapterRef":
         """Read `name`, `name@version`, `tenant/name[@version]` or `sha256:<digest>`.
 
-        Raises InvalidRequest for anything else.
+        Raises InvalidRequest, which names the request's `field`, for anything else.
         """
         if text.startswith("sha256:"):
-            return cls(digest=check_digest(text.removeprefix("sha256:")))
+            return cls(digest=check_digest(text.removeprefix("sha256:"), field))
         tenant, slash, rest = text.rpartition("/")
         name, at, version = rest.partition("@")
         return cls(
-            name=check_name(name),
-            version=_version(version, text) if at else None,
-            tenant=check_name(tenant, "tenant name") if slash else None,
+            name=check_name(name, field=field),
+            version=_version(version, text, field) if at else None,
+            tenant=check_name(tenant, "tenant name", field) if slash else None,
         )
 
     def __str__(self) -> str:
@@ -67,9 +80,10 @@ class AdapterRef:
         return f"{prefix}{self.name}" + ("" if self.version is None else f"@{self.version}")
 
 
-def _version(version: str, text: str) -> int:
+def _version(version: str, text: str, field: str) -> int:
     if _VERSION.fullmatch(version) is None or int(version) > MAX_VERSION:
         raise InvalidRequest(
-            f"{shown(text)}: a version is a whole number from 1 on, as in 'support-bot@3'"
+            f"{shown(text)}: a version is a whole number from 1 on, as in 'support-bot@3'",
+            field=field,
         )
     return int(version)

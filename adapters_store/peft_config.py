@@ -1,21 +1,23 @@
 """What PEFT's adapter_config.json says: which modules are adapted, with which rank and scale."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from granatum.adapters_store.base_model import PARENTS, PROJECTIONS, BaseModel
+from granatum.adapters_store.json_text import parse_object
 from granatum.adapters_store.names import shown
-from granatum.adapters_store.pattern import Budget, Pattern, PatternError
+from granatum.adapters_store.pattern import MAX_LENGTH, MAX_PATTERNS, PatternError, Question, ask
 from granatum.adapters_store.peft_options import check_options
 from granatum.v1.errors import InvalidAdapter
 
 CONFIG_FILE = "adapter_config.json"
 _ALL_LINEAR = "all-linear"
 _MAX_ALPHA = 1e30  # scales are applied in float32
-T = TypeVar("T")
+_MAX_RANK = 1 << 20
+"""Above any limit that a server may set."""
+_MAX_LAYERS_PATTERNS = 64
 # What PEFT targets in each of our families when target_modules is null.
 _DEFAULT_TARGETS = ["q_proj", "v_proj"]
 
@@ -45,34 +47,41 @@ class Names:
 
 
 @dataclass(frozen=True, slots=True)
+class Expression:
+    """A regular expression for a module's whole name."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class PeftConfig:
     """A LoRA configuration with PEFT's semantics. `targets` None stands for "all-linear"."""
 
     rank: int
     alpha: float
     use_rslora: bool
-    rank_pattern: tuple[tuple[Pattern, int], ...]
-    alpha_pattern: tuple[tuple[Pattern, float], ...]
-    targets: Names | Pattern | None
-    exclude: Names | Pattern
+    rank_pattern: tuple[tuple[str, int], ...]
+    alpha_pattern: tuple[tuple[str, float], ...]
+    targets: Names | Expression | None
+    exclude: Names | Expression
     layers: frozenset[int] | None
-    layers_pattern: tuple[str, ...]
+    layers_pattern: frozenset[str]
 
     @classmethod
     def parse(cls, data: bytes) -> "PeftConfig":
         """Read the file. InvalidAdapter names the field that is wrong or cannot be served."""
-        fields = _object(data)
+        fields = parse_object(data, _not_json)
         check_options(fields)
         return cls(
             rank=_rank(fields.get("r", 8), "r"),
             alpha=_number(fields.get("lora_alpha", 8), "lora_alpha"),
             use_rslora=_flag(fields.get("use_rslora", False), "use_rslora"),
             rank_pattern=tuple(
-                (pattern, _rank(value, f"rank_pattern[{shown(pattern.text)}]"))
+                (pattern, _rank(value, f"rank_pattern[{shown(pattern)}]"))
                 for pattern, value in _patterns(fields, "rank_pattern")
             ),
             alpha_pattern=tuple(
-                (pattern, _number(value, f"alpha_pattern[{shown(pattern.text)}]"))
+                (pattern, _number(value, f"alpha_pattern[{shown(pattern)}]"))
                 for pattern, value in _patterns(fields, "alpha_pattern")
             ),
             targets=_targets(fields.get("target_modules")),
@@ -82,52 +91,81 @@ class PeftConfig:
         )
 
     def modules(self, base: BaseModel) -> dict[tuple[int, str], ModuleSpec]:
-        """Each adapted (layer, projection), in that order, with its rank and scale.
+        """Each adapted (layer, projection), in that order, with its rank and scale. May block.
 
-        Raises InvalidAdapter if nothing of `base` is adapted, or something beside the projections.
+        Raises InvalidAdapter if nothing of `base` is adapted, or something beside the projections,
+        or if a pattern takes too long to match; Unavailable if the machine is too busy to tell.
         """
-        budget = Budget()
-        for name in _other_modules(base):
-            if self._is_target(name, budget):
-                raise _invalid(f"target_modules matches {name}, {_ONLY}")
-        modules = {
-            (layer, projection): self._spec(name, budget)
+        places = {
+            base.module_name(layer, projection): (layer, projection)
             for layer in range(base.num_layers)
             for projection in PROJECTIONS
-            if self._is_target(name := base.module_name(layer, projection), budget)
         }
-        if not modules:
+        selected = self._selected((*_other_modules(base), *places))
+        for name in selected:
+            if name not in places:
+                raise _invalid(f"target_modules matches {name}, {_ONLY}")
+        if not selected:
             raise _invalid(
                 "target_modules matches no module of the base model: a list holds names such as "
                 "'q_proj', a string is a regular expression for the whole name, such as "
                 "'.*[.]q_proj'"
             )
-        return modules
+        return {places[name]: spec for name, spec in self._specs(selected).items()}
 
-    def _is_target(self, name: str, budget: Budget) -> bool:
-        if _selects(self.exclude, name, budget, "exclude_modules"):
-            return False
+    def _selected(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The modules that are adapted, in their order."""
+        expressions = {
+            field: (choice.text,)
+            for field, choice in (
+                ("target_modules", self.targets),
+                ("exclude_modules", self.exclude),
+            )
+            if isinstance(choice, Expression)
+        }
+        found = _ask(expressions, names, whole=True)
+        included = found.get("target_modules", {})
+        excluded = found.get("exclude_modules", {})
+        return tuple(
+            name
+            for name in names
+            if not (name in excluded or _is_listed(self.exclude, name))
+            and (name in included or self._is_listed_target(name))
+        )
+
+    def _is_listed_target(self, name: str) -> bool:
         if self.targets is None:
             return name.rpartition(".")[2] in PROJECTIONS
-        if not _selects(self.targets, name, budget, "target_modules"):
+        if isinstance(self.targets, Expression) or not self.targets.matches(name):
             return False
         # PEFT looks at layers only where a name is matched by its end.
-        whole = isinstance(self.targets, Pattern) or name in self.targets.names
-        return whole or self._is_in_layers(name)
+        return name in self.targets.names or self._is_in_layers(name)
 
     def _is_in_layers(self, name: str) -> bool:
         if self.layers is None:
             return True
         container, _, rest = name.partition(".layers.")
         layer = rest.partition(".")[0]
-        known = not self.layers_pattern or any(
-            pattern in _suffixes(f"{container}.layers") for pattern in self.layers_pattern
+        known = not self.layers_pattern or not self.layers_pattern.isdisjoint(
+            _suffixes(f"{container}.layers")
         )
         return known and layer.isdigit() and int(layer) in self.layers
 
-    def _spec(self, name: str, budget: Budget) -> ModuleSpec:
-        rank = _first(self.rank_pattern, name, budget, "rank_pattern", self.rank)
-        alpha = _first(self.alpha_pattern, name, budget, "alpha_pattern", self.alpha)
+    def _specs(self, names: tuple[str, ...]) -> dict[str, ModuleSpec]:
+        """Each module's rank and scale: by the first pattern that matches, or the general ones."""
+        patterns = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        texts = {field: tuple(text for text, _ in pairs) for field, pairs in patterns.items()}
+        found = _ask({field: given for field, given in texts.items() if given}, names, whole=False)
+        ranks, alphas = found.get("rank_pattern", {}), found.get("alpha_pattern", {})
+        return {
+            name: self._spec(
+                self.rank_pattern[ranks[name]][1] if name in ranks else self.rank,
+                self.alpha_pattern[alphas[name]][1] if name in alphas else self.alpha,
+            )
+            for name in names
+        }
+
+    def _spec(self, rank: int, alpha: float) -> ModuleSpec:
         return ModuleSpec(rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
 
 
@@ -135,7 +173,11 @@ _ONLY = f"but only {', '.join(PROJECTIONS)} of the decoder layers can be adapted
 
 
 def _invalid(text: str) -> InvalidAdapter:
-    return InvalidAdapter(f"{CONFIG_FILE}: {text}")
+    return InvalidAdapter(f"{CONFIG_FILE}: {text}", field=CONFIG_FILE)
+
+
+def _not_json(text: str) -> InvalidAdapter:
+    return _invalid(f"{text}: upload what PEFT's save_pretrained wrote")
 
 
 def _suffixes(name: str) -> Iterator[str]:
@@ -157,40 +199,25 @@ def _other_modules(base: BaseModel) -> Iterator[str]:
         yield f"{prefix}.post_attention_layernorm"
 
 
-def _selects(selection: Names | Pattern, name: str, budget: Budget, field: str) -> bool:
-    if isinstance(selection, Names):
-        return selection.matches(name)
-    return _matches(selection, name, [0], budget, field)
+def _is_listed(choice: Names | Expression, name: str) -> bool:
+    return isinstance(choice, Names) and choice.matches(name)
 
 
-def _matches(pattern: Pattern, name: str, starts: list[int], budget: Budget, field: str) -> bool:
+def _ask(
+    patterns: Mapping[str, tuple[str, ...]], names: tuple[str, ...], *, whole: bool
+) -> dict[str, dict[str, int]]:
+    """By field, the names that a pattern matches, each with the number of the first."""
+    questions = [Question(field, texts, names, whole) for field, texts in patterns.items()]
     try:
-        return pattern.matches(name, starts, budget)
+        answers = ask(questions)
     except PatternError as error:
-        raise _invalid(f"{field}: the pattern {shown(pattern.text)} {error}") from error
-
-
-def _first(
-    patterns: tuple[tuple[Pattern, T], ...], name: str, budget: Budget, field: str, default: T
-) -> T:
-    """The value of the first pattern that matches the name, or its end after a dot."""
-    starts = [0, *(i + 1 for i, character in enumerate(name) if character == ".")]
-    for pattern, value in patterns:
-        if _matches(pattern, name, starts, budget, field):
-            return value
-    return default
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise _invalid(
-            f"is not JSON ({error}): upload what PEFT's save_pretrained wrote"
-        ) from error
-    if not isinstance(fields, dict):
-        raise _invalid("is not a JSON object: upload what PEFT's save_pretrained wrote")
-    return fields
+        raise _invalid(f"{error.field}: the pattern {shown(error.pattern)} {error}") from error
+    return {
+        question.field: {
+            name: first for name, first in zip(names, answer, strict=True) if first is not None
+        }
+        for question, answer in zip(questions, answers, strict=True)
+    }
 
 
 def _flag(value: object, field: str) -> bool:
@@ -200,8 +227,8 @@ def _flag(value: object, field: str) -> bool:
 
 
 def _rank(value: object, field: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _invalid(f"{field} must be a whole number from 1 on")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_RANK:
+        raise _invalid(f"{field} must be a whole number from 1 to {_MAX_RANK:,}")
     return value
 
 
@@ -217,19 +244,22 @@ def _number(value: object, field: str) -> float:
     return number
 
 
-def _patterns(fields: Mapping[str, Any], field: str) -> Iterator[tuple[Pattern, object]]:
+def _patterns(fields: Mapping[str, Any], field: str) -> Iterator[tuple[str, object]]:
     patterns = fields.get(field) or {}
     if not isinstance(patterns, dict):
         raise _invalid(f"{field} must be an object of patterns and numbers")
+    if len(patterns) > MAX_PATTERNS:
+        raise _invalid(f"{field} has {len(patterns):,} patterns: give at most {MAX_PATTERNS:,}")
     for text, value in patterns.items():
         yield _pattern(text, field), value
 
 
-def _pattern(text: str, field: str) -> Pattern:
-    try:
-        return Pattern(text)
-    except PatternError as error:
-        raise _invalid(f"{field}: the pattern {shown(text)} {error}") from error
+def _pattern(text: str, field: str) -> str:
+    if len(text) > MAX_LENGTH:
+        raise _invalid(
+            f"{field}: the pattern {shown(text)} is longer than {MAX_LENGTH:,} characters"
+        )
+    return text
 
 
 def _names(value: object, field: str) -> Names:
@@ -238,18 +268,18 @@ def _names(value: object, field: str) -> Names:
     return Names(frozenset(value))
 
 
-def _targets(value: object) -> Names | Pattern | None:
+def _targets(value: object) -> Names | Expression | None:
     if value is None:
         return _names(_DEFAULT_TARGETS, "target_modules")
     if isinstance(value, str):
         all_linear = value.lower() == _ALL_LINEAR
-        return None if all_linear else _pattern(value, "target_modules")
+        return None if all_linear else Expression(_pattern(value, "target_modules"))
     return _names(value, "target_modules")
 
 
-def _exclude(value: object) -> Names | Pattern:
+def _exclude(value: object) -> Names | Expression:
     if isinstance(value, str) and value:
-        return _pattern(value, "exclude_modules")
+        return Expression(_pattern(value, "exclude_modules"))
     return _names(value or [], "exclude_modules")
 
 
@@ -267,12 +297,15 @@ def _layers(fields: Mapping[str, Any]) -> frozenset[int] | None:
     return frozenset(layers) or None
 
 
-def _layers_pattern(fields: Mapping[str, Any]) -> tuple[str, ...]:
+def _layers_pattern(fields: Mapping[str, Any]) -> frozenset[str]:
     value = fields.get("layers_pattern") or []
     patterns = [value] if isinstance(value, str) else value
-    if not isinstance(patterns, list) or not all(_is_path(pattern) for pattern in patterns):
-        raise _invalid("layers_pattern must be the name of the list of layers, such as 'layers'")
-    return tuple(patterns)
+    few = isinstance(patterns, list) and len(patterns) <= _MAX_LAYERS_PATTERNS
+    if not few or not all(_is_path(pattern) for pattern in patterns):
+        raise _invalid(
+            "layers_pattern must be the name of the list of layers, such as 'layers', or a few"
+        )
+    return frozenset(patterns)
 
 
 def _is_path(value: object) -> bool:

@@ -93,4 +93,7 @@ def _is_neutral(name: str, value: object) -> bool:
 
 def _refused(name: str, value: object, reason: str) -> InvalidAdapter:
     option = name if name.isidentifier() and len(name) <= 64 else shown(name)
-    return InvalidAdapter(f"adapter_config.json: {option} is {shown(json.dumps(value))}: {reason}")
+    return InvalidAdapter(
+        f"adapter_config.json: {option} is {shown(json.dumps(value))}: {reason}",
+        field="adapter_config.json",
+    )

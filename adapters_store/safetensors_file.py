@@ -4,13 +4,13 @@ A file is `header length (8 bytes, little-endian) | header (JSON) | data`. The h
 tensor's dtype, shape and place in the data; together the tensors must cover the data exactly.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
+from granatum.adapters_store.json_text import parse_object
 from granatum.adapters_store.limits import Limits
 from granatum.adapters_store.names import shown
 from granatum.v1.errors import InvalidAdapter
@@ -42,7 +42,7 @@ class TensorEntry:
 
 def invalid_weights(text: str) -> InvalidAdapter:
     """The error of a bad weights file."""
-    return InvalidAdapter(f"{WEIGHTS_FILE}: {text}")
+    return InvalidAdapter(f"{WEIGHTS_FILE}: {text}", field=WEIGHTS_FILE)
 
 
 def read_header(path: Path, limits: Limits) -> dict[str, TensorEntry]:
@@ -50,7 +50,7 @@ def read_header(path: Path, limits: Limits) -> dict[str, TensorEntry]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = _header_length(file, size, limits)
-        header = _parse(file.read(length))
+        header = parse_object(file.read(length), _invalid_header)
     data_begin = _LENGTH_BYTES + length
     entries = [_entry(name, fields, data_begin) for name, fields in _tensors(header)]
     _check_cover(entries, data_begin, size)
@@ -80,27 +80,8 @@ def _header_length(file: BinaryIO, size: int, limits: Limits) -> int:
     return length
 
 
-def _parse(data: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise invalid_weights(f"the header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise invalid_weights("the header is not a JSON object")
-    return header
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise invalid_weights(f"the header names {shown(name)} twice")
-        fields[name] = value
-    return fields
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not allowed")
+def _invalid_header(text: str) -> InvalidAdapter:
+    return invalid_weights(f"the header {text}")
 
 
 def _tensors(header: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -115,7 +96,7 @@ def _entry(name: str, fields: Any, data_begin: int) -> TensorEntry:
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise _bad(name, "its header entry must have dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if dtype not in ITEM_SIZES:
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise _bad(
             name,
             f"dtype {shown(str(dtype))} cannot be served: save it as float32, float16 or bfloat16",

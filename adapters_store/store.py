@@ -1,31 +1,35 @@
 """The adapter store: what tenants upload, what their requests resolve to, what runners fetch."""
 
 import asyncio
-import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from tempfile import mkdtemp
+from weakref import WeakValueDictionary
 
 import structlog
 
 from granatum.adapters_store.base_model import BaseModel
 from granatum.adapters_store.blobs import AdapterFiles, Blobs, epoch_of
 from granatum.adapters_store.catalog import Catalog, Version, Visibility
+from granatum.adapters_store.catalog_json import CatalogDamaged
 from granatum.adapters_store.garbage import COMMIT_WITHIN_S, Collected, collect
 from granatum.adapters_store.incoming import UploadHeader, receive
-from granatum.adapters_store.limits import DEFAULT_LIMITS, Limits
+from granatum.adapters_store.limits import DEFAULT_LIMITS, Fleet, Limits
 from granatum.adapters_store.location import open_objects
 from granatum.adapters_store.manifest import Manifest, Page
 from granatum.adapters_store.names import AdapterRef, check_name, shown
 from granatum.adapters_store.objects import Objects
+from granatum.adapters_store.scratch import Scratch
 from granatum.adapters_store.tenants import Tenants
+from granatum.adapters_store.threads import until_done
 from granatum.adapters_store.validate import Summary, validate
 from granatum.v1.errors import InvalidRequest, NotFound, PreconditionFailed, Unavailable
 
 MAX_PAGE = 1000
 _UPLOAD_WITHIN_S = 86_400.0
+_VALIDATIONS = 2
 
 log = structlog.get_logger(__name__)
 
@@ -49,6 +53,9 @@ class AdapterStore:
         self._limits = limits
         self._now = now
         self._blobs = Blobs(objects)
+        self._scratch = Scratch(objects.scratch)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._validations = asyncio.Semaphore(_VALIDATIONS)
         self._tenants = Tenants(objects, lambda: epoch_of(now()))
 
     @classmethod
@@ -57,22 +64,29 @@ class AdapterStore:
         return cls(open_objects(url), base, limits)
 
     async def upload(
-        self, tenant: str, header: UploadHeader, chunks: AsyncIterator[bytes]
+        self, tenant: str, header: UploadHeader, chunks: AsyncIterator[bytes], fleet: Fleet = ()
     ) -> tuple[Manifest, bool]:
         """Store the files as the next version of `header.name`; the version, and if it is new.
 
         The bytes of the newest version again give that version. Nothing is visible before
-        everything was checked; whatever fails leaves nothing behind.
+        everything was checked, whether a runner of `fleet` can serve it too; whatever fails leaves
+        nothing behind.
         """
         header.check(self._limits)
         catalog = await self._tenants.read(tenant)
-        catalog.check_name_is_free(header.name, self._limits.max_versions)
-        with _scratch(self._objects.scratch) as directory:
+        catalog.check_room(header.name, header.digest, header.size_bytes, self._limits)
+        with self._scratch.room(header.size_bytes) as directory:
             files = await receive(header, chunks, directory)
-            summary = await asyncio.to_thread(validate, *files, self._base, self._limits)
+            summary = await self._validate(tenant, files, fleet)
             manifest, created = await self._commit(tenant, header, summary, files)
         log.info("adapter uploaded", adapter=manifest.full_name, created=created)
         return manifest, created
+
+    async def _validate(self, tenant: str, files: tuple[Path, Path], fleet: Fleet) -> Summary:
+        """One at a time of a tenant's, and few in all: it costs processor time."""
+        turn = self._turns.setdefault(tenant, asyncio.Lock())
+        async with turn, self._validations:
+            return await until_done(validate, *files, self._base, self._limits, fleet)
 
     async def _commit(
         self, tenant: str, header: UploadHeader, summary: Summary, files: tuple[Path, Path]
@@ -86,6 +100,7 @@ class AdapterStore:
             target_modules=summary.target_modules,
             create_time=begun,
             base_fingerprint=self._base.fingerprint,
+            elements=summary.elements,
         )
         await self._blobs.put(header.digest, files, epoch_of(begun))
 
@@ -97,7 +112,7 @@ class AdapterStore:
             newest = catalog.newest(header.name)
             created = newest is None or newest.digest != header.digest
             if created:
-                catalog = catalog.add_version(header.name, version, self._limits.max_versions)
+                catalog = catalog.add_version(header.name, version, self._limits)
                 newest = catalog.newest(header.name)
             assert newest is not None
             return catalog, (Manifest.of(catalog, tenant, header.name, newest), created)
@@ -135,9 +150,11 @@ class AdapterStore:
         if found is None:
             return None
         manifest = Manifest.of(catalog, owner, *found)
+        if owner == tenant:
+            return manifest
         # Aliases are their tenant's own; published is the name.
         shared = manifest.visibility is Visibility.PUBLISHED and manifest.name == ref.name
-        return manifest if owner == tenant or shared else None
+        return manifest.for_strangers() if shared else None
 
     async def _find_digest(self, tenant: str, digest: str) -> Manifest | None:
         catalog = await self._tenants.read(tenant)
@@ -145,29 +162,29 @@ class AdapterStore:
         if found is not None:
             return Manifest.of(catalog, tenant, *found)
         for owner in await self._tenants.publishers(digest):
-            catalog = await self._tenants.read(owner)
-            found = catalog.find_digest(digest, published=True)
-            if found is not None:
-                return Manifest.of(catalog, owner, *found)
+            with suppress(CatalogDamaged):  # which is that tenant's trouble alone
+                catalog = await self._tenants.read(owner)
+                found = catalog.find_digest(digest, published=True)
+                if found is not None:
+                    return Manifest.of(catalog, owner, *found).for_strangers()
         return None
 
     async def list(self, tenant: str, page_size: int = 0, page_token: str = "") -> Page:
         """The tenant's own adapters, every version, by name and version."""
         size = min(page_size or MAX_PAGE, MAX_PAGE)
         catalog = await self._tenants.read(tenant)
-        after = _position(page_token)
-        rest = [(n, v) for n, v in catalog.versions() if after is None or (n, v.version) > after]
+        rest = list(islice(catalog.versions_after(*_position(page_token)), size + 1))
         page = tuple(Manifest.of(catalog, tenant, name, version) for name, version in rest[:size])
         more = len(rest) > size
         return Page(page, f"{page[-1].name}@{page[-1].version}" if more else "")
 
     async def set_alias(self, tenant: str, alias: str, ref: str) -> Manifest:
         """Point `alias` at a version of the tenant's: `name` (its newest now), `name@version`."""
-        check_name(alias, "alias")
+        check_name(alias, "alias", "alias")
         name, version = _own(tenant, ref)
 
         def point(catalog: Catalog) -> tuple[Catalog, Manifest]:
-            changed = catalog.set_alias(alias, name, version)
+            changed = catalog.set_alias(alias, name, version, self._limits)
             found = changed.find(alias, None)
             assert found is not None
             return changed, Manifest.of(changed, tenant, *found)
@@ -176,7 +193,7 @@ class AdapterStore:
 
     async def delete_alias(self, tenant: str, alias: str) -> None:
         """Remove an alias."""
-        check_name(alias, "alias")
+        check_name(alias, "alias", "alias")
         await self._tenants.change(tenant, lambda catalog: (catalog.delete_alias(alias), None))
 
     async def delete(self, tenant: str, ref: str) -> int:
@@ -195,7 +212,7 @@ class AdapterStore:
 
     async def set_visibility(self, tenant: str, name: str, visibility: Visibility) -> None:
         """Publish all versions of `name` to every tenant, or make them private."""
-        check_name(name)
+        check_name(name, field="name")
         await self._tenants.change(
             tenant, lambda catalog: (catalog.set_visibility(name, visibility), None)
         )
@@ -212,29 +229,24 @@ class AdapterStore:
         return collected
 
 
-@contextmanager
-def _scratch(parent: Path) -> Iterator[Path]:
-    """A directory of its own that goes away, whatever happens."""
-    path = Path(mkdtemp(prefix="upload-", dir=parent))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _own(tenant: str, ref: str) -> tuple[str, int | None]:
     """The name and version of a reference to one of the tenant's own adapters."""
     parsed = AdapterRef.parse(ref)
     if parsed.name is None or parsed.tenant not in (None, tenant):
-        raise InvalidRequest(f"{shown(ref)}: name one of your own adapters as name or name@version")
+        raise InvalidRequest(
+            f"{shown(ref)}: name one of your own adapters as name or name@version",
+            field="adapter",
+        )
     return parsed.name, parsed.version
 
 
-def _position(page_token: str) -> tuple[str, int] | None:
-    """The version after which a page begins."""
+def _position(page_token: str) -> tuple[str, int]:
+    """The name and version after which a page begins."""
     if not page_token:
-        return None
-    ref = AdapterRef.parse(page_token)
-    if ref.name is None or ref.version is None:
-        raise InvalidRequest("page_token must come from the previous response")
+        return "", 0
+    ref = AdapterRef.parse(page_token, "page_token")
+    if ref.name is None or ref.version is None or ref.tenant is not None:
+        raise InvalidRequest(
+            "page_token: give the next_page_token of the previous response", field="page_token"
+        )
     return ref.name, ref.version

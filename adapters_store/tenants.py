@@ -13,18 +13,36 @@ from typing import TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
+import structlog
+
 from granatum.adapters_store.catalog import Catalog
-from granatum.adapters_store.catalog_json import decode, encode
-from granatum.adapters_store.names import check_name
+from granatum.adapters_store.catalog_json import CatalogDamaged, decode, encode
+from granatum.adapters_store.names import check_name, is_digest, is_name
 from granatum.adapters_store.objects import Objects, Stored
+from granatum.adapters_store.strays import Strays, epoch_in
 from granatum.v1.errors import Unavailable
 
 PREFIX = "tenants"
 PUBLISHED_PREFIX = "published"
 _CACHED_TENANTS = 4096
 _SWAP_ATTEMPTS = 64
+_SMALL_BYTES = 1 << 16
+"""A catalog that is read and written within a millisecond or two: no thread is worth it."""
+_SMALL_VERSIONS = 200
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """That a tenant may have published a digest."""
+
+    key: str
+    digest: str
+    tenant: str
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +60,7 @@ class Tenants:
         self._objects = objects
         self._epoch = epoch
         self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._strays = Strays()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def read(self, tenant: str) -> Catalog:
@@ -67,8 +86,44 @@ class Tenants:
 
     async def publishers(self, digest: str) -> list[str]:
         """The tenants that may have published these bytes, sorted."""
-        keys = await self._objects.listing(f"{PUBLISHED_PREFIX}/{digest}")
-        return sorted({listed.key.split("/")[2] for listed in keys})
+        return sorted({hint.tenant for hint in await self.hints(digest)})
+
+    async def hints(self, digest: str | None = None) -> list[Hint]:
+        """Who may have published these bytes, or any."""
+        prefix = PUBLISHED_PREFIX if digest is None else f"{PUBLISHED_PREFIX}/{digest}"
+        return [hint for key in await self._keys(prefix) if (hint := self._hint(key)) is not None]
+
+    def _hint(self, key: str) -> Hint | None:
+        parts = key.split("/")
+        if len(parts) == 4 and is_digest(parts[1]) and is_name(parts[2]):
+            epoch = epoch_in(parts[3])
+            if epoch is not None:
+                return Hint(key, parts[1], parts[2], epoch)
+        self._strays.leave(key)
+        return None
+
+    async def all(self) -> dict[str, Catalog | None]:
+        """Every tenant's catalog; None for one that is damaged."""
+        return {tenant: await self._readable(tenant) for tenant in await self._names()}
+
+    async def _names(self) -> list[str]:
+        names = []
+        for key in await self._keys(PREFIX):
+            name = key.removeprefix(f"{PREFIX}/").removesuffix(".json")
+            if is_name(name) and key == _key(name):
+                names.append(name)
+            else:
+                self._strays.leave(key)
+        return names
+
+    async def _keys(self, prefix: str) -> list[str]:
+        return [listed.key for listed in await self._objects.listing(prefix)]
+
+    async def _readable(self, tenant: str) -> Catalog | None:
+        try:
+            return await self.read(tenant)
+        except CatalogDamaged:
+            return None
 
     async def _read(self, tenant: str) -> _Known:
         key, known = _key(tenant), self._known.get(tenant)
@@ -80,7 +135,7 @@ class Tenants:
         if known is not None and stored is known.stored:
             catalog = known.catalog
         else:
-            catalog, _ = decode(stored.data, key)
+            catalog, _ = await _decoded(stored.data, tenant)
         return self._remember(tenant, _Known(stored, catalog))
 
     async def _swap(self, tenant: str, known: _Known, changed: Catalog, revision: str) -> bool:
@@ -88,12 +143,12 @@ class Tenants:
         for digest in changed.published() - known.catalog.published():
             hint = f"{PUBLISHED_PREFIX}/{digest}/{tenant}/{self._epoch()}"
             await self._objects.put(hint, b"")
-        data = encode(changed, revision)
+        data = await _encoded(changed, revision)
         stored = await self._objects.swap(_key(tenant), data, known.stored)
         if stored is None:
             # A write whose answer got lost is tried again by obstore and meets itself.
             stored = await self._objects.get(_key(tenant))
-            if stored is None or decode(stored.data, _key(tenant))[1] != revision:
+            if stored is None or (await _decoded(stored.data, tenant))[1] != revision:
                 return False
         self._remember(tenant, _Known(stored, changed))
         return True
@@ -109,3 +164,19 @@ class Tenants:
 def _key(tenant: str) -> str:
     check_name(tenant, "tenant name")
     return f"{PREFIX}/{tenant}.json"
+
+
+async def _decoded(data: bytes, tenant: str) -> tuple[Catalog, str]:
+    try:
+        if len(data) <= _SMALL_BYTES:
+            return decode(data)
+        return await asyncio.to_thread(decode, data)
+    except CatalogDamaged as error:
+        log.error("catalog is damaged", tenant=tenant, error=str(error.__cause__))
+        raise
+
+
+async def _encoded(catalog: Catalog, revision: str) -> bytes:
+    if sum(len(adapter.versions) for adapter in catalog.adapters.values()) <= _SMALL_VERSIONS:
+        return encode(catalog, revision)
+    return await asyncio.to_thread(encode, catalog, revision)

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from granatum.adapters_store.base_model import PARENTS, PROJECTIONS, BaseModel
-from granatum.adapters_store.limits import Limits
+from granatum.adapters_store.limits import Fleet, Limits
+from granatum.adapters_store.magnitude import check_magnitudes
 from granatum.adapters_store.names import shown
 from granatum.adapters_store.peft_config import CONFIG_FILE, ModuleSpec, PeftConfig, tensor_name
 from granatum.adapters_store.safetensors_file import TensorEntry, invalid_weights, read_header
@@ -19,6 +20,7 @@ from granatum.v1.errors import InvalidAdapter
 Modules = Mapping[tuple[int, str], ModuleSpec]
 
 _SCAN_BYTES = 4 << 20
+_RANK_STEP = 8
 # A float is NaN or infinite if every bit of its exponent is set.
 _EXPONENTS = {
     "F32": ("<u4", 0x7F800000),
@@ -43,25 +45,60 @@ class Summary:
 
     max_rank: int
     target_modules: tuple[str, ...]
+    elements: int
 
 
-def validate(config: Path, weights: Path, base: BaseModel, limits: Limits) -> Summary:
+def validate(
+    config: Path, weights: Path, base: BaseModel, limits: Limits, fleet: Fleet = ()
+) -> Summary:
     """Check both files against each other and the base model, down to the last number.
 
-    Memory stays bounded however large the files are. Raises InvalidAdapter for the first fault.
+    Some runner of the fleet must be able to serve the adapter. Memory stays bounded however large
+    the files are. Raises InvalidAdapter for the first fault.
     """
     modules = PeftConfig.parse(config.read_bytes()).modules(base)
     _check_ranks(modules, base, limits)
+    elements = _elements(modules, base)
+    _check_fleet(modules, elements, base, fleet)
     entries = read_header(weights, limits)
     _check_pairs(entries, modules, base)
     _check_nothing_else(entries, modules, base)
     for (layer, projection), spec in modules.items():
         _check_shapes(entries, base.module_name(layer, projection), base.features[projection], spec)
     _check_finite(weights, entries)
+    check_magnitudes(weights, entries, modules, base)
     return Summary(
         max_rank=max(spec.rank for spec in modules.values()),
         target_modules=tuple(sorted({projection for _, projection in modules})),
+        elements=elements,
     )
+
+
+def _elements(modules: Modules, base: BaseModel) -> int:
+    """Room that the adapter takes in a runner's arena, where ranks are multiples of 8."""
+    return sum(
+        -(-spec.rank // _RANK_STEP) * _RANK_STEP * sum(base.features[projection])
+        for (_, projection), spec in modules.items()
+    )
+
+
+def _check_fleet(modules: Modules, elements: int, base: BaseModel, fleet: Fleet) -> None:
+    (layer, projection), spec = max(modules.items(), key=lambda item: item[1].rank)
+    wide_enough = [room for room in fleet if room.has_rank(spec.rank)]
+    if fleet and not wide_enough:
+        raise InvalidAdapter(
+            f"{CONFIG_FILE}: rank {spec.rank} of {base.module_name(layer, projection)} is above "
+            f"{max(room.max_rank for room in fleet)}, the highest that a runner here serves: train "
+            "with a lower one, or have a runner started with a higher --max-rank",
+            field=CONFIG_FILE,
+        )
+    if fleet and not any(room.has_elements(elements) for room in wide_enough):
+        raise InvalidAdapter(
+            f"{CONFIG_FILE}: the adapter takes room for {elements:,} numbers, more than the "
+            f"{max(room.max_elements for room in wide_enough):,} that a runner here has room for: "
+            "train fewer modules or a lower rank",
+            field=CONFIG_FILE,
+        )
 
 
 def _check_ranks(modules: Modules, base: BaseModel, limits: Limits) -> None:
@@ -69,7 +106,8 @@ def _check_ranks(modules: Modules, base: BaseModel, limits: Limits) -> None:
         if spec.rank > limits.max_rank:
             raise InvalidAdapter(
                 f"{CONFIG_FILE}: rank {spec.rank} of {base.module_name(layer, projection)} "
-                f"is above the limit of {limits.max_rank}: train with a lower one"
+                f"is above the limit of {limits.max_rank}: train with a lower one",
+                field=CONFIG_FILE,
             )
 
 

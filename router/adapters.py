@@ -2,7 +2,8 @@
 
 # ruff: noqa: N802 - methods are named by the service
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -12,12 +13,18 @@ from granatum.adapters_store.incoming import FileDeclaration, UploadHeader
 from granatum.adapters_store.manifest import Manifest
 from granatum.adapters_store.store import AdapterStore
 from granatum.router.access import current_tenant
+from granatum.router.uploads import Pace, Rooms, Seats, paced
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.adapters_pb2_grpc import AdapterServiceServicer
+from granatum.v1.cluster_pb2 import RunnerStatus
 from granatum.v1.errors import InvalidRequest
 
 MAX_CHUNK_BYTES = 1 << 20
 MAX_PAGE = 1000
+USUAL_PACE = Pace()
+_MAX_FILES = 16
+_AT_ONCE = 100
+"""Adapters to describe before others have their turn."""
 _VISIBILITY = {
     Visibility.PRIVATE: pb.VISIBILITY_PRIVATE,
     Visibility.PUBLISHED: pb.VISIBILITY_PUBLISHED,
@@ -30,16 +37,27 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Adapters(AdapterServiceServicer):
     """Upload, show and change the calling tenant's adapters."""
 
-    def __init__(self, store: AdapterStore) -> None:
+    def __init__(
+        self,
+        store: AdapterStore,
+        runners: Callable[[], Awaitable[list[RunnerStatus]]],
+        pace: Pace = USUAL_PACE,
+    ) -> None:
         self._store = store
+        self._rooms = Rooms(runners)
+        self._seats = Seats()
+        self._pace = pace
 
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], _: Context
     ) -> pb.UploadAdapterResponse:
         """Store an adapter as the next version of its name."""
-        header = await _header(request_iterator)
-        chunks = _chunks(request_iterator)
-        manifest, created = await self._store.upload(current_tenant(), header, chunks)
+        tenant = current_tenant()
+        with self._seats.taken(tenant):
+            requests = paced(aiter(request_iterator), self._pace)
+            header, chunks = await _header(requests), _chunks(requests)
+            fleet = await self._rooms.fleet()
+            manifest, created = await self._store.upload(tenant, header, chunks, fleet)
         return pb.UploadAdapterResponse(adapter=_adapter(manifest), created=created)
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, _: Context) -> pb.GetAdapterResponse:
@@ -55,10 +73,12 @@ class Adapters(AdapterServiceServicer):
         if request.page_size > MAX_PAGE:
             raise InvalidRequest(f"page_size: give at most {MAX_PAGE:,}", field="page_size")
         page = await self._store.list(current_tenant(), request.page_size, request.page_token)
-        return pb.ListAdaptersResponse(
-            adapters=[_adapter(manifest) for manifest in page.adapters],
-            next_page_token=page.next_page_token,
-        )
+        response = pb.ListAdaptersResponse(next_page_token=page.next_page_token)
+        for begin in range(0, len(page.adapters), _AT_ONCE):
+            batch = page.adapters[begin : begin + _AT_ONCE]
+            response.adapters.extend(_adapter(manifest) for manifest in batch)
+            await asyncio.sleep(0)  # others' tokens come between
+        return response
 
     async def DeleteAdapter(
         self, request: pb.DeleteAdapterRequest, _: Context
@@ -100,6 +120,12 @@ class Adapters(AdapterServiceServicer):
 async def _header(requests: AsyncIterator[pb.UploadAdapterRequest]) -> UploadHeader:
     async for request in requests:
         if request.HasField("header"):
+            if len(request.header.files) > _MAX_FILES:
+                raise InvalidRequest(
+                    f"header.files: {len(request.header.files):,} files are declared: declare the "
+                    "two of an adapter",
+                    field="header.files",
+                )
             files = tuple(
                 FileDeclaration(file.name, file.size_bytes, file.sha256)
                 for file in request.header.files

@@ -120,7 +120,7 @@ class Router:
         resolver = Resolver(self._store, patience.placement_s)
         runners = RunnerRegistry(self._registry, self._base_model, self._settings.heartbeat_s)
         add_InferenceServiceServicer_to_server(Inference(resolver, streams, self._calls), server)
-        add_AdapterServiceServicer_to_server(Adapters(self._store), server)
+        add_AdapterServiceServicer_to_server(Adapters(self._store, self._registry.runners), server)
         add_ClusterServiceServicer_to_server(Cluster(self._registry), server)
         add_RegistryServiceServicer_to_server(runners, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)

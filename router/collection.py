@@ -35,6 +35,9 @@ class Collection:
                 await self.collect()
             except GranatumError as error:
                 log.warning("collection of blobs failed", error=error.message)
+            except Exception:
+                # Whatever the store or the registry holds, the router's streams are not to pay.
+                log.exception("collection of blobs failed")
 
     async def collect(self) -> None:
         """Collect once, unless another router does."""
@@ -48,4 +51,5 @@ class Collection:
             await collecting
         finally:
             collecting.cancel()
+            await asyncio.wait({collecting})
             await self._registry.release([self._turn])

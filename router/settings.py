@@ -86,6 +86,12 @@ class Settings(BaseSettings):
     max_adapter_versions: int = Field(
         DEFAULT_LIMITS.max_versions, gt=0, description="the most versions that one tenant may keep"
     )
+    max_adapter_aliases: int = Field(
+        DEFAULT_LIMITS.max_aliases, gt=0, description="the most aliases that one tenant may keep"
+    )
+    max_adapter_bytes_per_tenant: int = Field(
+        DEFAULT_LIMITS.max_tenant_bytes, gt=0, description="the most bytes that one may store"
+    )
 
     tls_cert: Path | None = Field(None, description="PEM certificate to serve with")
     tls_key: Path | None = Field(None, description="PEM key of --tls-cert")
@@ -124,6 +130,8 @@ class Settings(BaseSettings):
             max_bytes=self.max_adapter_bytes,
             max_rank=self.max_adapter_rank,
             max_versions=self.max_adapter_versions,
+            max_tenant_bytes=self.max_adapter_bytes_per_tenant,
+            max_aliases=self.max_adapter_aliases,
         )
 
     @property

@@ -71,3 +71,22 @@ async def test_one_router_at_a_time_collects(box: Box, registry: Registry) -> No
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert await registry.claim(turn)
+
+
+@pytest.mark.parametrize("error", [ValueError("not ours"), Unavailable("away"), KeyError("x")])
+async def test_whatever_collection_meets_it_tries_again(
+    registry: Registry, error: Exception
+) -> None:
+    attempts = []
+
+    async def collect() -> None:
+        attempts.append(1)
+        raise error
+
+    running = asyncio.create_task(Collection(collect, registry, "mine", interval_s=0.01).run())
+    async with asyncio.timeout(10):
+        while len(attempts) < 3:
+            await asyncio.sleep(0.01)
+    assert not running.done()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

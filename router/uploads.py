@@ -1,0 +1,121 @@
+"""How many uploads a router takes at a time, how fast they must come, and what they may need."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from granatum.adapters_store.limits import Fleet, Room
+from granatum.v1.adapters_pb2 import UploadAdapterRequest
+from granatum.v1.cluster_pb2 import RunnerStatus
+from granatum.v1.errors import DeadlineExceeded, Overloaded, Unavailable
+
+MAX_OF_TENANT = 4
+MAX_IN_ALL = 64
+_FRESH_S = 1.0
+_RETRY_AFTER_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast an upload must come: bytes at least every so often, and so many on average."""
+
+    stall_s: float = 30.0
+    grace_s: float = 60.0
+    """The average counts from then on."""
+    bytes_per_s: float = 64 << 10
+
+
+class Seats:
+    """Uploads under way, by tenant."""
+
+    def __init__(self) -> None:
+        self._taken: Counter[str] = Counter()
+
+    @contextmanager
+    def taken(self, tenant: str) -> Iterator[None]:
+        """A seat for one upload. Raises Overloaded."""
+        if self._taken[tenant] >= MAX_OF_TENANT:
+            raise _full(f"{MAX_OF_TENANT} uploads of yours are under way on this router")
+        if self._taken.total() >= MAX_IN_ALL:
+            raise _full(f"{MAX_IN_ALL} uploads are under way on this router")
+        self._taken[tenant] += 1
+        try:
+            yield
+        finally:
+            self._taken[tenant] -= 1
+            self._taken += Counter()  # forgets the tenants that have none
+
+
+class Rooms:
+    """What the fleet's runners can serve, as known a moment ago."""
+
+    def __init__(self, runners: Callable[[], Awaitable[list[RunnerStatus]]]) -> None:
+        self._runners = runners
+        self._fleet: Fleet = ()
+        self._asked = float("-inf")
+
+    async def fleet(self) -> Fleet:
+        """Each runner's room; nothing while no runner lives or the registry is away."""
+        now = asyncio.get_running_loop().time()
+        if now - self._asked > _FRESH_S:
+            self._asked = now
+            self._fleet = await self._ask()
+        return self._fleet
+
+    async def _ask(self) -> Fleet:
+        try:
+            statuses = await self._runners()
+        except Unavailable:
+            return ()
+        runners = [status.runner for status in statuses]
+        return tuple({Room(runner.max_rank, runner.max_adapter_elements) for runner in runners})
+
+
+async def paced(
+    requests: AsyncIterator[UploadAdapterRequest], pace: Pace
+) -> AsyncIterator[UploadAdapterRequest]:
+    """The same messages. Raises DeadlineExceeded once the sender is too slow.
+
+    Only the time that the sender lets us wait counts; empty chunks are no progress.
+    """
+    clock = asyncio.get_running_loop().time
+    waited, waited_since_progress, received = 0.0, 0.0, 0
+    while True:
+        begun = clock()
+        try:
+            async with asyncio.timeout(pace.stall_s - waited_since_progress):
+                request = await anext(requests)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise _slow(f"nothing came for {pace.stall_s:g} s", "UPLOAD_STALLED") from None
+        waited += clock() - begun
+        waited_since_progress += clock() - begun
+        if request.HasField("header") or request.chunk:
+            waited_since_progress = 0.0
+        received += len(request.chunk)
+        if waited > pace.grace_s and received < waited * pace.bytes_per_s:
+            raise _slow(
+                f"{received:,} bytes came in {waited:.0f} s, less than {pace.bytes_per_s:,.0f} a "
+                "second",
+                "UPLOAD_SLOW",
+            )
+        yield request
+
+
+def _slow(what: str, reason: str) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"the upload was given up: {what}; upload again over a faster link",
+        reason=reason,
+        field="chunk",
+    )
+
+
+def _full(what: str) -> Overloaded:
+    return Overloaded(
+        f"{what}, the most that it takes: try again when one is done",
+        reason="TOO_MANY_UPLOADS",
+        retry_after_s=_RETRY_AFTER_S,
+    )
