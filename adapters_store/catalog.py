@@ -31,6 +31,10 @@ class Version:
     create_time: float
     base_fingerprint: str
 
+    def is_the_same_as(self, upload: "Version") -> bool:
+        """Whether uploading that adds nothing: the bytes and the base model are the same."""
+        return (self.digest, self.base_fingerprint) == (upload.digest, upload.base_fingerprint)
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:

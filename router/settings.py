@@ -27,7 +27,7 @@ class Settings(BaseSettings):
     store: str = Field(description="the adapters' store, such as file:///path or s3://bucket/path")
     base_config: Path = Field(
         validation_alias=AliasChoices("model-config", "GRANATUM_ROUTER_MODEL_CONFIG"),
-        description="the base model's directory, or its config.json",
+        description="the runners' model directory with all its files, or its config.json there",
     )
     keys: Path = Field(description="the JSON file of tenant and admin keys")
     cluster_key: SecretStr = Field(
