@@ -12,10 +12,12 @@ import typer
 from rich.console import Console
 
 from granatum.client import commands, connection
+from granatum.client.address import reachable
 from granatum.client.box import ADMIN, Box
 from granatum.client.health import is_serving
 from granatum.client.layout import Layout
-from granatum.v1.errors import GranatumError
+from granatum.v1.errors import GranatumError, InvalidRequest
+from granatum.v1.transport import is_loopback
 
 app = typer.Typer(
     help="Serve many tenants' LoRA adapters from one base model.",
@@ -27,7 +29,7 @@ app.command("generate")(commands.generate)
 app.add_typer(commands.adapters, name="adapters")
 app.add_typer(commands.runners, name="runners")
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)  # what logs end with is no markup
 _FOREIGN = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
@@ -60,6 +62,16 @@ def up(
     store: Annotated[
         str | None, typer.Option(help="Adapters' object store: s3://, gs://, az://, file://")
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Serve clients with this certificate (PEM).")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The key of --tls-cert (PEM).")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Demand clients' certificates of this CA (PEM).")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Plaintext beyond this machine.")
+    ] = False,
     redis: Annotated[
         str | None, typer.Option(help="A Redis-protocol server; absent: an embedded Valkey.")
     ] = None,
@@ -73,12 +85,16 @@ def up(
         model=model.expanduser().resolve(),
         state=state.expanduser().resolve(),
         listen=listen,
+        tls=connection.tls_of(tls_ca, tls_cert, tls_key),
+        insecure=insecure,
         runners=runners,
         redis=redis,
         store=store,
-        logs=logs,
+        logs=logs and logs.expanduser().resolve(),
         runner_arguments=tuple(runner_arguments or ()),
     )
+    if layout.tls is not None and layout.tls.cert is None:
+        raise InvalidRequest("to demand clients' certificates (--tls-ca) give --tls-cert, too")
     asyncio.run(_serve(layout))
 
 
@@ -110,9 +126,17 @@ def _introduce(box: Box) -> None:
         console.print(f"admin     key {box.keys[ADMIN]}   shown this once")
     console.print("\nTalk to it:\n")
     console.print(
-        f"  granatum generate --address {box.address} --key {key} 'Once upon a time'\n",
+        f"  granatum generate --address {reachable(box.address)}{_trust(box.layout)} "
+        f"--key {key} 'Once upon a time'\n",
         soft_wrap=True,
     )
+
+
+def _trust(layout: Layout) -> str:
+    """What clients must say to reach it so."""
+    if layout.tls is not None:
+        return " --tls-ca <the PEM file of its certificate's CA>"
+    return "" if is_loopback(layout.listen) else " --insecure"
 
 
 @app.command()

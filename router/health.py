@@ -29,13 +29,14 @@ class Health:
         self._registry = registry
 
     async def run(self) -> None:
-        """Watch the registry until cancelled."""
+        """Watch the registry until cancelled. What needs it serves once it has answered."""
         await self._set((OVERALL_HEALTH, *SERVICES), serving=True)
-        served = True
+        await self._set(_NEED_REGISTRY, serving=False)
+        served = None
         while True:
             serving = await self._registry_answers()
             if serving != served:
-                log.warning("registry answers again" if serving else "registry is away")
+                self._note(serving, first=served is None)
                 await self._set(_NEED_REGISTRY, serving=serving)
             served = serving
             await asyncio.sleep(_CHECK_S)
@@ -43,6 +44,12 @@ class Health:
     async def stop(self) -> None:
         """Say for good that nothing is served any more."""
         await self.servicer.enter_graceful_shutdown()
+
+    def _note(self, serving: bool, *, first: bool) -> None:
+        if not serving:
+            log.warning("registry is away")
+        elif not first:
+            log.warning("registry answers again")
 
     async def _registry_answers(self) -> bool:
         try:
