@@ -1,10 +1,11 @@
 """The command line `granatum`."""
 
 import asyncio
+import io
 import os
 import signal
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -29,7 +30,7 @@ app.command("generate")(commands.generate)
 app.add_typer(commands.adapters, name="adapters")
 app.add_typer(commands.runners, name="runners")
 
-console = Console(highlight=False, soft_wrap=True, markup=False)  # what logs end with is no markup
+console = Console(highlight=False, soft_wrap=True, markup=False)
 _FOREIGN = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
@@ -39,6 +40,8 @@ _FOREIGN = {
 
 def main() -> None:
     """Run the command line; an error is one clear line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter ends nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except GranatumError as error:
@@ -106,11 +109,17 @@ async def _serve(layout: Layout) -> None:
     try:
         async with AsyncExitStack() as exits:
             with console.status(f"starting {layout.model.name}"):
-                box = await exits.enter_async_context(Box(layout, console.print))
+                box = await exits.enter_async_context(Box(layout, _say))
             _introduce(box)
             await box.watch()
     except asyncio.CancelledError:
         console.print("stopped")
+
+
+def _say(text: str) -> None:
+    """Even where nobody listens any more, or the disk behind standard output is full."""
+    with suppress(OSError):
+        typer.echo(text)
 
 
 def _introduce(box: Box) -> None:

@@ -66,6 +66,7 @@ class Router:
         self.port = listen(self._server, settings.listen, settings.tls, insecure=settings.insecure)
         if settings.loopback is not None:
             listen(self._server, settings.loopback)
+        await self._health.start()
         self.background = asyncio.create_task(self._run_background(), name="background")
         await self._server.start()
         address = f"{settings.listen.rpartition(':')[0]}:{self.port}"

@@ -168,7 +168,7 @@ async def test_a_redis_that_does_not_answer_is_said_soon(redis: str, tmp_path: P
         url = redis.format(silent=f"127.0.0.1:{silent.getsockname()[1]}")
         layout = Layout(tasks.BASE_MODEL, tmp_path / "state", redis=url)
         began = time.monotonic()
-        with pytest.raises(Unavailable, match="does not answer.*--redis") as caught:
+        with pytest.raises(Unavailable, match=r"does not answer.*--redis") as caught:
             async with Box(layout, print):
                 pass
     assert time.monotonic() - began < 15
@@ -187,17 +187,10 @@ async def test_a_runner_that_cannot_start_ends_up_with_its_cause(tmp_path: Path)
     assert not layout.keys_file.exists()
 
 
-@pytest.mark.parametrize("beside", ["file", "directory"])
-async def test_keys_that_cannot_be_made_are_one_clear_line(beside: str, tmp_path: Path) -> None:
-    """Here because something else has the place of the file that the keys are written to."""
-    state = tmp_path / "state"
-    state.mkdir()
-    if beside == "file":
-        (state / "adapters").touch()
-    else:
-        (state / "keys.json").symlink_to(tmp_path / "nowhere" / "keys.json")
-    with pytest.raises(GranatumError) as caught:
-        async with Box(Layout(tasks.BASE_MODEL, state), print):
+async def test_a_state_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "adapters").touch()
+    with pytest.raises(GranatumError, match="cannot be written") as caught:
+        async with Box(Layout(tasks.BASE_MODEL, tmp_path), print):
             pass
-    (line,) = caught.value.message.splitlines()
-    assert "cannot be written" in line or "could not make a key" in line
+    assert len(caught.value.message.splitlines()) == 1
+    assert not (tmp_path / "keys.json").exists()

@@ -59,7 +59,10 @@ async def test_a_line_longer_than_memory_hides_none_that_follow(tmp_path: Path) 
     [
         ('{"event": "cannot serve", "error": "no room: free some"}', "no room: free some"),
         ('{"error": "first"}\n{"event": "x", "error": "second"}\nrest', "second"),
-        ('{"event": "wrong settings", "wrong": ["--a: bad", "--b: worse"]}', "--a: bad; --b: worse"),
+        (
+            '{"event": "wrong settings", "wrong": ["--a: bad", "--b: worse"]}',
+            "--a: bad; --b: worse",
+        ),
         ("Traceback\nValueError: x", "ValueError: x"),
         ('{"error": ""}\nplain', "plain"),
         ('{"error"', '{"error"'),

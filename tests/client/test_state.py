@@ -11,11 +11,10 @@ from granatum.v1.errors import PreconditionFailed
 def test_the_second_box_is_told_of_the_first(tmp_path: Path) -> None:
     state = tmp_path / "state"
     with held(state, "process 123 on 127.0.0.1:7070"):
-        with pytest.raises(PreconditionFailed, match=r"process 123 on 127\.0\.0\.1:7070\).*--state"):
-            with held(state, "process 456"):
+        for _ in range(2):  # the second must not have spoilt what the third reads
+            said = pytest.raises(PreconditionFailed, match=r"process 123 on \S+:7070\).*--state")
+            with said, held(state, "process 456"):
                 pass
-        with pytest.raises(PreconditionFailed, match="process 123"), held(state, "a third"):
-            pass
     with held(state, "process 456"):
         pass
 
@@ -34,9 +33,9 @@ def test_what_is_made_is_private_and_what_exists_stays_as_it_is(tmp_path: Path) 
 
 def test_a_directory_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(PreconditionFailed, match="cannot be written.*--state"):
-        with held(tmp_path / "file" / "state", "us"):
-            pass
+    said = pytest.raises(PreconditionFailed, match=r"cannot be written.*--state")
+    with said, held(tmp_path / "file" / "state", "us"):
+        pass
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
