@@ -1,12 +1,12 @@
-"""The shape of the base model that adapters are made for, read from its config.json."""
+"""The base model that adapters are made for: its shape, from config.json, and its identity."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from granatum.adapters_store.model_identity import fingerprint
 from granatum.v1.errors import InvalidRequest
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -37,7 +37,8 @@ class BaseModel:
     """A base model's name and shape.
 
     `features` maps each projection to (in_features, out_features). `fingerprint` (64 hexadecimal
-    digits) is equal for models of which one can continue the other's streams, weights aside.
+    digits) is equal for models of which one can continue the other's streams: shape, weights,
+    tokenizer and end tokens are the same (`model_identity`).
     """
 
     name: str
@@ -47,9 +48,11 @@ class BaseModel:
 
     @classmethod
     def from_config(cls, path: Path | str, name: str | None = None) -> "BaseModel":
-        """Read a model directory, or its config.json. The name is the directory's if not given.
+        """Read a model directory, or that of a config.json. The name is the directory's if absent.
 
-        Raises InvalidRequest if there is no such file or the model is of no supported family.
+        The identity is that of all the model's files in the directory: routers and runners need
+        the same ones, not config.json alone. Raises InvalidRequest if there is no config.json, or
+        the model is of no supported family.
         """
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path
@@ -61,10 +64,10 @@ class BaseModel:
             )
         shape = _shape(config, file)
         return cls(
-            name=name or file.resolve().parent.name,
+            name=name or file.parent.resolve().name,
             num_layers=shape["num_hidden_layers"],
             features=_features(shape),
-            fingerprint=_fingerprint(shape),
+            fingerprint=fingerprint(shape, config, file.parent),
         )
 
     def module_name(self, layer: int, projection: str) -> str:
@@ -150,7 +153,3 @@ def _features(shape: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         "up_proj": (hidden, inner),
         "down_proj": (inner, hidden),
     }
-
-
-def _fingerprint(shape: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()

@@ -40,6 +40,10 @@ class Version:
     elements: int = 0
     """Room that it takes in a runner's arena; 0: uploaded before this was kept."""
 
+    def is_the_same_as(self, upload: "Version") -> bool:
+        """Whether uploading that adds nothing: the bytes and the base model are the same."""
+        return (self.digest, self.base_fingerprint) == (upload.digest, upload.base_fingerprint)
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:

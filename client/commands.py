@@ -15,7 +15,7 @@ from granatum.client.connection import connected
 from granatum.client.records import Adapter, Runner
 from granatum.client.requests import Message, Options, Prompt
 
-console = Console()
+console = Console(markup=False)
 adapters = typer.Typer(help="Upload and manage LoRA adapters.", no_args_is_help=True)
 
 

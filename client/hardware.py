@@ -1,15 +1,19 @@
 """What this machine has to run on, found without torch."""
 
 import os
-import shutil
 import subprocess
+from itertools import takewhile
+
+_TIMEOUT_S = 30.0
 
 
 def devices() -> tuple[str, ...]:
     """One device per visible GPU, `cuda:0`, `cuda:1`, ...; none if there is no GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        count = len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])
+        # CUDA looks no further than the first entry that names nothing.
+        entries = (entry.strip() for entry in visible.split(","))
+        count = len(list(takewhile(lambda entry: entry not in ("", "-1"), entries)))
     else:
         count = _installed_gpus()
     return tuple(f"cuda:{index}" for index in range(count))
@@ -21,7 +25,15 @@ def cores() -> int:
 
 
 def _installed_gpus() -> int:
-    if shutil.which("nvidia-smi") is None:
+    """As the driver lists them; none where there is no driver, or one that does not answer."""
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_TIMEOUT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired):
         return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())

@@ -24,19 +24,23 @@ async def is_serving(
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def until_serving(address: str) -> None:
-    """Return as soon as the service on this machine serves; wait for it without end."""
+async def until_serving(address: str, service: str = "") -> None:
+    """Return as soon as the process on this machine serves that service; wait without end.
+
+    `service` is a full name; empty: the process as a whole.
+    """
     async with open_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         while True:
-            if await _serves(stub):
+            if await _serves(stub, service):
                 return
             await asyncio.sleep(_POLL_S)
 
 
-async def _serves(stub: health_pb2_grpc.HealthStub) -> bool:
+async def _serves(stub: health_pb2_grpc.HealthStub, service: str) -> bool:
+    request = health_pb2.HealthCheckRequest(service=service)
     try:
-        answer = await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+        answer = await stub.Check(request, wait_for_ready=True)
     except grpc.aio.AioRpcError:
         return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

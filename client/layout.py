@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from granatum.v1.transport import Tls, is_loopback
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -13,6 +15,10 @@ class Layout:
     """A directory for adapters, keys, logs and the runners' caches."""
     listen: str = "127.0.0.1:0"
     """Port 0: any free one."""
+    tls: Tls | None = None
+    """What clients are served with; None: plaintext."""
+    insecure: bool = False
+    """Plaintext beyond this machine."""
     runners: int | None = None
     """None: one per GPU, or one on a machine without."""
     redis: str | None = None
@@ -34,6 +40,28 @@ class Layout:
     def log_directory(self) -> Path:
         """One file per process."""
         return self.logs or self.state / "logs"
+
+    @property
+    def needs_loopback(self) -> bool:
+        """Whether the box's runners need an address of their own to reach the router.
+
+        Certificates name what clients call the router, hardly 127.0.0.1; and where it listens on
+        one address of the machine, it does not listen on loopback.
+        """
+        return self.tls is not None or not is_loopback(self.listen)
+
+    @property
+    def router_security(self) -> tuple[str, ...]:
+        """The router's arguments for its address beyond this machine."""
+        tls = self.tls or Tls()
+        files = (("--tls-cert", tls.cert), ("--tls-key", tls.key), ("--tls-ca", tls.ca))
+        given = (part for name, file in files if file for part in (name, str(file)))
+        return (*given, *(("--insecure",) if self.insecure else ()))
+
+    @property
+    def own_store(self) -> tuple[Path, ...]:
+        """The directory of the adapters' object store, if it is the box's own."""
+        return () if self.store else (self.state / "adapters",)
 
     @property
     def store_url(self) -> str:

@@ -1,14 +1,24 @@
-"""A child process that ends when we do, with its output in a log file."""
+"""A child process that ends when we do, with its output in a log file.
+
+What a child writes, its log included, is for its owner's eyes alone.
+"""
 
 import asyncio
+import json
 import os
 import sys
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from granatum.v1.errors import Unavailable
+
+OURS_ALONE = 0o077
+"""The umask of our children: files that others cannot read."""
 _POLL_S = 0.05
+_TAIL_BYTES = 64 << 10
 _TAIL_LINES = 20
+_TAIL_COLUMNS = 500
+_LONGEST_LINE = 1 << 20
 
 # Runs in the child, before it becomes what it shall be: the kernel sends it SIGTERM when we die,
 # however we die. A parent that died before that is noticed by hand.
@@ -21,6 +31,10 @@ if sys.platform == "linux":
         sys.exit("the parent is gone")
 os.execvp(sys.argv[2], sys.argv[2:])
 """
+
+
+class ProcessDied(Unavailable):
+    """A process ended by itself; the message's last line is the cause, if its log says one."""
 
 
 class Process:
@@ -37,19 +51,29 @@ class Process:
         self._child: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
-        """Start the child; its log goes on from where it was."""
+        """Start the child; its log goes on from where it was. Unavailable if it cannot start."""
+        try:
+            log = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                self._begin = os.fstat(log).st_size
+                self._child = await self._spawn(log)
+            finally:
+                os.close(log)
+        except OSError as error:
+            raise Unavailable(f"{self.name} cannot start: {error}") from error
+
+    async def _spawn(self, log: int) -> asyncio.subprocess.Process:
         leash = (sys.executable, "-ISc", _LEASH, str(os.getpid()))
-        with self.log.open("ab") as log:
-            self._begin = log.tell()
-            self._child = await asyncio.create_subprocess_exec(
-                *leash,
-                *self._command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=asyncio.subprocess.STDOUT,
-                env=self._env,
-                start_new_session=True,
-            )
+        return await asyncio.create_subprocess_exec(
+            *leash,
+            *self._command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=asyncio.subprocess.STDOUT,
+            env=self._env,
+            start_new_session=True,
+            umask=OURS_ALONE,
+        )
 
     @property
     def running(self) -> bool:
@@ -67,14 +91,30 @@ class Process:
         assert self._child is not None
         return await self._child.wait()
 
+    async def death(self) -> ProcessDied:
+        """How the child ended and what it said of it, once it has ended."""
+        status = await self.wait()
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        cause = self._cause() if status > 0 else None
+        if cause is not None:
+            return ProcessDied(f"{self.name} ended {how}, see {self.log}:\n{cause}")
+        return ProcessDied(f"{self.name} ended {how}; the end of {self.log}:\n{self.tail()}")
+
     async def logged(self, text: str) -> str:
         """The first log line since the start that contains `text`, once it is there."""
-        while True:
-            complete, _, _ = self.log.read_bytes()[self._begin :].rpartition(b"\n")
-            for line in complete.decode(errors="replace").splitlines():
-                if text in line:
-                    return line
-            await asyncio.sleep(_POLL_S)
+        with self.log.open("rb") as log:
+            log.seek(self._begin)
+            line = b""
+            while True:
+                part = log.readline(_LONGEST_LINE)
+                line += part
+                if not part:
+                    await asyncio.sleep(_POLL_S)
+                elif line.endswith(b"\n") or len(line) >= _LONGEST_LINE:
+                    said = line.decode(errors="replace").rstrip("\r\n")
+                    if text in said:
+                        return said
+                    line = b""
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, then SIGKILL if it takes longer than `grace_s`."""
@@ -88,6 +128,35 @@ class Process:
             await self._child.wait()
 
     def tail(self) -> str:
-        """The last lines of the log."""
-        with self.log.open(errors="replace") as log:
-            return "".join(deque(log, _TAIL_LINES)).rstrip()
+        """The last lines since the start, fit for a terminal."""
+        return "\n".join(_printable(line) for line in self._last_lines()[-_TAIL_LINES:])
+
+    def _cause(self) -> str | None:
+        """What our programs say last of all: why they cannot serve."""
+        complaints = map(_complaint, reversed(self._last_lines()))
+        return next((_printable(text) for text in complaints if text), None)
+
+    def _last_lines(self) -> list[str]:
+        try:
+            with self.log.open("rb") as log:
+                end = log.seek(0, os.SEEK_END)
+                log.seek(max(self._begin, end - _TAIL_BYTES))
+                return log.read(_TAIL_BYTES).decode(errors="replace").splitlines()
+        except OSError as error:
+            return [f"(the log cannot be read: {error.strerror})"]
+
+
+def _complaint(line: str) -> str:
+    """The error that a line of a JSON log carries; empty if it carries none."""
+    try:
+        said = json.loads(line) if line.startswith("{") else {}
+    except (ValueError, RecursionError):
+        return ""
+    wrong = said.get("wrong")
+    return str(said.get("error") or ("; ".join(map(str, wrong)) if isinstance(wrong, list) else ""))
+
+
+def _printable(line: str) -> str:
+    """Without what would move a terminal's cursor, and not endless."""
+    cut = line if len(line) <= _TAIL_COLUMNS else f"{line[:_TAIL_COLUMNS]} ..."
+    return "".join(c if c.isprintable() else " " if c == "\t" else "\ufffd" for c in cut)

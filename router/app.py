@@ -74,6 +74,9 @@ class Router:
         settings = self._settings
         self._server = self._build()
         self.port = listen(self._server, settings.listen, settings.tls, insecure=settings.insecure)
+        if settings.loopback is not None:
+            listen(self._server, settings.loopback)
+        await self._health.start()
         self.background = asyncio.create_task(self._run_background(), name="background")
         await self._server.start()
         address = f"{settings.listen.rpartition(':')[0]}:{self.port}"

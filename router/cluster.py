@@ -9,6 +9,7 @@ import grpc
 import structlog
 
 from granatum.adapters_store.base_model import BaseModel
+from granatum.adapters_store.model_identity import differences
 from granatum.router.registry import Registry
 from granatum.v1.cluster_pb2 import (
     DeregisterRequest,
@@ -104,10 +105,11 @@ class RunnerRegistry(RegistryServiceServicer):
 
     def _check_model(self, runner: Runner) -> None:
         if runner.model_fingerprint != self._base_model.fingerprint:
+            other = differences(runner.model_fingerprint, self._base_model.fingerprint)
             raise PreconditionFailed(
-                f"the runner {runner.id!r} serves {runner.model!r} "
-                f"({runner.model_fingerprint[:12]}), this router {self._base_model.name!r} "
-                f"({self._base_model.fingerprint[:12]}): give runner and router the same model",
+                f"the runner {runner.id!r} serves {runner.model!r}, "
+                f"this router {self._base_model.name!r}, of other {' and '.join(other)}: "
+                "give runner and router the same model folder, with all its files",
                 reason="MODEL_MISMATCH",
             )
 

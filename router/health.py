@@ -27,22 +27,29 @@ class Health:
     def __init__(self, registry: Registry) -> None:
         self.servicer = health_aio.HealthServicer()
         self._registry = registry
+        self._serving = True
+
+    async def start(self) -> None:
+        """Find out what is served, before anybody asks."""
+        await self._set((OVERALL_HEALTH, *SERVICES), serving=True)
+        await self._check()
 
     async def run(self) -> None:
         """Watch the registry until cancelled."""
-        await self._set((OVERALL_HEALTH, *SERVICES), serving=True)
-        served = True
         while True:
-            serving = await self._registry_answers()
-            if serving != served:
-                log.warning("registry answers again" if serving else "registry is away")
-                await self._set(_NEED_REGISTRY, serving=serving)
-            served = serving
             await asyncio.sleep(_CHECK_S)
+            await self._check()
 
     async def stop(self) -> None:
         """Say for good that nothing is served any more."""
         await self.servicer.enter_graceful_shutdown()
+
+    async def _check(self) -> None:
+        serving = await self._registry_answers()
+        if serving != self._serving:
+            log.warning("registry answers again" if serving else "registry is away")
+            await self._set(_NEED_REGISTRY, serving=serving)
+        self._serving = serving
 
     async def _registry_answers(self) -> bool:
         try:

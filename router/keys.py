@@ -162,7 +162,7 @@ def _write(path: Path, records: list[dict[str, Any]]) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Keep other writers of files in this folder out."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -212,6 +212,9 @@ def main() -> int:
                 revoke(given.file, given.digest)
     except GranatumError as error:
         print(error.message, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{given.file} cannot be written ({error.strerror})", file=sys.stderr)
         return 1
     return 0
 

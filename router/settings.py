@@ -27,11 +27,15 @@ class Settings(BaseSettings):
     )
 
     listen: str = Field("127.0.0.1:7070", description="host:port to serve on; port 0: any free one")
+    loopback: str | None = Field(
+        None,
+        description="a second host:port, of this machine alone and in plaintext: for runners here",
+    )
     redis: str = Field("redis://127.0.0.1:6379/0", description="the registry's Redis server")
     store: str = Field(description="the adapters' store, such as file:///path or s3://bucket/path")
     base_config: Path = Field(
         validation_alias=AliasChoices("model-config", "GRANATUM_ROUTER_MODEL_CONFIG"),
-        description="the base model's directory, or its config.json",
+        description="the runners' model directory with all its files, or its config.json there",
     )
     keys: Path = Field(description="the JSON file of tenant and admin keys")
     cluster_key: SecretStr = Field(

@@ -215,3 +215,20 @@ async def test_another_base_model_s_adapters_are_not_served(objects: Objects) ->
     assert (await store.get("acme", "bot")).version == 1
     with pytest.raises(PreconditionFailed, match="uploaded for another base model"):
         await store.resolve("acme", "bot")
+
+
+async def test_bytes_uploaded_for_another_model_become_a_version_of_their_own(
+    objects: Objects,
+) -> None:
+    """So an adapter that is refused for its base model can be uploaded again for this one."""
+    trained = replace(BASE, name="instruct", fingerprint="0" * 16 + "1" * 16 + "0" * 32)
+    here, there = AdapterStore(objects, BASE), AdapterStore(objects, trained)
+    await put(here, "acme", "bot")
+    with pytest.raises(PreconditionFailed, match=r"instruct.*\(other weights\)") as caught:
+        await there.resolve("acme", "bot")
+    assert caught.value.reason == "OTHER_BASE_MODEL"
+    again = await put(there, "acme", "bot")
+    assert again.version == 2
+    for name in ("bot", f"sha256:{again.digest}"):
+        assert (await there.resolve("acme", name)).version == 2
+    assert (await put(there, "acme", "bot")).version == 2, "once is enough"

@@ -84,6 +84,27 @@ async def test_up_says_what_a_model_is(tmp_path: Path) -> None:
     assert "no config.json" in errors
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--listen", "0.0.0.0:0"), "beyond this machine: give --tls-cert and --tls-key"),
+        (("--listen", "nowhere"), "no host:port"),
+        (("--tls-cert", "cert.pem"), "give both or none"),
+        (("--tls-ca", "ca.pem"), "give --tls-cert, too"),
+    ],
+)
+async def test_up_says_what_it_cannot_listen_on(
+    arguments: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    where = ("--model", str(tmp_path), "--state", str(tmp_path / "state"))
+    status, output, errors = await granatum("up", *where, *arguments)
+    assert (status, output) == (1, "")
+    (line,) = errors.splitlines()
+    assert said in line
+    assert not (tmp_path / "state" / "keys.json").exists()
+
+
 async def test_services_get_their_arguments_as_they_are(tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     status, key, _ = await granatum("keys", "add", "--tenant", "acme", "--file", str(keys))

@@ -1,4 +1,4 @@
-"""Certificates of 127.0.0.1 from an authority of the test's own."""
+"""Certificates from an authority of the test's own."""
 
 import datetime
 import ipaddress
@@ -16,7 +16,8 @@ from cryptography.x509.oid import NameOID
 
 from granatum.v1.transport import Tls
 
-_LOOPBACK = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+LOOPBACK = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+LOCALHOST = x509.DNSName("localhost")
 
 
 class Authority:
@@ -30,10 +31,11 @@ class Authority:
         roots = x509.BasicConstraints(ca=True, path_length=None)
         self._ca = self._write("ca.pem", self._sign(self._name, self._key, roots))
 
-    def issue(self, whose: str) -> Tls:
-        """A certificate and its key, beside the authority's own."""
+    def issue(self, whose: str, host: x509.GeneralName = LOOPBACK) -> Tls:
+        """A certificate of that host alone and its key, beside the authority's own."""
         key = ec.generate_private_key(ec.SECP256R1())
-        cert = self._write(f"{whose}.pem", self._sign(_name(whose), key, _LOOPBACK))
+        names = x509.SubjectAlternativeName([host])
+        cert = self._write(f"{whose}.pem", self._sign(_name(whose), key, names))
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return Tls(cert, self._write(f"{whose}-key.pem", pem), self._ca)
 

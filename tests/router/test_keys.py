@@ -118,6 +118,7 @@ def test_the_command_adds_lists_and_revokes(file: Path) -> None:
     assert run("list").stdout == f"{keys.digest_of(key)[:16]} tenant acme\n"
     assert run("revoke", keys.digest_of(key)[:16]).returncode == 0
     assert run("list").stdout == ""
+    assert file.stat().st_mode & 0o777 == 0o600
     refused = run("add", "--tenant", "../etc")
     assert refused.returncode == 1
     assert "tenant name" in refused.stderr
@@ -151,3 +152,18 @@ def test_the_command_takes_and_shows_the_bound(
         monkeypatch.setattr(sys, "argv", ["keys", *arguments, "--file", str(file)])
         assert keys.main() == 0
     assert capsys.readouterr().out.endswith(" tenant acme, priority up to 5\n")
+
+
+@pytest.mark.parametrize("command", [("add", "--admin"), ("list",), ("revoke", "0" * 64)])
+def test_a_file_that_cannot_be_is_one_clear_line(file: Path, command: tuple[str, ...]) -> None:
+    file.touch()
+    arguments = (*command, "--file", str(file / "keys.json"))
+    run = subprocess.run(
+        [sys.executable, "-m", "granatum.router.keys", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert str(file / "keys.json") in line

