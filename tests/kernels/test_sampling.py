@@ -173,9 +173,7 @@ def test_sampled_rows_that_are_not_finite(
     parameters = [torch.full((len(tokens),), x, device=device) for x in (*setting, 0.5)]
     temperature, top_k, top_p, min_p, uniform = parameters
     out, sound = torch.full((2, len(tokens)), -1, dtype=torch.int32, device=device)
-    sampling.sample(
-        logits.to(device), temperature, top_k.int(), top_p, min_p, uniform, out, sound
-    )
+    sampling.sample(logits.to(device), temperature, top_k.int(), top_p, min_p, uniform, out, sound)
     assert (out.tolist(), sound.tolist()) == (tokens, expected)
 
 
