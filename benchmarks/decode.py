@@ -40,8 +40,8 @@ from granatum.runner.engine import Engine
 from granatum.runner.executor import Executor
 from granatum.runner.model import Model
 from granatum.runner.pages import PagePool
+from granatum.runner.plan import Limits
 from granatum.runner.records import Submit
-from granatum.runner.scheduler import Limits
 from granatum.runner.weights import Weights, random_weights
 
 Adapters = list[str | None]

@@ -20,8 +20,8 @@ from granatum.runner.config import read_config
 from granatum.runner.engine import Engine
 from granatum.runner.engine_process import serve
 from granatum.runner.pages import PagePool
+from granatum.runner.plan import Limits, Plan
 from granatum.runner.records import Command, Report, TokenLogprobs
-from granatum.runner.scheduler import Limits, Plan
 from granatum.runner.settings import Settings
 
 STEP_MS = "GRANATUM_BENCH_STEP_MS"
@@ -75,10 +75,10 @@ class _Flight:
     end: float
     first_token: int
 
-    def wait(self) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    def wait(self) -> tuple[list[int], dict[int, TokenLogprobs], frozenset[int]]:
         """Any tokens, once it is time."""
         time.sleep(max(self.end - time.monotonic(), 0))
-        return [self.first_token + i for i in range(len(self.plan.sampling))], {}
+        return [self.first_token + i for i in range(len(self.plan.sampling))], {}, frozenset()
 
 
 class PacedExecutor:

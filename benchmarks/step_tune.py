@@ -29,7 +29,7 @@ from granatum.kernels.linear import Config, block_rows, shape_key
 from granatum.runner import executor
 from granatum.runner.config import GROUPS
 from granatum.runner.inputs import StepShape, decode_shape, mixed_shape
-from granatum.runner.scheduler import Limits
+from granatum.runner.plan import Limits
 
 Table = dict[str, Config | None]
 POPULARITIES = ("distinct", "identical")

@@ -6,11 +6,14 @@ Arguments and effects are those of the launchers of the same names.
 import torch
 
 
-def greedy(logits: torch.Tensor, out: torch.Tensor) -> None:
+def greedy(logits: torch.Tensor, out: torch.Tensor, sound: torch.Tensor | None = None) -> None:
     """As `sampling.greedy`."""
-    best = logits == logits.amax(1, keepdim=True)
+    largest = logits.amax(1, keepdim=True)  # NaN if any is
+    best = (logits == largest) | logits.isnan()
     tokens = torch.arange(logits.shape[1], device=logits.device)
     out.copy_(torch.where(best, tokens, logits.shape[1]).amin(1))
+    if sound is not None:
+        sound.copy_(largest.isfinite()[:, 0])
 
 
 def sample(
@@ -21,20 +24,26 @@ def sample(
     min_p: torch.Tensor,
     uniform: torch.Tensor,
     out: torch.Tensor,
+    sound: torch.Tensor | None = None,
 ) -> None:
     """As `sampling.sample`; sums are float64."""
-    greedy(logits, out)
-    rows = (temperature > 0).nonzero().squeeze(1)
+    greedy(logits, out, sound)
+    rows = ((temperature > 0) & logits.amax(1).isfinite()).nonzero().squeeze(1)
     if len(rows):
         values = logits[rows].double()
         weights = values - values.amax(1, keepdim=True)
-        weights = torch.exp(weights / temperature[rows].double().unsqueeze(1))
+        heat = temperature[rows].double().clamp(2.0**-126, 2.0**126)
+        weights = torch.exp(weights / heat.unsqueeze(1))
         weights = _top_k(values, weights, top_k[rows])
         weights = _top_p(values, weights, top_p[rows].double())
         weights = weights * (weights >= min_p[rows].double().unsqueeze(1))
         running = weights.cumsum(1)
         target = uniform[rows].double().unsqueeze(1) * running[:, -1:]
-        out[rows] = (running <= target).sum(1).to(out.dtype)
+        kept = weights > 0
+        tokens = torch.arange(logits.shape[1], device=logits.device)
+        last = torch.where(kept, tokens, -1).amax(1)
+        drawn = torch.minimum((~(running > target)).sum(1), last).to(out.dtype)
+        out[rows] = torch.where(kept.any(1), drawn, out[rows])
 
 
 def _top_k(values: torch.Tensor, weights: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -51,7 +60,7 @@ def _top_p(values: torch.Tensor, weights: torch.Tensor, p: torch.Tensor) -> torc
     running = weights.gather(1, order.indices).cumsum(1)
     enough = running >= p.unsqueeze(1) * running[:, -1:]
     threshold = order.values.gather(1, enough.int().argmax(1, keepdim=True))
-    return weights * ((values >= threshold) | (p >= 1).unsqueeze(1))
+    return weights * ((values >= threshold) | ~(p < 1).unsqueeze(1))
 
 
 def penalize(
@@ -67,15 +76,15 @@ def penalize(
     state = counts[slots[rows].long()]
     values = logits[rows].float()
     factor = repetition[rows].unsqueeze(1)
-    repeated = torch.where(values > 0, values / factor, values * factor)
-    values = torch.where(state != 0, repeated, values)
+    changed = torch.where(values > 0, values / factor, values * factor)
     times = state.bitwise_and(torch.iinfo(torch.int32).max)
-    values -= frequency[rows].unsqueeze(1) * times
-    values -= presence[rows].unsqueeze(1) * (times > 0)
-    logits[rows] = values.to(logits.dtype)
+    changed -= frequency[rows].unsqueeze(1) * times
+    changed -= torch.where(times > 0, presence[rows].unsqueeze(1), 0.0)
+    logits[rows] = torch.where(state != 0, changed, values).to(logits.dtype)
 
 
 def count_tokens(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> None:
     """As `sampling.count_tokens`."""
-    rows = (slots >= 0).nonzero().squeeze(1)
+    inside = (tokens >= 0) & (tokens < counts.shape[1])
+    rows = ((slots >= 0) & inside).nonzero().squeeze(1)
     counts[slots[rows].long(), tokens[rows].long()] += 1

@@ -11,6 +11,10 @@ stay or go together:
 
 Thresholds are found bit by bit over the logits, not by sorting; they are exact but for the
 rounding of the sums that top-p compares. A row's result does not depend on the others.
+
+A row is sound if no logit is NaN and the largest is finite; -inf marks tokens that must not be
+drawn. Whatever the numbers, a token is within the vocabulary: a row that is not sound, and one of
+which the filters leave nothing, gives the token of its largest logit, NaN being above all others.
 """
 
 import torch
@@ -34,6 +38,12 @@ _LEAST = tl.constexpr(-(1 << 63))
 _GREEDY_BLOCK = 4096
 _SAMPLE_BLOCK = 2048
 _PENALTY_BLOCK = 1024
+_LEAST_HEAT, _MOST_HEAT = tl.constexpr(2.0**-126), tl.constexpr(2.0**126)
+"""Temperatures beyond are taken as these, so that their inverse is a finite normal number."""
+_INFINITE = tl.constexpr(0x7F800000)
+"""The signed key of +inf; only NaN is above."""
+_NEGATIVE_INFINITE = tl.constexpr(-0x7F800001)
+"""The signed key of -inf, below all others."""
 
 
 @jit()
@@ -48,6 +58,19 @@ def _signed_key(logits):
     """An int32 of the same order as the float32."""
     bits = logits.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit()
+def _order(logits):
+    """The signed key, with every NaN above +inf, whatever its sign."""
+    bits = logits.to(tl.int32, bitcast=True)
+    return tl.where((bits & 0x7FFFFFFF) > _INFINITE, 0x7FFFFFFF, _signed_key(logits))
+
+
+@jit()
+def _is_sound(order):
+    """Whether a row is, by the largest order of its logits."""
+    return (order < _INFINITE) & (order > _NEGATIVE_INFINITE)
 
 
 @jit()
@@ -67,13 +90,15 @@ def _greedy_block_kernel(
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     n = block * BLOCK + tl.arange(0, BLOCK)
-    order = _signed_key(_load_logits(logits + row * stride, n, V)).to(tl.int64)
+    order = _order(_load_logits(logits + row * stride, n, V)).to(tl.int64)
     best = tl.max(tl.where(n < V, (order << 32) | (0x7FFFFFFF - n).to(tl.int64), _LEAST))
     tl.store(keys + row * blocks + block, best)
 
 
 @jit("blocks")
-def _greedy_kernel(keys, out, last, seats, blocks, BLOCKS_POWER: tl.constexpr, PDL: tl.constexpr):
+def _greedy_kernel(
+    keys, out, last, seats, sound, blocks, BLOCKS_POWER: tl.constexpr, PDL: tl.constexpr
+):
     """One block: a row's best block."""
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -81,9 +106,12 @@ def _greedy_kernel(keys, out, last, seats, blocks, BLOCKS_POWER: tl.constexpr, P
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS_POWER)
     found = tl.load(keys + row * blocks + block, mask=block < blocks, other=_LEAST)
-    token = 0x7FFFFFFF - (tl.max(found) & 0x7FFFFFFF).to(tl.int32)
+    best = tl.max(found)
+    token = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
     tl.store(out + row, token)
     tl.store(last + tl.load(seats + row), token)
+    if sound is not None:
+        tl.store(sound + row, _is_sound((best >> 32).to(tl.int32)).to(tl.int32))
 
 
 @jit()
@@ -126,25 +154,28 @@ def _kept_weights(at, n, V, top, inverse, floor, min_p):
 
 @jit()
 def _sample_kernel(
-    logits, temperature, top_k, top_p, min_p, uniform, out, stride,
+    logits, temperature, top_k, top_p, min_p, uniform, out, sound, stride,
     V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block: a row."""
     row = tl.program_id(0).to(tl.int64)
     at = logits + row * stride
-    tops = tl.full((BLOCK,), -float("inf"), tl.float32)
-    places = tl.full((BLOCK,), _NO_TOKEN, tl.int32)
+    tops = tl.full((BLOCK,), _NEGATIVE_INFINITE, tl.int32)
+    places = tl.arange(0, BLOCK)
     for start in range(0, V, BLOCK):
         n = start + tl.arange(0, BLOCK)
-        values = _load_logits(at, n, V)
-        better = values > tops
-        tops = tl.where(better, values, tops)
+        order = _order(_load_logits(at, n, V))
+        better = order > tops
+        tops = tl.where(better, order, tops)
         places = tl.where(better, n, places)
-    top = tl.max(tops)
-    token = tl.min(tl.where(tops == top, places, _NO_TOKEN))
+    most = tl.max(tops)
+    best = tl.min(tl.where(tops == most, places, _NO_TOKEN))
+    token = best
     heat = tl.load(temperature + row)
-    if heat > 0.0:
-        inverse = 1.0 / heat
+    is_sound = _is_sound(most)
+    if (heat > 0.0) & is_sound:
+        top = _signed_key(most.to(tl.float32, bitcast=True)).to(tl.float32, bitcast=True)
+        inverse = 1.0 / tl.minimum(tl.maximum(heat, _LEAST_HEAT), _MOST_HEAT)
         k = tl.load(top_k + row)
         p = tl.load(top_p + row)
         least = tl.load(min_p + row)
@@ -157,6 +188,7 @@ def _sample_kernel(
             sums += _kept_weights(at, start + tl.arange(0, BLOCK), V, top, inverse, floor, 0.0)
         wanted = p * tl.sum(sums)
         nucleus = _threshold(at, V, top, inverse, floor, wanted, passes, True, BLOCK)
+        nucleus = tl.minimum(nucleus, _key(top))  # the likeliest stay, however little is wanted
         floor = tl.maximum(floor, nucleus)
         sums = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, V, BLOCK):
@@ -173,7 +205,10 @@ def _sample_kernel(
             last = tl.maximum(last, tl.max(tl.where(weights > 0.0, n, -1)))
             before = tl.max(running)
         token = tl.minimum(token, last)  # rounding may leave the target beyond the last sum
+        token = tl.where(last < 0, best, token)  # the filters left nothing
     tl.store(out + row, token)
+    if sound is not None:
+        tl.store(sound + row, is_sound.to(tl.int32))
 
 
 @jit("counts_stride")
@@ -197,13 +232,14 @@ def _penalize_kernel(
         tl.store(logits + row * stride + n, values, mask=(n < V) & (state != 0))
 
 
-@jit("counts_stride")
-def _count_tokens_kernel(counts, slots, tokens, counts_stride):
+@jit("counts_stride", "vocabulary")
+def _count_tokens_kernel(counts, slots, tokens, counts_stride, vocabulary):
     """One block: a row."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
-    if slot >= 0:
-        at = counts + slot * counts_stride + tl.load(tokens + row)
+    token = tl.load(tokens + row)
+    if (slot >= 0) & (token >= 0) & (token < vocabulary):
+        at = counts + slot * counts_stride + token
         tl.store(at, tl.load(at) + 1)
 
 
@@ -218,15 +254,17 @@ def greedy(
     workspace: torch.Tensor,
     last: torch.Tensor,
     seats: torch.Tensor,
+    sound: torch.Tensor | None = None,
 ) -> None:
     """out[t] = last[seats[t]] = the token of the largest logit, the lowest such token.
 
     logits [T, vocabulary], any float dtype; out, seats int [T]; last int [seats]; of rows with one
-    seat, any remains in it. workspace int64, `greedy_workspace_elements` at least.
+    seat, any remains in it. workspace int64, `greedy_workspace_elements` at least. sound int [T],
+    where it is wanted: 1 for rows that are, else 0.
     """
     rows, vocabulary = _require_logits(logits)
     if not runs_kernel(logits):
-        reference.greedy(logits, out)
+        reference.greedy(logits, out, sound)
         last[seats.long()] = out.to(last.dtype)
         return
     blocks = triton.cdiv(vocabulary, _GREEDY_BLOCK)
@@ -248,6 +286,7 @@ def greedy(
         out,
         last,
         seats,
+        sound,
         blocks,
         BLOCKS_POWER=power,
         num_warps=1,
@@ -263,17 +302,19 @@ def sample(
     min_p: torch.Tensor,
     uniform: torch.Tensor,
     out: torch.Tensor,
+    sound: torch.Tensor | None = None,
 ) -> None:
     """out[t] = the token that row t draws; the likeliest, the lowest of such, at temperature 0.
 
     logits [T, vocabulary], any float dtype. Per row [T]: float32 temperature, top_p (from 1 on:
-    no filter), min_p (0: none), uniform in [0, 1); int32 top_k (0: none). out int [T].
+    no filter), min_p (0: none), uniform in [0, 1); int32 top_k (0: none). out int [T]; sound as
+    in `greedy`.
     """
     rows, vocabulary = _require_logits(logits)
     for name, parameter in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
         require(parameter.shape == (rows,), f"{name} must be [{rows}]")
     if not runs_kernel(logits):
-        reference.sample(logits, temperature, top_k, top_p, min_p, uniform, out)
+        reference.sample(logits, temperature, top_k, top_p, min_p, uniform, out, sound)
         return
     _sample_kernel[(rows,)](
         logits,
@@ -283,6 +324,7 @@ def sample(
         min_p,
         uniform,
         out,
+        sound,
         logits.stride(0),
         V=vocabulary,
         BLOCK=min(_SAMPLE_BLOCK, triton.next_power_of_2(vocabulary)),
@@ -329,12 +371,15 @@ def penalize(
 def count_tokens(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> None:
     """Count each row's new token in its sequence's output: counts[slots[t], tokens[t]] += 1.
 
-    No slot may stand in two rows; rows of a negative slot are left out. tokens int [T].
+    No slot may stand in two rows; rows of a negative slot are left out, and tokens that are not in
+    the vocabulary. tokens int [T].
     """
     if not runs_kernel(counts):
         reference.count_tokens(counts, slots, tokens)
         return
-    _count_tokens_kernel[(slots.shape[0],)](counts, slots, tokens, counts.stride(0), num_warps=1)
+    _count_tokens_kernel[(slots.shape[0],)](
+        counts, slots, tokens, counts.stride(0), counts.shape[1], num_warps=1
+    )
 
 
 def start_counts(

@@ -16,6 +16,8 @@ class AdapterFigures:
     """Adapters brought onto the device so far."""
     reclaimable_pages: int
     """Pages of adapters in no use."""
+    trouble: str = ""
+    """Why none can be brought just now; empty: they can."""
 
 
 class Adapters(Protocol):

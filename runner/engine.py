@@ -7,11 +7,41 @@ collected.
 
 from dataclasses import dataclass
 
+import structlog
+
 from granatum.runner.adapters import Adapters
 from granatum.runner.executor import Executor, Flight
+from granatum.runner.failures import STEP_FAILED
+from granatum.runner.flight_recorder import FlightRecorder
 from granatum.runner.pages import PagePool
+from granatum.runner.plan import Limits, Plan
 from granatum.runner.records import EngineFigures, SequenceNews, Submit
-from granatum.runner.scheduler import Limits, Plan, Scheduler
+from granatum.runner.scheduler import Scheduler
+
+MOST_UNPLANNED = 5
+"""Steps in a row that could not be planned, for no sequence's sake, before the engine gives up."""
+
+log = structlog.get_logger(__name__)
+
+
+class EngineLost(Exception):
+    """The engine cannot go on: its device is gone, or its books are wrong.
+
+    `sequences`: ids of those that the steps in flight computed.
+    """
+
+    def __init__(self, sequences: tuple[int, ...], message: str) -> None:
+        super().__init__(message)
+        self.sequences = sequences
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the engine tells of itself beside its limits, as records.Ready explains."""
+
+    max_rank: int = 0
+    max_adapter_elements: int = 0
+    step_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -32,18 +62,34 @@ class _Decoded:
 class Engine:
     """Runs sequences to their end, in process; `step` until `busy` is false.
 
-    `limits`, `pool` and `adapters` bound and feed the scheduler; `executor` computes.
+    `limits`, `pool` and `adapters` bound and feed the scheduler; `executor` computes; `recorder`
+    learns what is computed before it is.
+
+    An exception is pinned on the sequences that it concerns, which end or become suspects; the
+    others go on. What concerns none of them and comes again, or comes where the scheduler takes in
+    results, is raised as EngineLost: with wrong books, one tenant's pages might become another's.
     """
 
     def __init__(
-        self, executor: Executor, limits: Limits, pool: PagePool, adapters: Adapters
+        self,
+        executor: Executor,
+        limits: Limits,
+        pool: PagePool,
+        adapters: Adapters,
+        recorder: FlightRecorder | None = None,
+        capacity: Capacity | None = None,
     ) -> None:
         self.limits = limits
+        self.capacity = capacity or Capacity()
         self._executor = executor
         self._pool = pool
         self._adapters = adapters
+        self._recorder = recorder or FlightRecorder(limits.max_batch)
         self._scheduler = Scheduler(limits, pool, adapters)
         self._flight: Flight | None = None
+        self._news: list[SequenceNews] = []
+        self._aloft: tuple[int, ...] = ()  # ids of sequences in steps in flight
+        self._unplanned = 0
         self._decoded = _Decoded()
 
     @property
@@ -69,6 +115,7 @@ class Engine:
             decode_sequences=self._decoded.sequences,
             decode_adapters=self._decoded.adapters,
             adapter_loads=adapters.loads,
+            load_trouble=adapters.trouble,
         )
 
     @property
@@ -78,34 +125,128 @@ class Engine:
 
     def submit(self, submit: Submit) -> None:
         """Take in a sequence; its news come from `step`."""
-        self._scheduler.submit(submit)
+        try:
+            self._scheduler.submit(submit)
+        except Exception:
+            log.exception("a sequence could not be queued", sequence=submit.sequence_id)
+            self._scheduler.refuse(submit.sequence_id, STEP_FAILED)
 
     def cancel(self, sequence_id: int) -> None:
         """Forget a sequence: it computes nothing from the next step on, and has no more news."""
-        self._scheduler.cancel(sequence_id)
+        try:
+            self._scheduler.cancel(sequence_id)
+        except Exception:  # what it holds is not given back, and so is nobody else's
+            log.exception("a sequence could not be cancelled", sequence=sequence_id)
 
     def set_draining(self, draining: bool) -> None:
         """Give everything back and refuse what comes, or end that."""
-        self._scheduler.set_draining(draining)
+        try:
+            self._scheduler.set_draining(draining)
+        except Exception:  # the front's grace ends those that were not sent away
+            log.exception("not every sequence could be sent away")
 
     def step(self) -> list[SequenceNews]:
-        """Launch the next step and collect the one before."""
-        plan = self._scheduler.schedule()
-        flight = None
-        if plan.rows:
-            self._adapters.await_copy()
-            flight = self._executor.launch(plan)
-        news = self._collect()
-        self._flight = flight
-        self._decoded.count(plan)
+        """Launch the next step and collect the one before.
+
+        A suspect's step has the device to itself: the one before is collected first, and its own
+        at once. So, if the process dies in it, nobody else is to blame.
+
+        Raises:
+            EngineLost: nothing can be computed any more.
+        """
+        plan = self._plan()
+        if plan.solo:
+            self._collect()
+        self._launch(plan)
+        if plan.solo:
+            self._collect()
+        news, self._news = self._news + self._scheduler.take_news(), []
         return news
 
     def probe(self) -> None:
         """Run a step without sequences, to its end: proof that the device computes."""
-        self._executor.probe()
+        try:
+            self._executor.probe()
+        except Exception as error:
+            raise EngineLost((), str(error)) from error
 
-    def _collect(self) -> list[SequenceNews]:
-        if self._flight is None:
-            return self._scheduler.take_news()
-        tokens, logprobs = self._flight.wait()
-        return self._scheduler.collect(self._flight.plan, tokens, logprobs)
+    def _plan(self) -> Plan:
+        """The next step; an empty one if planning failed.
+
+        The scheduler changes its books one sequence at a time, so the failure is that sequence's
+        alone. If it was at none, the adapters' copies failed: the next step may find them well.
+        """
+        try:
+            plan = self._scheduler.schedule()
+        except Exception as error:
+            self._raise_if_lost(error)
+            log.exception("a step could not be planned")
+            if not self._scheduler.pin_considered():
+                self._unplanned += 1
+            if self._unplanned >= MOST_UNPLANNED:
+                raise EngineLost(self._aloft, str(error)) from error
+            return Plan()
+        self._unplanned = 0
+        return plan
+
+    def _launch(self, plan: Plan) -> None:
+        """Launch `plan` and then collect the step before; if that cannot be, pin it on `plan`."""
+        before, self._flight = self._flight, None
+        fault: Exception | None = None
+        if plan.rows:
+            try:
+                self._note(*([before.plan] if before else []), plan)
+                self._adapters.await_copy()
+                self._flight = self._executor.launch(plan)
+                self._decoded.count(plan)
+            except Exception as error:
+                fault = error
+        if before is not None:
+            self._land(before)
+        if fault is not None:
+            self._pin(plan, fault)
+        self._note(*([self._flight.plan] if self._flight else []))
+
+    def _collect(self) -> None:
+        """Collect the step in flight, with none behind it."""
+        self._launch(Plan())
+
+    def _land(self, flight: Flight) -> None:
+        """Take in the results of a step; if they do not come, pin that on its sequences."""
+        try:
+            landed = flight.wait()
+        except Exception as error:
+            behind, self._flight = self._flight, None
+            self._raise_if_lost(error)  # if not, the step behind has ended by now as well
+            if behind is not None:  # it was fed with the tokens that do not come
+                self._take_back(behind.plan)
+            self._pin(flight.plan, error)
+            return
+        try:
+            self._news += self._scheduler.collect(flight.plan, *landed)
+        except Exception as error:
+            raise EngineLost(self._aloft, f"the books are wrong: {error!r}") from error
+
+    def _pin(self, plan: Plan, error: Exception) -> None:
+        """A step failed: take it back, and have its sequences answer for it."""
+        self._raise_if_lost(error)
+        log.error("a step failed", sequences=_ids(plan), alone=plan.solo, exc_info=error)
+        self._take_back(plan)
+        self._scheduler.pin(plan)
+
+    def _take_back(self, plan: Plan) -> None:
+        self._executor.forget(plan)
+        self._scheduler.abandon(plan)
+
+    def _raise_if_lost(self, error: Exception) -> None:
+        if self._executor.is_lost():
+            raise EngineLost(self._aloft, str(error)) from error
+
+    def _note(self, *plans: Plan) -> None:
+        """Keep which sequences are computed, for when the device or the process is lost."""
+        self._aloft = tuple(dict.fromkeys(i for plan in plans for i in _ids(plan)))
+        self._recorder.note(self._aloft)
+
+
+def _ids(plan: Plan) -> tuple[int, ...]:
+    return tuple(span.sequence.id for span in plan.spans)

@@ -3,6 +3,7 @@
 drain commands -> step -> report; when idle: wait for a command, probe the device, report
 """
 
+import os
 import signal
 import socket
 import sys
@@ -22,13 +23,16 @@ from granatum.runner.adapter_loader import AdapterLoader, ImageSource
 from granatum.runner.arena import allocate_arena, page_tokens, pages_that_fit
 from granatum.runner.channel import Channel, ChannelClosed
 from granatum.runner.config import ModelConfig, read_config
-from granatum.runner.engine import Engine
+from granatum.runner.engine import Capacity, Engine, EngineLost
 from granatum.runner.executor import Executor
+from granatum.runner.flight_recorder import FlightRecorder
 from granatum.runner.model import Model
 from granatum.runner.pages import PagePool
+from granatum.runner.plan import Limits
 from granatum.runner.records import (
     Cancel,
     Command,
+    EngineFault,
     Ready,
     Report,
     SetDraining,
@@ -36,7 +40,6 @@ from granatum.runner.records import (
     Stop,
     Submit,
 )
-from granatum.runner.scheduler import Limits
 from granatum.runner.weights import Weights, load_weights, random_weights
 from granatum.v1.errors import InvalidRequest
 
@@ -44,6 +47,8 @@ PROBE_S = 0.4
 """Seconds between reports of an idle engine."""
 POLL_S = 0.001
 """Seconds between looks at adapters on their way while nothing else is to do."""
+LOST_STATUS = 70
+"""Of the process, when the engine is lost."""
 SWITCH_S = 0.0001
 """Longest time that a thread which fetches an adapter goes on in Python while a step wants to."""
 
@@ -88,21 +93,35 @@ class EngineOptions:
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
 
-def run(options: EngineOptions, open_source: OpenSource, end: socket.socket) -> None:
-    """The process's main: build the engine, serve until Stop. An error ends the process."""
+def run(
+    options: EngineOptions,
+    open_source: OpenSource,
+    end: socket.socket,
+    recorder: FlightRecorder | None = None,
+) -> None:
+    """The process's main: build the engine, serve until Stop. An error ends the process.
+
+    `recorder`: where the front finds what was computed, should the process die.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front ends us, after its streams
     sys.setswitchinterval(SWITCH_S)
     channel: Channel[Report, Command] = Channel(end)
     try:
-        serve(build_engine(options, open_source), channel)
+        serve(build_engine(options, open_source, recorder), channel)
     except ChannelClosed:
         log.info("the front is gone")
+    except EngineLost as lost:
+        log.exception("the engine is lost", sequences=lost.sequences)
+        sys.stderr.flush()
+        os._exit(LOST_STATUS)  # neither the device nor threads that fetch are waited for
     except Exception:
         log.exception("the engine failed")
         raise
 
 
-def build_engine(options: EngineOptions, open_source: OpenSource) -> Engine:
+def build_engine(
+    options: EngineOptions, open_source: OpenSource, recorder: FlightRecorder | None = None
+) -> Engine:
     """Load the model, take the memory, capture the graphs.
 
     Raises:
@@ -127,8 +146,11 @@ def build_engine(options: EngineOptions, open_source: OpenSource) -> Engine:
     loader = AdapterLoader(arena.pages, table, source, options.host_bytes)
     pool = PagePool(pages)
     executor = Executor(Model(config, weights, arena, table, limits), limits)
+    largest = min(pages, loader.host_pages) * arena.kv.page_elements
+    capacity = Capacity(options.max_rank, largest, executor.measure())
+    cache = AdapterCache(pool, loader, options.adapter_slots)
     log.info("engine ready", pages=pages, seconds=round(time.monotonic() - started, 1))
-    return Engine(executor, limits, pool, AdapterCache(pool, loader, options.adapter_slots))
+    return Engine(executor, limits, pool, cache, recorder, capacity)
 
 
 def _weights(options: EngineOptions, config: ModelConfig, device: torch.device) -> Weights:
@@ -163,19 +185,38 @@ def _limits(options: EngineOptions, config: ModelConfig, tokens: int, pages: int
         step_tokens=max(options.step_tokens, options.max_batch),
         page_tokens=tokens,
         max_context=min(options.max_context or context, context),
+        vocabulary=config.vocab,
     )
 
 
 def serve(engine: Engine, channel: Channel[Report, Command]) -> None:
-    """Run `engine` until the front sends Stop or is gone; an exception of a step goes up."""
-    channel.send(
-        Ready(
-            engine.limits.max_batch,
-            engine.limits.page_tokens,
-            engine.limits.max_context,
-            engine.figures,
-        )
+    """Run `engine` until the front sends Stop or is gone.
+
+    Raises:
+        EngineLost: nothing can be computed any more; the front was told.
+    """
+    channel.send(_ready(engine))
+    try:
+        _serve(engine, channel)
+    except EngineLost as lost:
+        channel.send(EngineFault(lost.sequences, str(lost)))
+        raise
+
+
+def _ready(engine: Engine) -> Ready:
+    limits, capacity = engine.limits, engine.capacity
+    return Ready(
+        limits.max_batch,
+        limits.page_tokens,
+        limits.max_context,
+        engine.figures,
+        capacity.max_rank,
+        capacity.max_adapter_elements,
+        capacity.step_s,
     )
+
+
+def _serve(engine: Engine, channel: Channel[Report, Command]) -> None:
     reported = time.monotonic()
     resident: tuple[str, ...] = ()
     while True:

@@ -1,5 +1,6 @@
 """Runs plans on the device: prepare the inputs, launch, and wait for the tokens when asked."""
 
+import time
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -17,9 +18,9 @@ from granatum.runner.inputs import (
     mixed_shape,
 )
 from granatum.runner.model import Model
+from granatum.runner.plan import Limits, Plan
 from granatum.runner.records import TokenLogprobs
 from granatum.runner.sampler import PendingLogprobs, Sampler
-from granatum.runner.scheduler import Limits, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +28,22 @@ class Flight:
     """A step that was launched."""
 
     plan: Plan
-    _tokens: torch.Tensor
+    _drawn: torch.Tensor
     _logprobs: PendingLogprobs | None
     _done: torch.cuda.Event | None
 
-    def wait(self) -> tuple[list[int], dict[int, TokenLogprobs]]:
-        """Its tokens, one per sampling span, and log probabilities by sequence id."""
+    def wait(self) -> tuple[list[int], dict[int, TokenLogprobs], frozenset[int]]:
+        """Its tokens, one per sampling span, log probabilities by sequence id, and the unsound.
+
+        Those are the ids of sequences whose logits are not finite, so that no token was chosen.
+        """
         if self._done is not None:
             self._done.synchronize()
-        tokens: list[int] = self._tokens[: len(self.plan.sampling)].tolist()
-        return tokens, {} if self._logprobs is None else self._logprobs.read()
+        spans = self.plan.sampling
+        tokens, sound = self._drawn[:, : len(spans)].tolist()
+        pairs = zip(spans, sound, strict=True)
+        unsound = frozenset(span.sequence.id for span, is_sound in pairs if not is_sound)
+        return tokens, {} if self._logprobs is None else self._logprobs.read(), unsound
 
 
 class Executor:
@@ -49,18 +56,20 @@ class Executor:
     def __init__(self, model: Model, limits: Limits) -> None:
         self._model = model
         self._shapes = _shapes(limits)
+        self._rows = limits.step_tokens
         device = model.device
         self._cuda = device.type == "cuda"
         self._hosts = [HostInputs(limits, self._cuda) for _ in range(2)]
         self._inputs = DeviceInputs(limits, device)
         seats = limits.max_batch + 1  # one more, for padding
         self._last = torch.zeros(seats, dtype=torch.int32, device=device)
-        self._drawn = torch.zeros(limits.max_batch, dtype=torch.int32, device=device)
+        # Tokens, and whether each row was sound: side by side, for one copy to the host.
+        self._drawn = torch.zeros(2, limits.max_batch, dtype=torch.int32, device=device)
         elements = greedy_workspace_elements(limits.max_batch, model.config.vocab)
         self._best = torch.zeros(elements, dtype=torch.int64, device=device)
         self._sampler = Sampler(model.config.vocab, seats, device)
-        self._tokens = [
-            torch.zeros(limits.max_batch, dtype=torch.int32, pin_memory=self._cuda)
+        self._landed = [
+            torch.zeros(self._drawn.shape, dtype=torch.int32, pin_memory=self._cuda)
             for _ in range(2)
         ]
         self._turn = 0
@@ -72,18 +81,19 @@ class Executor:
     def launch(self, plan: Plan) -> Flight:
         """Start a step; nothing here waits for the device."""
         shape = self._shape(plan)
-        host, out = self._hosts[self._turn], self._tokens[self._turn]
+        host, out = self._hosts[self._turn], self._landed[self._turn]
         self._turn = 1 - self._turn
         general = Sampler.is_needed(plan)
         self._inputs.copy(host, host.fill(plan, shape, sampling=general))
         logits = self._run(shape)
         count = len(plan.sampling)
-        tokens, logprobs = self._drawn[:count], None
+        logprobs = None
         if general:
             step = self._inputs.view(replace(shape, samples=count))
-            logprobs = self._sampler.sample(plan, logits[:count], step, tokens)
+            tokens, sound = self._drawn[:, :count]
+            logprobs = self._sampler.sample(plan, logits[:count], step, tokens, sound)
             self._last.index_copy_(0, step.seats.long(), tokens)
-        out[:count].copy_(tokens, non_blocking=True)
+        out.copy_(self._drawn, non_blocking=True)
         return Flight(plan, out, logprobs, self._mark())
 
     def probe(self) -> None:
@@ -94,6 +104,30 @@ class Executor:
         self._run(shape)
         if self._cuda:
             torch.cuda.synchronize()
+
+    def is_lost(self) -> bool:
+        """Whether the device is of no more use, after an error; waits for what it does if not."""
+        if not self._cuda:
+            return False
+        try:
+            torch.zeros(1, device=self._model.device).add_(1)
+            torch.cuda.synchronize()
+        except Exception:  # whatever it is: this works on every device that works
+            return True
+        return False
+
+    def forget(self, plan: Plan) -> None:
+        """Undo what the device remembers of a step that was in vain."""
+        self._sampler.forget(plan)
+
+    def measure(self) -> float:
+        """Seconds of a step of the most rows, attention aside; 0 on a GPU, where it is short."""
+        if self._cuda:
+            return 0.0
+        step = self._inputs.view(mixed_shape(self._rows, 0, 1, 1, lora=False))
+        started = time.monotonic()
+        self._compute(step)
+        return time.monotonic() - started
 
     def _shape(self, plan: Plan) -> StepShape:
         """The smallest captured shape that holds `plan`; without graphs, what it needs."""
@@ -113,7 +147,8 @@ class Executor:
     def _compute(self, step: Step) -> torch.Tensor:
         """Logits [samples, vocab]; the most likely tokens are drawn and feed the next step."""
         logits = self._model.forward(step, self._last)
-        greedy(logits, self._drawn[: step.shape.samples], self._best, self._last, step.seats)
+        tokens, sound = self._drawn[:, : step.shape.samples]
+        greedy(logits, tokens, self._best, self._last, step.seats, sound)
         return logits
 
     def _mark(self) -> torch.cuda.Event | None:

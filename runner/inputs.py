@@ -22,8 +22,8 @@ import torch
 
 from granatum.kernels.layout import Tiles, make_query_tiles, make_tiles
 from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
+from granatum.runner.plan import Limits, Plan, Span
 from granatum.runner.sampling import uniform
-from granatum.runner.scheduler import Limits, Plan, Span
 
 QUERY_TILE_ROWS = 64
 """Rows of a prompt chunk that attend together."""

@@ -20,7 +20,7 @@ from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
 from granatum.runner.arena import Arena
 from granatum.runner.config import GROUPS, ModelConfig
 from granatum.runner.inputs import FEW_ROWS, Step
-from granatum.runner.scheduler import Limits
+from granatum.runner.plan import Limits
 from granatum.runner.weights import Linear, Weights
 
 

@@ -23,5 +23,6 @@ class PagePool:
 
     def free(self, pages: Iterable[int]) -> None:
         """Give `pages` back."""
-        self._free.extend(pages)
-        assert len(self._free) <= self.total, "a page was freed twice"
+        given = tuple(pages)
+        assert len(self._free) + len(given) <= self.total, "a page was freed twice"
+        self._free.extend(given)

@@ -6,8 +6,8 @@ import torch
 
 from granatum.kernels.sampling import count_tokens, penalize, sample, start_counts
 from granatum.runner.inputs import Step
+from granatum.runner.plan import Plan, Span
 from granatum.runner.records import TokenLogprobs
-from granatum.runner.scheduler import Plan, Span
 from granatum.runner.sequence import Sequence
 
 
@@ -48,7 +48,8 @@ class Sampler:
     def compile(self, step: Step) -> None:
         """Launch every kernel once, so that no request waits for its compilation."""
         logits = torch.zeros(1, self._counts.shape[1], device=self._counts.device)
-        self._draw(logits, step, torch.zeros_like(step.seats), penalized=True)
+        drawn = torch.zeros(2, *step.seats.shape, dtype=step.seats.dtype, device=logits.device)
+        self._draw(logits, step, drawn[0], drawn[1], penalized=True)
         self._counts.zero_()
 
     @staticmethod
@@ -57,11 +58,16 @@ class Sampler:
         return any(_needs_sampler(span) for span in plan.sampling)
 
     def sample(
-        self, plan: Plan, logits: torch.Tensor, step: Step, tokens: torch.Tensor
+        self,
+        plan: Plan,
+        logits: torch.Tensor,
+        step: Step,
+        tokens: torch.Tensor,
+        sound: torch.Tensor,
     ) -> PendingLogprobs | None:
         """Draw the tokens int32 [n] of the step's n sampling spans; log probabilities if wanted.
 
-        logits [n, vocab] stay as they are.
+        logits [n, vocab] stay as they are. sound int32 [n]: whether a token could be chosen.
         """
         spans = plan.sampling
         adjusted = logits.float()
@@ -71,16 +77,31 @@ class Sampler:
         if penalized:
             self._start_counts(spans)
         _mask_stops(spans, adjusted)
-        self._draw(adjusted, step, tokens, penalized=penalized)
+        self._draw(adjusted, step, tokens, sound, penalized=penalized)
         return _logprobs(spans, logits, tokens)
 
+    def forget(self, plan: Plan) -> None:
+        """Count anew what the sequences of a step have generated: it may be counted, and was vain.
+
+        The host must know all their tokens when the next step with them is launched.
+        """
+        for span in plan.spans:
+            if span.sequence.seat is not None:
+                self._counted.pop(span.sequence.seat, None)
+
     def _draw(
-        self, logits: torch.Tensor, step: Step, tokens: torch.Tensor, *, penalized: bool
+        self,
+        logits: torch.Tensor,
+        step: Step,
+        tokens: torch.Tensor,
+        sound: torch.Tensor,
+        *,
+        penalized: bool,
     ) -> None:
         p = step.sampling
         if penalized:
             penalize(logits, self._counts, step.seats, p.repetition, p.presence, p.frequency)
-        sample(logits, p.temperature, p.top_k, p.top_p, p.min_p, p.uniform, tokens)
+        sample(logits, p.temperature, p.top_k, p.top_p, p.min_p, p.uniform, tokens, sound)
         if penalized:
             count_tokens(self._counts, step.seats, tokens)
 
@@ -110,12 +131,16 @@ def _stops_masked(span: Span) -> bool:
 
 
 def _mask_stops(spans: tuple[Span, ...], logits: torch.Tensor) -> None:
-    """Make the stop ids of sequences below their least length impossible."""
+    """Make the stop ids of sequences below their least length impossible.
+
+    A model's own may lie beyond its vocabulary, where they are impossible anyway.
+    """
     pairs = [
         (row, stop)
         for row, span in enumerate(spans)
         if _stops_masked(span)
         for stop in span.sequence.submit.stop_ids
+        if 0 <= stop < logits.shape[1]
     ]
     if pairs:
         rows, stops = torch.tensor(pairs).to(logits.device, non_blocking=True).unbind(1)

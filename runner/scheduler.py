@@ -4,80 +4,24 @@ A step computes spans: one row of every sequence that decodes, and chunks of pro
 token budget goes. It is planned while the step before still runs, so a sequence may turn out to
 have ended one step late: what was computed in vain is dropped, and its pages, seat and adapter are
 given back only when no step in flight uses them.
+
+A step that fails is taken back with `abandon`, as if it had not been planned, and pinned on its
+sequences with `pin`: those are computed in steps of their own from then on (quarantine.py).
 """
 
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from granatum.runner import failures
 from granatum.runner.adapters import Adapters, failure_of
 from granatum.runner.pages import PagePool
+from granatum.runner.plan import Limits, Plan, Span, launch, span_of
+from granatum.runner.quarantine import Quarantine
 from granatum.runner.records import Departure, Failure, Finish, SequenceNews, Submit, TokenLogprobs
 from granatum.runner.sequence import Outcome, Sequence
 
-INVALID_ARGUMENT, RESOURCE_EXHAUSTED = 3, 8  # google.rpc.Code
 LOOKAHEAD = 8
 """Waiting sequences beyond the free seats whose adapters are brought already."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of one engine."""
-
-    max_batch: int
-    """Sequences that run at a time."""
-    max_waiting: int
-    """Sequences beyond those; more are refused."""
-    step_tokens: int
-    """Rows of one step, those of decodes included."""
-    page_tokens: int
-    max_context: int
-    """Tokens of a sequence, prompt and output."""
-
-    def pages_for(self, tokens: int) -> int:
-        """Pages that hold `tokens` tokens."""
-        return -(-tokens // self.page_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Rows of one sequence in a step: tokens start .. start + rows - 1."""
-
-    sequence: Sequence
-    start: int
-    rows: int
-    samples: bool
-    """Whether the last row's logits make the sequence's next token."""
-    fed: bool
-    """Whether its token was sampled by the step before and is known to the device alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A step: decodes are one row each, ordered by adapter slot; chunks are prompts' parts."""
-
-    decodes: tuple[Span, ...] = ()
-    chunks: tuple[Span, ...] = ()
-
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """All of them, in the order of their rows."""
-        return self.decodes + self.chunks
-
-    @property
-    def sampling(self) -> tuple[Span, ...]:
-        """Those that make a token, in the order of their rows."""
-        return tuple(span for span in self.spans if span.samples)
-
-    @property
-    def lora(self) -> bool:
-        """Whether any row has an adapter."""
-        return any(span.sequence.slot >= 0 for span in self.spans)
-
-    @property
-    def rows(self) -> int:
-        """Rows of all spans."""
-        return len(self.decodes) + sum(span.rows for span in self.chunks)
 
 
 class Scheduler:
@@ -98,6 +42,8 @@ class Scheduler:
         self._seats = list(range(limits.max_batch - 1, -1, -1))
         self._arrivals = 0
         self._news: list[SequenceNews] = []
+        self._quarantine = Quarantine()
+        self._considered: Sequence | None = None
 
     @property
     def sequences(self) -> int:
@@ -113,10 +59,15 @@ class Scheduler:
         self._arrivals += 1
         outcome = self._verdict(sequence)
         if outcome is not None:
-            self._news.append(SequenceNews(submit.sequence_id, outcome=outcome))
+            self.refuse(submit.sequence_id, outcome)
             return
-        self._by_id[sequence.id] = sequence
         insort(self.waiting, sequence, key=_rank)
+        self._by_id[sequence.id] = sequence
+        self._quarantine.admit(sequence.id, submit.suspicion)
+
+    def refuse(self, sequence_id: int, outcome: Outcome) -> None:
+        """Say the outcome of a sequence that was not queued."""
+        self._news.append(SequenceNews(sequence_id, outcome=outcome))
 
     def cancel(self, sequence_id: int) -> None:
         """Forget a sequence; nothing more is said of it."""
@@ -134,34 +85,97 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The next step, whose spans count as in flight from now on."""
+        self._considered = None
         self.adapters.poll()
-        active = sorted((s for s in self.running if s.schedulable), key=_rank)
-        decodes = [_span(s, 1) for s in active if s.remaining == 1 and self._grow(s)]
+        kinds = (self._alone, self._company)
+        first, second = kinds if self._quarantine.has_turn else kinds[::-1]
+        plan = first()
+        if not plan.rows:
+            plan = second()
+        self._quarantine.has_turn = not plan.solo
+        return plan
+
+    def _alone(self) -> Plan:
+        """A step of one suspect; an empty one if none can run."""
+        for sequence in self._quarantine.in_turn(self.running):
+            self._considered = sequence
+            if sequence.remaining > 1:
+                rows = min(sequence.remaining, self.limits.step_tokens)
+                return launch([], [span_of(sequence, rows)], solo=True)
+            if self._grow(sequence):
+                return launch([span_of(sequence, 1)], [], solo=True)
+        return Plan()
+
+    def _company(self) -> Plan:
+        """A step of all who are under no suspicion."""
+        active = sorted((s for s in self.running if self._is_in_company(s)), key=_rank)
+        decodes = [span_of(s, 1) for s in active if s.remaining == 1 and self._grow(s)]
         chunks: list[Span] = []
         budget = self.limits.step_tokens - len(decodes)
         for sequence in active:
             if sequence.remaining > 1 and budget > 0:
-                chunks.append(_span(sequence, min(sequence.remaining, budget)))
+                chunks.append(span_of(sequence, min(sequence.remaining, budget)))
                 budget -= chunks[-1].rows
         for sequence in self._admit(budget):
-            span = _span(sequence, min(sequence.remaining, budget))
+            span = span_of(sequence, min(sequence.remaining, budget))
             (chunks if sequence.remaining > 1 else decodes).append(span)
             budget -= span.rows
-        return _launch(decodes, chunks)
+        return launch(decodes, chunks)
 
     def collect(
-        self, plan: Plan, tokens: Iterable[int], logprobs: dict[int, TokenLogprobs]
+        self,
+        plan: Plan,
+        tokens: Iterable[int],
+        logprobs: dict[int, TokenLogprobs],
+        unsound: frozenset[int] = frozenset(),
     ) -> list[SequenceNews]:
-        """Take in a step's `tokens`, one per sampling span; `logprobs` by sequence id."""
+        """Take in a step's `tokens`, one per sampling span; `logprobs` by sequence id.
+
+        `unsound`: ids of sequences whose logits are not finite; their tokens mean nothing.
+        """
         drawn = iter(tokens)
         for span in plan.spans:
             sequence = span.sequence
             sequence.in_flight -= 1
+            if plan.solo:
+                self._quarantine.acquit(sequence.id)
             if span.samples:
                 sequence.pending -= 1
-                self._append(sequence, next(drawn), logprobs.get(sequence.id))
+                token = next(drawn)
+                if sequence.id in unsound:
+                    made = len(sequence.tokens) - len(sequence.submit.prompt)
+                    self._end(sequence, failures.not_finite(sequence.submit, made))
+                else:
+                    self._append(sequence, token, logprobs.get(sequence.id))
             self._leave_if_idle(sequence)
         return self.take_news()
+
+    def abandon(self, plan: Plan) -> None:
+        """Take back a step that brought nothing; no later step may be in flight with its tokens."""
+        for span in plan.spans:
+            sequence = span.sequence
+            sequence.computed -= span.rows
+            sequence.in_flight -= 1
+            sequence.pending -= span.samples
+            if sequence.outcome is not None and not sequence.pending:
+                self._end(sequence, sequence.outcome)  # the token that it waited for never comes
+            self._leave_if_idle(sequence)
+
+    def pin(self, plan: Plan) -> None:
+        """Have the sequences of a failed step answer for it: one alone ends, several are tried."""
+        for span in plan.spans:
+            sequence = span.sequence
+            if plan.solo:
+                self._fail(sequence)
+            elif sequence.id in self._by_id:
+                self._quarantine.suspect(sequence.id)
+
+    def pin_considered(self) -> bool:
+        """End the sequence at which `schedule` failed; False if it was at none."""
+        if self._considered is None:
+            return False
+        self._fail(self._considered)
+        return True
 
     def take_news(self) -> list[SequenceNews]:
         """What there is to say since the last time."""
@@ -174,12 +188,9 @@ class Scheduler:
             return end  # its outcome was lost on the way; that needs no room, draining or not
         prompt = len(sequence.submit.prompt)
         if not 0 < prompt < self.limits.max_context:
-            return Failure(
-                INVALID_ARGUMENT,
-                f"the prompt has {prompt} tokens and must have 1 to {self.limits.max_context - 1}: "
-                "shorten it",
-                "PROMPT_LENGTH",
-            )
+            return failures.prompt_length(prompt, self.limits.max_context - 1)
+        if (largest := max(sequence.tokens)) >= self.limits.vocabulary:
+            return failures.token_out_of_vocabulary(largest, self.limits.vocabulary)
         if self.limits.pages_for(len(sequence.tokens)) > self.pool.total:
             return self._too_large(sequence)
         if len(sequence.tokens) >= sequence.limit:
@@ -189,29 +200,31 @@ class Scheduler:
         return None
 
     def _too_large(self, sequence: Sequence) -> Failure:
-        return Failure(
-            RESOURCE_EXHAUSTED,
-            f"{len(sequence.tokens)} tokens with their adapter do not fit into this runner's "
-            f"{self.pool.total} pages of {self.limits.page_tokens} tokens: shorten the request, "
-            "or give the runner more memory",
-            "SEQUENCE_TOO_LARGE",
-        )
+        return failures.too_large(len(sequence.tokens), self.pool.total, self.limits.page_tokens)
+
+    def _is_in_company(self, sequence: Sequence) -> bool:
+        return sequence.schedulable and sequence.id not in self._quarantine
 
     def _admit(self, budget: int) -> list[Sequence]:
-        """Move waiting sequences into the batch, and bring the adapters of those that come next."""
+        """Move waiting sequences into the batch, and bring the adapters of those that come next.
+
+        Returned are those that may run in company, while the budget lasts.
+        """
         admitted: list[Sequence] = []
         is_open = budget > 0
         for sequence in self.waiting[: len(self._seats) + LOOKAHEAD]:
+            self._considered = sequence
             slot = self._acquire(sequence)
             if slot is None:
                 continue
             is_open = is_open and budget > 0 and bool(self._seats) and self._take_pages(sequence)
             if is_open:
                 sequence.slot, sequence.seat = slot, self._seats.pop()
-                budget -= sequence.remaining
                 self.running.append(sequence)
                 self.waiting.remove(sequence)
-                admitted.append(sequence)
+                if self._is_in_company(sequence):
+                    budget -= sequence.remaining
+                    admitted.append(sequence)
                 continue
             self._release(sequence)
             if not self.running:
@@ -250,6 +263,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """A page for its next token; under pressure from idle adapters, then from the newest."""
+        self._considered = sequence
         if sequence.computed < len(sequence.pages) * self.limits.page_tokens:
             return sequence.schedulable
         while sequence.schedulable:
@@ -279,12 +293,13 @@ class Scheduler:
         return self.limits.pages_for(tokens) + pages <= self.pool.total
 
     def _append(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
-        if sequence.cancelled or isinstance(sequence.outcome, Finish):
+        if sequence.cancelled or sequence.told:
             return
         sequence.tokens.append(token)
         end = sequence.finish_of(token)
         sequence.outcome = end or sequence.outcome
         says = end if sequence.pending else sequence.outcome
+        sequence.told = says is not None
         entries = () if logprobs is None else (logprobs,)
         self._news.append(SequenceNews(sequence.id, (token,), entries, says))
 
@@ -294,14 +309,26 @@ class Scheduler:
             return
         sequence.outcome = outcome
         if not sequence.pending:
-            self._news.append(SequenceNews(sequence.id, outcome=outcome))
+            self._end(sequence, outcome)
         self._leave_if_idle(sequence)
+
+    def _fail(self, sequence: Sequence) -> None:
+        """End a sequence with which a step failed, at once."""
+        self._end(sequence, failures.STEP_FAILED)
+        self._leave_if_idle(sequence)
+
+    def _end(self, sequence: Sequence, outcome: Outcome) -> None:
+        """Say a sequence's outcome now; what steps in flight bring of it is dropped."""
+        if not sequence.cancelled and not sequence.told:
+            sequence.outcome, sequence.told = outcome, True
+            self._news.append(SequenceNews(sequence.id, outcome=outcome))
 
     def _leave_if_idle(self, sequence: Sequence) -> None:
         """Give back all that an ended sequence holds, once no step uses it."""
         over = sequence.cancelled or sequence.outcome is not None
         if not over or sequence.in_flight or self._by_id.pop(sequence.id, None) is None:
             return
+        self._quarantine.forget(sequence.id)
         if sequence.seat is None:
             self.waiting.remove(sequence)
             return
@@ -313,20 +340,3 @@ class Scheduler:
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.rank
-
-
-def _span(sequence: Sequence, rows: int) -> Span:
-    last = rows == sequence.remaining
-    fed = sequence.computed + rows > len(sequence.tokens)
-    return Span(sequence, sequence.computed, rows, last, fed)
-
-
-def _launch(decodes: list[Span], chunks: list[Span]) -> Plan:
-    """The plan without those sent away while it was made; the rest are in flight."""
-    stay = sorted((s for s in decodes if s.sequence.schedulable), key=lambda s: s.sequence.slot)
-    plan = Plan(tuple(stay), tuple(s for s in chunks if s.sequence.schedulable))
-    for span in plan.spans:
-        span.sequence.computed += span.rows
-        span.sequence.in_flight += 1
-        span.sequence.pending += span.samples
-    return plan

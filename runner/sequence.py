@@ -31,6 +31,8 @@ class Sequence:
     """Of its adapter; -1: the base model."""
     outcome: Outcome | None = None
     """Set as soon as it is known that it will not be scheduled again."""
+    told: bool = False
+    """Its outcome is out: nothing more is said of it, whatever steps in flight bring."""
     cancelled: bool = False
 
     @property

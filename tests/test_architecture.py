@@ -26,7 +26,8 @@ ARROWS = {
     "examples": set[str](),
 }
 TORCHLESS = (
-    *(f"runner/{noun}.py" for noun in ("adapter_cache", "adapter_layout", "pages", "records")),
+    *(f"runner/{noun}.py" for noun in ("adapter_cache", "adapter_layout", "failures", "pages")),
+    *(f"runner/{noun}.py" for noun in ("flight_recorder", "plan", "quarantine", "records")),
     *(f"runner/{noun}.py" for noun in ("scheduler", "sequence")),
     *("router", "adapters_store", "client", "protos/granatum/v1"),
 )

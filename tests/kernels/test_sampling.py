@@ -120,6 +120,118 @@ def test_greedy_takes_the_lowest_of_the_best(
     assert last.tolist() == [vocabulary // 2, -1, 0, 3]
 
 
+NAN, NEGATIVE_NAN = 0x7FC00000, 0xFFC00000 - (1 << 32)
+"""The bits of a float32, as Python's numbers keep no sign of a NaN."""
+
+
+def hostile(vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, list[int], list[int]]:
+    """Rows of numbers that no model should make, the token of each, and whether it is sound."""
+    nan, negative = torch.tensor([NAN, NEGATIVE_NAN], dtype=torch.int32).view(torch.float32)
+    far = vocabulary - 1
+    rows: list[tuple[dict[int, torch.Tensor | float], int, int]] = [
+        ({far: nan}, far, 0),
+        ({2: negative, far: math.inf}, 2, 0),
+        ({1: math.inf, far: math.inf}, 1, 0),
+        ({3: -math.inf, far: 5.0}, far, 1),
+        ({0: -math.inf, 4: 3e4}, 4, 1),
+        ({}, 1, 1),
+    ]
+    logits = torch.zeros(len(rows) + 3, vocabulary)
+    for row, (changes, _, _) in enumerate(rows):
+        logits[row, 1] = 2.0
+        for at, value in changes.items():
+            logits[row, at] = value
+    logits[-3], logits[-2], logits[-1] = nan, negative, -math.inf
+    tokens = [token for _, token, _ in rows] + [0, 0, 0]
+    return logits.to(dtype), tokens, [sound for _, _, sound in rows] + [0, 0, 0]
+
+
+@pytest.mark.parametrize("vocabulary", [5, 4096, 9001])
+def test_greedy_flags_rows_that_are_not_finite(
+    vocabulary: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    logits, tokens, expected = hostile(vocabulary, dtype)
+    rows = len(tokens)
+    out, sound, seats = torch.arange(3 * rows, dtype=torch.int32, device=device).view(3, rows)
+    last = torch.full((3 * rows,), -1, dtype=torch.int32, device=device)
+    elements = sampling.greedy_workspace_elements(rows, vocabulary)
+    workspace = torch.zeros(elements, dtype=torch.int64, device=device)
+    sampling.greedy(logits.to(device), out, workspace, last, seats, sound)
+    assert (out.tolist(), sound.tolist()) == (tokens, expected)
+    assert last[2 * rows :].tolist() == tokens
+
+
+@pytest.mark.parametrize("vocabulary", [5, 2048, 2500])
+@pytest.mark.parametrize("setting", [(0.0, 0, 1.0, 0.0), (1e-39, 0, 1.0, 0.0), (0.1, 2, 0.9, 0.1)])
+def test_sampled_rows_that_are_not_finite(
+    vocabulary: int,
+    setting: tuple[float, int, float, float],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    logits, tokens, expected = hostile(vocabulary, dtype)
+    parameters = [torch.full((len(tokens),), x, device=device) for x in (*setting, 0.5)]
+    temperature, top_k, top_p, min_p, uniform = parameters
+    out, sound = torch.full((2, len(tokens)), -1, dtype=torch.int32, device=device)
+    sampling.sample(logits.to(device), temperature, top_k.int(), top_p, min_p, uniform, out, sound)
+    assert (out.tolist(), sound.tolist()) == (tokens, expected)
+
+
+def test_no_parameter_draws_beyond_the_vocabulary(device: torch.device) -> None:
+    """Rows of one likeliest token, which is what remains where a filter leaves nothing."""
+    settings = [
+        (1e-45, 0, 1.0, 0.0, 0.999),
+        (1.0, 0, 0.0, 0.0, 0.999),
+        (1.0, 0, -1.0, 0.0, 0.999),
+        (1.0, 0, 1e-45, 0.0, 0.999),
+        (1.0, 0, 1.0, 2.0, 0.5),
+        (1.0, 0, 1.0, math.nan, 0.5),
+        (math.nan, 0, 1.0, 0.0, 0.5),
+        (-1.0, 0, 1.0, 0.0, 0.5),
+        (1.0, -7, 1e-9, 0.0, 0.5),
+    ]
+    logits = torch.zeros(len(settings), 41, device=device)
+    logits[:, 17] = 3.0
+    assert draw(logits, settings) == [17] * len(settings)
+    odd = [(math.inf, 0, 1.0, 0.0, 0.5), (3e38, 0, 1.0, 0.0, 0.999), (1.0, 0, math.nan, 0.0, 1.0)]
+    logits = torch.full((3, 41), -math.inf, device=device)
+    logits[:, :20] = 0.0
+    tokens = draw(logits, odd)
+    assert tokens[1:] == [19, 19]
+    assert tokens[0] in (9, 10)
+
+
+def test_penalties_that_overflow_make_a_row_unsound(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    logits = torch.zeros(4, 9, dtype=dtype, device=device)
+    logits[:, 3] = 4.0
+    counts = torch.zeros(4, 9, dtype=torch.int32, device=device)
+    for row in range(4):
+        sampling.start_counts(
+            counts, row, torch.tensor([3, 5], device=device), torch.tensor([5], device=device)
+        )
+    slots = torch.arange(4, dtype=torch.int32, device=device)
+    repetition = torch.tensor([1e-40, 1.0, 1.0, 1.0], device=device)
+    presence = torch.tensor([0.0, -math.inf, math.inf, 0.0], device=device)
+    frequency = torch.tensor([0.0, 0.0, 0.0, math.inf], device=device)
+    sampling.penalize(logits, counts, slots, repetition, presence, frequency)
+    out, sound, top_k = torch.zeros(3, 4, dtype=torch.int32, device=device)
+    zeros, ones = torch.zeros(4, device=device), torch.ones(4, device=device)
+    sampling.sample(logits, zeros, top_k, ones, zeros, zeros, out, sound)
+    assert sound.tolist() == [0, 0, 1, 0]  # +inf, +inf, a token of -inf among others, inf * 0
+    assert out.tolist() == [3, 5, 3, 3]
+    assert logits[:, [0, 1, 2, 4, 6, 7, 8]].eq(0).all()
+
+
+def test_tokens_beyond_the_vocabulary_are_not_counted(device: torch.device) -> None:
+    counts = torch.zeros(3, 6, dtype=torch.int32, device=device)
+    slots = torch.tensor([1, 0, -1, 2], dtype=torch.int32, device=device)
+    tokens = torch.tensor([-1, 6, 3, 5], dtype=torch.int32, device=device)
+    sampling.count_tokens(counts, slots, tokens)
+    assert counts.nonzero().tolist() == [[2, 5]]
+
+
 def test_penalties(dtype: torch.dtype, device: torch.device) -> None:
     vocabulary = 50
     logits = torch.randn(3, vocabulary).to(dtype)

@@ -8,8 +8,9 @@ import pytest
 from granatum.runner.adapter_cache import BACKOFF_S, PATIENCE_S, AdapterCache
 from granatum.runner.adapter_mover import Copied, Event, Failed, Measured, Read
 from granatum.runner.pages import PagePool
+from granatum.runner.plan import Limits
 from granatum.runner.records import Submit
-from granatum.runner.scheduler import Limits, Scheduler
+from granatum.runner.scheduler import Scheduler
 from granatum.v1.errors import GranatumError, InvalidRequest, Unavailable
 
 

@@ -21,8 +21,8 @@ from granatum.runner.engine_process import EngineOptions, build_engine
 from granatum.runner.executor import Executor
 from granatum.runner.model import Model
 from granatum.runner.pages import PagePool
+from granatum.runner.plan import Limits
 from granatum.runner.records import Sampling, Submit
-from granatum.runner.scheduler import Limits
 from granatum.runner.weights import Weights, empty_weights, random_weights, targets
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

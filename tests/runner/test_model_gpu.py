@@ -13,8 +13,8 @@ from granatum.runner.config import ModelConfig, Rope
 from granatum.runner.inputs import DeviceInputs, HostInputs, mixed_shape
 from granatum.runner.model import Model
 from granatum.runner.pages import PagePool
+from granatum.runner.plan import Limits, Plan, Span
 from granatum.runner.records import Submit
-from granatum.runner.scheduler import Limits, Plan, Span
 from granatum.runner.sequence import Sequence
 from granatum.runner.weights import empty_weights, random_weights, targets
 

@@ -9,8 +9,9 @@ import pytest
 
 from granatum.runner.adapters import AdapterFigures, NoAdapters
 from granatum.runner.pages import PagePool
+from granatum.runner.plan import Limits, Plan
 from granatum.runner.records import Departure, Failure, Finish, SequenceNews, Submit
-from granatum.runner.scheduler import Limits, Plan, Scheduler
+from granatum.runner.scheduler import Scheduler
 from granatum.v1.errors import Unavailable
 
 STOP = 7

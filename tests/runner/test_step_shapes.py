@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
 from granatum.runner.executor import _holds, _shapes
 from granatum.runner.inputs import FEW_ROWS, HostInputs, StepShape
+from granatum.runner.plan import Limits, Plan, Span
 from granatum.runner.records import Submit
-from granatum.runner.scheduler import Limits, Plan, Span
 from granatum.runner.sequence import Sequence
 
 LIMITS = Limits(max_batch=32, max_waiting=0, step_tokens=512, page_tokens=16, max_context=600)
