@@ -1,6 +1,7 @@
 """Sessions over a real gRPC server, with an engine that the test plays over a real channel."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class Runner:
     front: Front
     engine: AsyncChannel[Report, Command]
     address: str
+    relay: asyncio.Task[object]
     routers: list[grpc.aio.Channel] = field(default_factory=list)
 
     def session(self, key: str = KEY) -> Stream:
@@ -98,7 +100,7 @@ async def started(tokenizer: Tokenizer) -> AsyncIterator[Runner]:
     port = listen(server, "127.0.0.1:0")
     await server.start()
     relay = asyncio.create_task(front.run())
-    runner = Runner(front, await AsyncChannel.open(theirs), f"127.0.0.1:{port}")
+    runner = Runner(front, await AsyncChannel.open(theirs), f"127.0.0.1:{port}", relay)
     try:
         yield runner
     finally:
@@ -127,10 +129,18 @@ def asks(prompt: str = "hi", **more: object) -> GenerateRequest:
     return GenerateRequest(prompt=prompt, **more)  # type: ignore[arg-type]
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
 async def outputs(stream: Stream) -> list[SequenceOutput]:
-    response = await asyncio.wait_for(stream.read(), 5)
-    assert isinstance(response, SessionResponse)
-    return list(response.outputs)
+    while True:
+        response = await asyncio.wait_for(stream.read(), 5)
+        assert isinstance(response, SessionResponse)
+        if response.outputs:  # otherwise it is a sign of life
+            return list(response.outputs)
 
 
 async def test_prompt_goes_to_the_engine_and_tokens_come_back(runner: Runner) -> None:
@@ -285,7 +295,7 @@ def bad_requests() -> dict[str, tuple[GenerateRequest, str]]:
     penalty = SamplingParams(presence_penalty=3)
     return {
         "no input": (GenerateRequest(), "prompt"),
-        "no tokens": (GenerateRequest(token_ids=TokenIds()), "prompt"),
+        "no tokens": (GenerateRequest(token_ids=TokenIds()), "token_ids.ids"),
         "too long": (asks("x" * 300), "301 tokens"),
         "exactly too long": (asks("x" * 255), "at most 255"),
         "token id": (GenerateRequest(token_ids=TokenIds(ids=[1, 259])), "259"),
@@ -298,7 +308,7 @@ def bad_requests() -> dict[str, tuple[GenerateRequest, str]]:
         "min_tokens": (asks(stop=StopConditions(max_tokens=2, min_tokens=3)), "min_tokens"),
         "stop string": (asks(stop=StopConditions(strings=[""])), "stop.strings"),
         "logprobs": (asks(logprobs=LogprobOptions(top=21)), "logprobs.top"),
-        "chat": (GenerateRequest(chat=Chat()), "template"),
+        "chat": (GenerateRequest(chat=Chat()), "chat.messages"),
     }
 
 
@@ -323,20 +333,29 @@ async def test_chat_goes_through_the_models_template(runner: Runner) -> None:
     assert submit.stop_ids == frozenset()
 
 
+BULKY = StopConditions(strings=["y" * 256] * 16)
+"""Makes a submission so large that it is prepared in a thread."""
+
+
+def slow_encoding(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Prompts of more than a few tokens wait for the event."""
+    release, real = threading.Event(), Tokenizer.encode
+
+    def slow(tokenizer: Tokenizer, text: str, most: int | None = None) -> list[int]:
+        assert len(text) < 9 or release.wait(10)
+        return real(tokenizer, text, most)
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+    return release
+
+
 async def test_long_prompt_does_not_hold_up_a_short_one(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The long one is prepared in a thread; the short one overtakes it."""
-    release = asyncio.Event()
-    real: Callable[..., object] = asyncio.to_thread
-
-    async def slow(*arguments: object) -> object:
-        await release.wait()
-        return await real(*arguments)  # type: ignore[misc]
-
-    monkeypatch.setattr("granatum.runner.front.asyncio.to_thread", slow)
+    release = slow_encoding(monkeypatch)
     stream = runner.session()
-    await stream.write(submission(1, asks("x" * 200, request_id="y" * 5000)))
+    await stream.write(submission(1, asks("x" * 200, stop=BULKY)))
     await stream.write(submission(2, asks("s")))
     assert (await runner.submitted()).prompt == (BOS, *b"s")
     release.set()
@@ -346,15 +365,15 @@ async def test_long_prompt_does_not_hold_up_a_short_one(
 async def test_cancelled_while_it_is_prepared_never_reaches_the_engine(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def never(*_: object) -> None:
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr("granatum.runner.front.asyncio.to_thread", never)
+    release = slow_encoding(monkeypatch)
     stream = runner.session()
-    await stream.write(submission(1, asks("x", request_id="y" * 5000)))
+    await stream.write(submission(1, asks("x" * 200, stop=BULKY)))
     await stream.write(SessionRequest(cancel=CancelSequence(sequence_id=1)))
     await stream.write(submission(2, asks("s")))
     assert (await runner.submitted()).prompt == (BOS, *b"s")
+    release.set()
+    await stream.write(submission(3, asks("t")))
+    assert (await runner.submitted()).prompt == (BOS, *b"t")
 
 
 @pytest.mark.parametrize("key", ["", "wrong"])
@@ -370,12 +389,18 @@ async def test_loading_runner_says_so(tokenizer: Tokenizer) -> None:
         assert "loading" in (await stream.details() or "")
 
 
-async def test_sessions_end_when_the_engine_dies(runner: Runner) -> None:
+async def test_streams_outlive_the_engine_that_dies(runner: Runner) -> None:
     stream = runner.session()
     await stream.write(submission(1, asks()))
     await runner.submitted()
     runner.engine.close()
-    assert await asyncio.wait_for(stream.read(), 5) is grpc.aio.EOF
+    await until(lambda: runner.relay.done())
+    runner.front.lose(lambda _: Departure.ENGINE_LOST)
+    (output,) = await outputs(stream)
+    assert output.departed == runner_pb2.DEPARTURE_ENGINE_LOST
+    await stream.write(submission(2, asks()))
+    (output,) = await outputs(stream)
+    assert output.departed == runner_pb2.DEPARTURE_REFUSED
 
 
 async def test_drain_gives_everything_back_before_sessions_end(runner: Runner) -> None:
