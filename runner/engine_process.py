@@ -24,6 +24,7 @@ from granatum.runner.channel import Channel, ChannelClosed
 from granatum.runner.config import ModelConfig, read_config
 from granatum.runner.engine import Engine
 from granatum.runner.executor import Executor
+from granatum.runner.flight_recorder import FlightRecorder
 from granatum.runner.model import Model
 from granatum.runner.pages import PagePool
 from granatum.runner.records import (
@@ -88,7 +89,12 @@ class EngineOptions:
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
 
-def run(options: EngineOptions, open_source: OpenSource, end: socket.socket) -> None:
+def run(
+    options: EngineOptions,
+    open_source: OpenSource,
+    end: socket.socket,
+    recorder: FlightRecorder,  # noqa: ARG001
+) -> None:
     """The process's main: build the engine, serve until Stop. An error ends the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front ends us, after its streams
     sys.setswitchinterval(SWITCH_S)

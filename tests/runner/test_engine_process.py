@@ -15,6 +15,7 @@ from granatum.runner.adapter_image import ImageShape, random_image
 from granatum.runner.adapter_loader import MemoryImages
 from granatum.runner.channel import Channel, ChannelClosed, socket_pair
 from granatum.runner.engine_process import EngineOptions, run, serve
+from granatum.runner.flight_recorder import FlightRecorder
 from granatum.runner.records import (
     Cancel,
     Command,
@@ -66,7 +67,8 @@ def start(model: Path) -> Started:
         host_bytes=1 << 18,
     )  # fmt: skip
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=run, args=(options, one_image, theirs), daemon=True)
+    arguments = (options, one_image, theirs, FlightRecorder())
+    process = context.Process(target=run, args=arguments, daemon=True)
     process.start()
     theirs.close()
     channel: Channel[Command, Report] = Channel(ours)

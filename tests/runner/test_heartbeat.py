@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from granatum.runner.health import STALE_S, Health
+from granatum.runner.health import Health
 from granatum.runner.heartbeat import Heartbeat
 from granatum.v1.cluster_pb2 import (
     DeregisterRequest,
@@ -137,32 +137,30 @@ async def test_deregistration_finds_a_router_that_answers(fleet: Fleet) -> None:
     assert fleet.routers[1].gone == ["r"]
 
 
-async def test_health_is_as_fresh_as_the_engine() -> None:
-    age: list[float | None] = [None]
-    health = Health(lambda: age[0])
+async def test_health_is_what_the_engine_is() -> None:
+    serving = [False]
+    health = Health(lambda: serving[0])
     server = build_server([])
     health.add_to(server)
     port = listen(server, "127.0.0.1:0")
     await server.start()
     task = asyncio.create_task(health.run())
     try:
-        await follow_health(health, port, age)
+        await follow_health(health, port, serving)
     finally:
         task.cancel()
         await server.stop(None)
 
 
-async def follow_health(health: Health, port: int, age: list[float | None]) -> None:
+async def follow_health(health: Health, port: int, serving: list[bool]) -> None:
     status = health_pb2.HealthCheckResponse
     async with open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(10):
         stub: Any = health_pb2_grpc.HealthStub(channel)
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="granatum.v1.RunnerService"))
         seen: list[Any] = []
-        for value in (None, 0.1, STALE_S + 1, 0.2):
-            age[0] = value
-            expected = (
-                status.SERVING if value is not None and value < STALE_S else status.NOT_SERVING
-            )
+        for value in (False, True, False, True):
+            serving[0] = value
+            expected = status.SERVING if value else status.NOT_SERVING
             while not seen or seen[-1] != expected:
                 seen.append((await watch.read()).status)
         await health.stop()
