@@ -38,6 +38,9 @@ _STALE_S = 3.0
 _STALE_STEPS = 4
 """And one that computes after each step; the largest takes `Ready.step_s`."""
 
+_FLUSH_S = 1.0
+"""For the last messages of a session that ends."""
+
 log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -236,7 +239,7 @@ class RunnerService(RunnerServiceServicer):
         self._check_key(context)
         session = self._front.open()
         commands = asyncio.create_task(session.follow(request_iterator))
-        guard = asyncio.create_task(_guard(session, asyncio.current_task()))
+        guard = asyncio.create_task(_guard(self._front, session, asyncio.current_task()))
         try:
             async for response in session.responses():
                 yield response
@@ -254,10 +257,15 @@ class RunnerService(RunnerServiceServicer):
             )
 
 
-async def _guard(session: Session, call: "asyncio.Task[Any] | None") -> None:
-    """Cut the call of a router that does not speak or read; to end the stream it would have to."""
-    why = await session.neglected()
-    log.warning("session cut", why=why)
+async def _guard(front: Front, session: Session, call: "asyncio.Task[Any] | None") -> None:
+    """End the session of a router that does not speak or read.
+
+    Its call ends with it. A call that is in the middle of a message which nobody reads would
+    never end; it is cut.
+    """
+    log.warning("session ended", why=await session.neglected())
+    front.close(session)
+    await asyncio.sleep(_FLUSH_S)
     assert call is not None
     call.cancel()
 

@@ -10,6 +10,8 @@ PART_BYTES = 256 << 10
 """From this size on, a sequence's output goes on in another one."""
 MESSAGE_BYTES = 1 << 20
 """From this size on, the rest goes with the next message; far below what gRPC takes."""
+_TOKEN_BYTES = 64
+"""What a token takes in memory beside its fields."""
 
 
 @dataclass(slots=True)
@@ -40,7 +42,7 @@ class Outbox:
             if part.size >= PART_BYTES:
                 self._full.append(self._last.pop(sequence_id))
                 part = self._begin(sequence_id)
-            size = token.ByteSize()
+            size = token.ByteSize() + _TOKEN_BYTES
             part.output.tokens.append(token)
             part.size += size
             self.size += size

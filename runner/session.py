@@ -124,7 +124,8 @@ class Session:
             if not self._outbox:
                 self._news.clear()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), LIFE_S)
+                    async with asyncio.timeout(LIFE_S):
+                        await self._news.wait()
                 if self._over and not self._outbox:
                     return
             self._patience.writing, self._patience.stuck_s = True, 0.0

@@ -26,6 +26,7 @@ from granatum.runner.records import (
     SetDraining,
     StepReport,
     Submit,
+    TokenLogprobs,
 )
 from granatum.runner.tokenizer import Tokenizer
 from granatum.v1 import inference_pb2, runner_pb2
@@ -40,6 +41,7 @@ from granatum.v1.inference_pb2 import (
 )
 from granatum.v1.runner_pb2 import (
     CancelSequence,
+    Ping,
     SequenceOutput,
     SessionRequest,
     SessionResponse,
@@ -401,6 +403,42 @@ async def test_streams_outlive_the_engine_that_dies(runner: Runner) -> None:
     await stream.write(submission(2, asks()))
     (output,) = await outputs(stream)
     assert output.departed == runner_pb2.DEPARTURE_REFUSED
+
+
+async def test_router_that_falls_silent_loses_its_session(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sequences are cancelled, and it reads that the session is over."""
+    monkeypatch.setattr("granatum.runner.session.LIFE_S", 0.04)
+    monkeypatch.setattr("granatum.runner.session.SILENT_S", 0.5)
+    stream = runner.session()
+    await stream.write(submission(1, asks()))
+    engine_id = (await runner.submitted()).sequence_id
+    assert await runner.cancelled() == engine_id
+    async with asyncio.timeout(5):
+        while (response := await stream.read()) is not grpc.aio.EOF:
+            assert isinstance(response, SessionResponse)
+            assert not response.outputs, "a sign of life"
+
+
+async def test_router_that_does_not_read_loses_its_session(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pings keep coming; what it is told does not get through."""
+    monkeypatch.setattr("granatum.runner.session.LIFE_S", 0.04)
+    monkeypatch.setattr("granatum.runner.session.STUCK_S", 0.3)
+    stream = runner.session()
+    await stream.write(submission(1, asks(logprobs=LogprobOptions(top=20))))
+    engine_id = (await runner.submitted()).sequence_id
+    entry = TokenLogprobs(-0.5, tuple((65 + i, -0.5) for i in range(20)))
+    cancelled = asyncio.create_task(runner.engine.receive())
+    async with asyncio.timeout(30):
+        while not cancelled.done():
+            runner.report(SequenceNews(engine_id, (65,) * 300, (entry,) * 300))
+            await stream.write(SessionRequest(ping=Ping()))
+            await asyncio.sleep(0.01)
+    assert await cancelled == Cancel(engine_id)
+    await until(lambda: not runner.front._open)
 
 
 async def test_drain_gives_everything_back_before_sessions_end(runner: Runner) -> None:
