@@ -8,21 +8,28 @@ import structlog
 from pydantic import ValidationError
 
 from granatum.runner.engine_child import EngineChild
+from granatum.runner.engine_end import cause_of
 from granatum.runner.logs import log_as_json
 from granatum.runner.settings import Settings
+from granatum.runner.tasks import cancelled
 from granatum.runner.torchless import import_transformers
 from granatum.v1.errors import GranatumError
+
+SWITCH_S = 0.001
+"""Longest time that a thread which prepares a long text goes on in Python while the loop waits."""
 
 log = structlog.get_logger("granatum.runner")
 
 
 def main() -> int:
-    """Run a runner; the exit status, not 0 if its engine died."""
+    """Run a runner; the exit status, not 0 if it could not serve. The last log line says why."""
     log_as_json()
     try:
         asyncio.run(serve(read_settings()))
-    except GranatumError as error:
-        log.error("cannot serve", error=error.message)
+    except Exception as error:
+        if not isinstance(error, GranatumError):
+            log.exception("the runner failed")
+        log.error("cannot serve", error=cause_of(error))
         return 1
     return 0
 
@@ -39,6 +46,7 @@ def read_settings() -> Settings:
 
 async def serve(settings: Settings) -> None:
     """Serve until a signal asks to stop, or a part of the runner fails, which it raises."""
+    sys.setswitchinterval(SWITCH_S)
     child = EngineChild(settings)
     import_transformers()  # while the engine loads in its own process
     from granatum.runner.app import Runner
@@ -51,10 +59,10 @@ async def serve(settings: Settings) -> None:
         stopping = asyncio.create_task(stopped.wait())
         failing = asyncio.create_task(runner.fail())
         await asyncio.wait({stopping, failing}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        await cancelled(stopping)
         if failing.done():
             await failing
-        failing.cancel()
+        await cancelled(failing)
 
 
 if __name__ == "__main__":

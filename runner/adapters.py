@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import structlog
+
 from granatum.runner.records import Failure
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,5 +86,6 @@ def failure_of(error: Exception) -> Failure:
     from granatum.v1.errors import GranatumError, Internal  # here: the loop itself needs no gRPC
 
     if not isinstance(error, GranatumError):
-        error = Internal(f"the adapter could not be loaded: {error}")
-    return Failure(error.code, error.message, error.reason)
+        log.error("an adapter could not be loaded", exc_info=error)
+        error = Internal("the adapter could not be loaded: the runner's log has the details")
+    return Failure(error.code, error.message, error.reason, error.field or "")

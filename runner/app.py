@@ -1,6 +1,7 @@
 """A whole runner, wired: started, served, and stopped so that no stream is lost."""
 
 import asyncio
+import secrets
 from contextlib import AsyncExitStack
 from typing import Self
 
@@ -8,16 +9,16 @@ import grpc
 import structlog
 
 from granatum.adapters_store.base_model import BaseModel
-from granatum.runner.channel import ChannelClosed
 from granatum.runner.config import read_config
 from granatum.runner.engine_child import EngineChild
+from granatum.runner.engine_keeper import EngineKeeper
 from granatum.runner.front import Front, RunnerService
 from granatum.runner.health import Health
 from granatum.runner.heartbeat import Heartbeat
 from granatum.runner.settings import Settings
+from granatum.runner.tasks import cancelled
 from granatum.runner.tokenizer import Tokenizer
 from granatum.v1.cluster_pb2 import Runner as Figures
-from granatum.v1.errors import Unavailable
 from granatum.v1.runner_pb2_grpc import add_RunnerServiceServicer_to_server
 from granatum.v1.transport import build_server, listen, open_channel
 
@@ -41,12 +42,14 @@ class Runner:
         self._key = settings.cluster_key.get_secret_value()
         self._base = BaseModel.from_config(settings.model)
         self._vocabulary = read_config(settings.model).vocab
+        self._instance = secrets.token_hex(8)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         tokenizer = Tokenizer(self._settings.model)
         self._front = Front(await self._child.connect(), tokenizer, self._vocabulary)
-        self._health = Health(self._front.age_s)
+        self._keeper = EngineKeeper(self._front, self._child, lambda: EngineChild(self._settings))
+        self._health = Health(lambda: self._front.serving)
         self._server = self._build_server()
         port = self._listen()
         self._heartbeat = Heartbeat(
@@ -57,7 +60,7 @@ class Runner:
         )
         await self._server.start()
         log.info("listening", address=self._address, port=port, runner=self._id)
-        self._relay = asyncio.create_task(self._front.run(), name="relay")
+        self._engines = asyncio.create_task(self._keeper.run(), name="engines")
         self._checks = asyncio.create_task(self._health.run(), name="health")
         self._reports = asyncio.create_task(self._report(), name="heartbeat")
         return self
@@ -65,27 +68,23 @@ class Runner:
     async def __aexit__(self, *_: object) -> None:
         """Out of sight first, then the streams, then the engine."""
         log.info("stopping", grace_s=self._settings.grace_s)
-        await _cancelled(self._checks, self._reports)
+        await cancelled(self._checks, self._reports)
         await self._health.stop()
-        if self._front.loaded.is_set():
-            await self._heartbeat.deregister()
-        if not self._relay.done():
+        await self._heartbeat.deregister()
+        if not self._engines.done():
             await self._front.drain(self._settings.grace_s)
-            self._front.stop()
+        self._front.stop()
+        await cancelled(self._engines)
         await self._server.stop(_FLUSH_S)
-        await _cancelled(self._relay)
-        status = await self._child.stopped(_ENGINE_S)
+        end = await self._keeper.ended(_ENGINE_S)
         await self._stack.aclose()
-        log.info("stopped", engine_status=status)
+        log.info("stopped", engine_status=end.status)
 
     async def fail(self) -> None:
         """Wait until a part of the runner fails, and raise its error."""
-        tasks = (self._relay, self._checks, self._reports)
+        tasks = (self._engines, self._checks, self._reports)
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        try:
-            await done.pop()
-        except ChannelClosed as error:
-            raise Unavailable("the engine process has ended: its log says why") from error
+        await done.pop()
 
     async def _report(self) -> None:
         await self._front.loaded.wait()
@@ -112,9 +111,11 @@ class Runner:
             for address in settings.router
         ]
 
-    def _figures(self) -> Figures:
-        """The runner as its heartbeats describe it."""
+    def _figures(self) -> Figures | None:
+        """The runner as its heartbeats describe it; None while no engine computes."""
         front = self._front
+        if not front.serving:
+            return None
         ready, figures = front.ready, front.figures
         return Figures(
             id=self._id,
@@ -134,10 +135,8 @@ class Runner:
             adapter_loads=figures.adapter_loads,
             draining=front.draining,
             max_context=front.bounds.context,
+            max_rank=ready.max_rank,
+            max_adapter_elements=ready.max_adapter_elements,
+            instance=self._instance,
+            trouble=figures.load_trouble,
         )
-
-
-async def _cancelled(*tasks: asyncio.Task[None]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,12 +1,16 @@
 """The engine as a child process of the front. Here, in the front, it needs no torch."""
 
 import asyncio
+import ctypes
 import dataclasses
 import multiprocessing
 import socket
+import sys
 from typing import TYPE_CHECKING
 
 from granatum.runner.channel import AsyncChannel, socket_pair
+from granatum.runner.engine_end import EngineEnd, cause_of
+from granatum.runner.flight_recorder import FlightRecorder
 from granatum.runner.logs import log_as_json
 from granatum.runner.records import Command, Report
 from granatum.runner.settings import Settings
@@ -17,6 +21,23 @@ if TYPE_CHECKING:
 
 _CPU_BATCH = 8
 _CPU_HOST_BYTES = 64 << 20
+_WORDS = 2048
+
+
+class LastWords:
+    """Why the engine ends, in memory that outlives it."""
+
+    def __init__(self) -> None:
+        self._text = multiprocessing.RawArray(ctypes.c_char, _WORDS)
+
+    def say(self, text: str) -> None:
+        """The child's."""
+        self._text.value = text.replace("\0", "").encode()[: _WORDS - 1]
+
+    def read(self) -> str:
+        """The parent's, once the child is gone; empty if it said nothing."""
+        said: bytes = self._text.value
+        return said.decode(errors="ignore")
 
 
 class EngineChild:
@@ -25,8 +46,13 @@ class EngineChild:
     def __init__(self, settings: Settings) -> None:
         ours, theirs = socket_pair()
         self._end = ours
+        self._recorder = FlightRecorder()
+        self._words = LastWords()
         self._process = multiprocessing.get_context("spawn").Process(
-            target=_main, args=(settings, theirs), name="engine", daemon=True
+            target=_main,
+            args=(settings, theirs, self._recorder, self._words),
+            name="engine",
+            daemon=True,
         )
         self._process.start()
         theirs.close()
@@ -35,18 +61,34 @@ class EngineChild:
         """The front's end of the channel."""
         return await AsyncChannel.open(self._end)
 
-    async def stopped(self, grace_s: float) -> int | None:
-        """Its exit status; it is killed if it does not end within the grace."""
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
+    async def ended(self, grace_s: float) -> EngineEnd:
+        """How it ended; it is killed if it does not end within the grace."""
         await asyncio.to_thread(self._process.join, grace_s)
-        if self._process.is_alive():
+        lingers = self._process.is_alive()
+        if lingers:
             self._process.kill()
             await asyncio.to_thread(self._process.join)
-        return self._process.exitcode
+        status = self._process.exitcode or 0
+        return EngineEnd(status, self._recorder.read(), self._words.read(), own=lingers)
 
 
-def _main(settings: Settings, end: socket.socket) -> None:
+def _main(
+    settings: Settings, end: socket.socket, recorder: FlightRecorder, words: LastWords
+) -> None:
     log_as_json()
     import_transformers()
+    try:
+        _run(settings, end, recorder)
+    except Exception as error:  # the engine has logged it
+        words.say(cause_of(error))
+        sys.exit(1)
+
+
+def _run(settings: Settings, end: socket.socket, recorder: FlightRecorder) -> None:
     import torch
 
     from granatum.runner.adapter_source import AdapterSource
@@ -56,7 +98,7 @@ def _main(settings: Settings, end: socket.socket) -> None:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     source = AdapterSource(settings.store, settings.cache_dir, settings.disk_cache_bytes)
-    run(_options(settings, device), source, end)
+    run(_options(settings, device), source, end, recorder)
 
 
 def _options(settings: Settings, device: str) -> "EngineOptions":

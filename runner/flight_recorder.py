@@ -8,11 +8,14 @@ The front makes the recorder and hands it to the engine's process, which writes 
 from collections.abc import Iterable
 from multiprocessing import RawArray
 
+MOST = 1024
+"""The largest batch that a runner can be given."""
+
 
 class FlightRecorder:
     """Ids of the sequences of the steps in flight, of up to two steps of `max_batch` sequences."""
 
-    def __init__(self, max_batch: int) -> None:
+    def __init__(self, max_batch: int = MOST) -> None:
         self._cells = RawArray("q", 1 + 2 * max_batch)
 
     def note(self, ids: Iterable[int]) -> None:

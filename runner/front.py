@@ -3,33 +3,45 @@
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
 import grpc
+import structlog
 
-from granatum.runner.channel import AsyncChannel
+from granatum.runner.channel import AsyncChannel, ChannelClosed
+from granatum.runner.intake import Intake
 from granatum.runner.records import (
     Cancel,
     Command,
+    Departure,
     EngineFault,
     EngineFigures,
     Ready,
     Report,
+    SequenceNews,
     SetDraining,
+    StepReport,
     Stop,
 )
-from granatum.runner.session import Session
-from granatum.runner.submission import Bounds, Prepared, prepare
+from granatum.runner.session import EngineAway, Session
+from granatum.runner.submission import Bounds, Prepared
 from granatum.runner.tokenizer import Tokenizer
 from granatum.v1.errors import Unauthenticated, Unavailable
 from granatum.v1.runner_pb2 import SessionRequest, SessionResponse, SubmitSequence
 from granatum.v1.runner_pb2_grpc import RunnerServiceServicer
 from granatum.v1.transport import bearer_of
 
-INLINE_BYTES = 4096
-"""Submissions up to this size are tokenized at once, longer ones in a thread."""
+_STALE_S = 3.0
+"""An idle engine reports twice a second."""
+_STALE_STEPS = 4
+"""And one that computes after each step; the largest takes `Ready.step_s`."""
+
+_FLUSH_S = 1.0
+"""For the last messages of a session that ends."""
+
+log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -37,15 +49,15 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Front:
     """Hands sequences of all sessions to the engine, and its news back to them.
 
-    `run` carries the news; it ends with ChannelClosed when the engine is gone.
+    It outlives its engines. `run` carries the news of one until that one is gone; `lose` then says
+    so to its sequences, and `attach` brings the next engine.
     """
 
     def __init__(
         self, channel: AsyncChannel[Command, Report], tokenizer: Tokenizer, vocabulary: int
     ) -> None:
         self._channel = channel
-        self._tokenizer = tokenizer
-        self._vocabulary = vocabulary
+        self._intake = Intake(tokenizer, vocabulary)
         self._sessions: dict[int, Session] = {}  # by the engine's sequence id
         self._open: set[Session] = set()
         self._last_id = 0
@@ -54,6 +66,7 @@ class Front:
         self._ready: Ready | None = None
         self._figures: EngineFigures | None = None
         self._reported: float | None = None
+        self._hung = False
         self.resident: tuple[str, ...] = ()
         """Digests of the adapters on the device."""
         self.loaded = asyncio.Event()
@@ -62,15 +75,20 @@ class Front:
 
     @property
     def ready(self) -> Ready:
-        """What the engine said of itself when it was ready."""
+        """What the engine said of itself when it was ready; if it is gone, the one before."""
         if self._ready is None:
-            raise Unavailable("the runner is loading its model: try again", retry_after_s=1.0)
+            raise _loading()
         return self._ready
+
+    @property
+    def serving(self) -> bool:
+        """Whether there is an engine that computes."""
+        return self.loaded.is_set() and not self._hung
 
     @property
     def bounds(self) -> Bounds:
         """What this runner can hold."""
-        return Bounds.of(self.ready, self._vocabulary)
+        return Bounds.of(self.ready, self._intake.vocabulary)
 
     @property
     def figures(self) -> EngineFigures:
@@ -81,17 +99,50 @@ class Front:
         """Seconds since the engine's last sign of life; None before the first."""
         return None if self._reported is None else time.monotonic() - self._reported
 
-    async def run(self) -> None:
-        """Take in reports until the engine is gone."""
-        try:
-            while True:
-                self._take(await self._channel.receive())
-        finally:
-            self.end_sessions()
+    def is_stale(self) -> bool:
+        """Whether the engine is ready and has not reported for longer than any step takes."""
+        age_s = self.age_s() if self.loaded.is_set() else None
+        return age_s is not None and age_s > max(_STALE_S, _STALE_STEPS * self.ready.step_s)
+
+    def attach(self, channel: AsyncChannel[Command, Report]) -> None:
+        """Serve with a new engine, in place of one that was lost."""
+        self._channel = channel
+        if self.draining:
+            channel.send(SetDraining(True))
+
+    async def run(self) -> EngineFault | None:
+        """Take in reports until the engine is gone; its last word, if it had one."""
+        while True:
+            try:
+                report = await self._channel.receive()
+            except ChannelClosed:
+                return None
+            if isinstance(report, EngineFault):
+                return report
+            self._take(report)
+
+    def lose(self, departure_of: Callable[[int], Departure]) -> None:
+        """The engine is gone: each of its sequences departs as its engine's id tells."""
+        self.loaded.clear()
+        self._reported, self._hung, self.resident = None, False, ()
+        self._channel.close()
+        self._depart(departure_of)
+
+    def hang(self) -> None:
+        """The engine says nothing: its sequences depart, and it gets no others.
+
+        Should it go on, it finds them cancelled, and serves again.
+        """
+        self._hung = True
+        lost = tuple(self._sessions)
+        self._depart(lambda _: Departure.ENGINE_LOST)
+        for engine_id in lost:
+            self._channel.send(Cancel(engine_id))
 
     def open(self) -> Session:
-        """A session for one router. Raises Unavailable while the engine loads."""
-        assert self.ready
+        """A session for one router. Raises Unavailable while the first engine loads."""
+        if self._ready is None:
+            raise _loading()
         session = Session(self)
         self._open.add(session)
         return session
@@ -102,18 +153,19 @@ class Front:
         self._open.discard(session)
 
     async def prepare(self, message: SubmitSequence) -> Prepared:
-        """Tokenize and check a submission. Raises InvalidRequest."""
+        """Tokenize and check a submission. Raises InvalidRequest or EngineAway."""
+        if not self.serving:
+            raise EngineAway
         self._last_id += 1
-        arguments = (self._last_id, message, self._tokenizer, self.bounds)
-        if message.ByteSize() <= INLINE_BYTES:
-            return prepare(*arguments)
-        return await asyncio.to_thread(prepare, *arguments)
+        return await self._intake.prepare(self._last_id, message, self.bounds)
 
     def submit(self, prepared: Prepared, session: Session) -> None:
-        """Run a sequence, whose news go to `session`."""
+        """Run a sequence, whose news go to `session`. Raises EngineAway."""
+        if not self.serving:
+            raise EngineAway
+        self._channel.send(prepared.submit)
         self._sessions[prepared.submit.sequence_id] = session
         self._idle.clear()
-        self._channel.send(prepared.submit)
 
     def cancel(self, engine_id: int) -> None:
         """Forget a sequence."""
@@ -134,18 +186,18 @@ class Front:
         self.end_sessions()
 
     def stop(self) -> None:
-        """Ask the engine to end."""
+        """Ask the engine to end, and prepare nothing more."""
         self._channel.send(Stop())
+        self.loaded.clear()
+        self._intake.close()
 
     def end_sessions(self) -> None:
         """End every session; routers place again what was left."""
         for session in tuple(self._open):
             self.close(session)
 
-    def _take(self, report: Report) -> None:
-        if isinstance(report, EngineFault):
-            return
-        self._reported = time.monotonic()
+    def _take(self, report: Ready | StepReport) -> None:
+        self._reported, self._hung = time.monotonic(), False
         self._figures = report.figures
         if isinstance(report, Ready):
             self._ready = report
@@ -154,11 +206,18 @@ class Front:
         if report.resident is not None:
             self.resident = report.resident
         for news in report.news:
-            session = self._sessions.get(news.sequence_id)
-            if session is not None:
-                session.take(news)
-            if news.outcome is not None:
-                self._forget(news.sequence_id)
+            self._tell(news)
+
+    def _depart(self, departure_of: Callable[[int], Departure]) -> None:
+        for engine_id in tuple(self._sessions):
+            self._tell(SequenceNews(engine_id, outcome=departure_of(engine_id)))
+
+    def _tell(self, news: SequenceNews) -> None:
+        session = self._sessions.get(news.sequence_id)
+        if session is not None:
+            session.take(news)
+        if news.outcome is not None:
+            self._forget(news.sequence_id)
 
     def _forget(self, engine_id: int) -> None:
         self._sessions.pop(engine_id, None)
@@ -180,12 +239,15 @@ class RunnerService(RunnerServiceServicer):
         self._check_key(context)
         session = self._front.open()
         commands = asyncio.create_task(session.follow(request_iterator))
+        guard = asyncio.create_task(_guard(self._front, session, asyncio.current_task()))
         try:
             async for response in session.responses():
                 yield response
         finally:
-            commands.cancel()
             self._front.close(session)
+            commands.cancel()
+            guard.cancel()
+            await asyncio.gather(commands, guard, session.ended(), return_exceptions=True)
 
     def _check_key(self, context: Context) -> None:
         key = bearer_of(context.invocation_metadata()) or ""
@@ -193,3 +255,20 @@ class RunnerService(RunnerServiceServicer):
             raise Unauthenticated(
                 "this is not the cluster key: set the same GRANATUM_CLUSTER_KEY everywhere"
             )
+
+
+async def _guard(front: Front, session: Session, call: "asyncio.Task[Any] | None") -> None:
+    """End the session of a router that does not speak or read.
+
+    Its call ends with it. A call that is in the middle of a message which nobody reads would
+    never end; it is cut.
+    """
+    log.warning("session ended", why=await session.neglected())
+    front.close(session)
+    await asyncio.sleep(_FLUSH_S)
+    assert call is not None
+    call.cancel()
+
+
+def _loading() -> Unavailable:
+    return Unavailable("the runner is loading its model: try again", retry_after_s=1.0)

@@ -8,18 +8,19 @@ class StopStrings:
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
+        self._beginnings = tuple(map(_Beginning, strings))
         self._kept = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """The text that may go out, and whether a stop string ended it."""
         if not self._strings:
             return text, False
-        text = self._kept + text
+        new, text = text, self._kept + text
         found = [at for at in map(text.find, self._strings) if at >= 0]
         if found:
             self._kept = ""
             return text[: min(found)], True
-        going = len(text) - self._overlap(text)
+        going = len(text) - max(beginning.push(new) for beginning in self._beginnings)
         self._kept = text[going:]
         return text[:going], False
 
@@ -28,11 +29,30 @@ class StopStrings:
         kept, self._kept = self._kept, ""
         return kept
 
-    def _overlap(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
-        longest = min(max(map(len, self._strings)) - 1, len(text))
-        for length in range(longest, 0, -1):
-            end = text[-length:]
-            if any(string.startswith(end) for string in self._strings):
-                return length
-        return 0
+
+class _Beginning:
+    """How many characters at the end of a text begin a string, as Knuth, Morris and Pratt count.
+
+    Each character costs a step or two however long the string is. The whole string never appears.
+    """
+
+    def __init__(self, string: str) -> None:
+        self._string = string
+        self._shorter = [0]
+        """For each length of a beginning: the next shorter beginning that also ends there."""
+        self._length = 0
+        length = 0
+        for character in string[1:]:
+            length = self._next(length, character)
+            self._shorter.append(length)
+
+    def push(self, text: str) -> int:
+        """The count after `text` more."""
+        for character in text:
+            self._length = self._next(self._length, character)
+        return self._length
+
+    def _next(self, length: int, character: str) -> int:
+        while length and self._string[length] != character:
+            length = self._shorter[length - 1]
+        return length + (self._string[length] == character)

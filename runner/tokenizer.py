@@ -1,16 +1,21 @@
 """The model's own tokenizer: text to ids, chats to ids, and ids to text as they come."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import structlog
+from jinja2.exceptions import TemplateError
+from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
 from granatum.v1.errors import InvalidRequest, PreconditionFailed
+from granatum.v1.validation import MAX_PROMPT_BYTES
 
 REPLACEMENT = "\ufffd"
 """What stands for bytes that are no character, or not yet one."""
@@ -18,6 +23,22 @@ _CONTEXT_TOKENS = 8
 """So many tokens before the first new one decide how it is written (its leading space)."""
 _CHARACTER_TOKENS = 4
 """A character has at most so many bytes, and so tokens."""
+_PIECE_CHARACTERS = 1 << 14
+"""The smallest piece of a text that is counted alone."""
+_MAX_RENDERED = 2 * MAX_PROMPT_BYTES
+"""Characters that a chat template may make of messages."""
+_MAX_REFUSAL = 500
+"""Characters of a chat template's own message that a client gets."""
+
+log = structlog.get_logger(__name__)
+
+
+class TooManyTokens(Exception):
+    """A text has more tokens than asked for; `tokens` says how many, as "301" or "over 512"."""
+
+    def __init__(self, tokens: str) -> None:
+        super().__init__(tokens)
+        self.tokens = tokens
 
 
 class Tokenizer:
@@ -45,39 +66,119 @@ class Tokenizer:
             token for token, added in backend.get_added_tokens_decoder().items() if added.special
         )
         self.end_ids = _end_ids(directory, loaded.eos_token_id)
+        self._anchor: list[int] = self._encoded("a", special=False).ids
         self.token_text = lru_cache(1 << 16)(self._token_text)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, with the special tokens that the model puts around a prompt."""
-        return list(self._fast.encode(text).ids)
+    def ends_within(self, vocabulary: int) -> frozenset[int]:
+        """The tokens that end a sequence, of those that the model has."""
+        return frozenset(token for token in self.end_ids if 0 <= token < vocabulary)
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        """Ids of `text`, with the special tokens that the model puts around a prompt.
+
+        Other threads go on meanwhile. Raises TooManyTokens if there are more than `most`.
+        """
+        return self._ids(text, most, special=True)
+
+    def encode_chat(
+        self, messages: Sequence[tuple[str, str]], most: int | None = None
+    ) -> list[int]:
         """Ids of (role, content) messages in the model's chat template, up to the answer.
 
-        Raises InvalidRequest if the model has no template or the template refuses the messages.
+        Raises InvalidRequest if the model has no template or the template refuses the messages,
+        TooManyTokens if there are more than `most`.
         """
+        return self._ids(self._rendered(messages), most, special=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without special tokens."""
+        return self._decoded(ids, skip_special_tokens=True)
+
+    def _ids(self, text: str, most: int | None, *, special: bool) -> list[int]:
+        if most is not None:
+            self._refuse_endless(text, most)
+        encoding = self._encoded(text, special=special)
+        if most is not None and len(encoding) > most:
+            raise TooManyTokens(str(len(encoding)))
+        return list(encoding.ids)
+
+    def _refuse_endless(self, text: str, most: int) -> None:
+        """Raise TooManyTokens for a text so long that even its pieces cannot fit.
+
+        Every piece but the last brings some thousand tokens, and a cut changes a few around it.
+        Twice as many tokens as fit are therefore too many wherever the cuts are. So what is
+        computed and kept in memory depends on `most`, not on the length of the text: to free four
+        million tokens holds up the whole process.
+        """
+        size = max(4 * most, _PIECE_CHARACTERS)
+        count = 0
+        for start in range(0, len(text), size) if len(text) > size else ():
+            count += len(self._encoded(text[start : start + size], special=False))
+            if count > 2 * most:
+                raise TooManyTokens(f"over {2 * most}")
+
+    def _encoded(self, text: str, *, special: bool) -> Encoding:
+        """Unlike `encode`, a batch is encoded without the interpreter's lock."""
+        with _no_panic():
+            (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=special)
+        return encoding
+
+    def _decoded(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        with _no_panic():
+            text: str = self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def _rendered(self, messages: Sequence[tuple[str, str]]) -> str:
         if not self._chat.chat_template:
-            raise InvalidRequest("this model has no chat template: send a prompt instead")
+            raise _refused("this model has no chat template: send a prompt instead")
         conversation = [{"role": role, "content": content} for role, content in messages]
         try:
             text: str = self._chat.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template is a program and raises what it likes
-            raise InvalidRequest(f"the model's chat template refuses this: {error}") from error
-        return list(self._fast.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens."""
-        text: str = self._fast.decode(ids, skip_special_tokens=True)
+            raise _refusal_of(error) from error
+        if len(text) > _MAX_RENDERED:
+            raise _refused(
+                f"the model's chat template makes {len(text):,} characters of them: "
+                f"send less, {_MAX_RENDERED:,} at most"
+            )
         return text
 
     def _token_text(self, token: int) -> str:
         """The text of one token alone, a leading space included; special tokens by name."""
-        anchor = self._fast.encode("a", add_special_tokens=False).ids
-        before = self._fast.decode(anchor, skip_special_tokens=False)
-        after: str = self._fast.decode([*anchor, token], skip_special_tokens=False)
+        before = self._decoded(self._anchor, skip_special_tokens=False)
+        after = self._decoded([*self._anchor, token], skip_special_tokens=False)
         return after[len(before) :]
+
+
+@contextmanager
+def _no_panic() -> Iterator[None]:
+    """A panic of the tokenizers library is no Exception; as it leaves, it is one."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise RuntimeError("the tokenizers library panicked") from error
+
+
+def _refused(message: str) -> InvalidRequest:
+    return InvalidRequest(f"chat.messages: {message}", field="chat.messages")
+
+
+def _refusal_of(error: Exception) -> InvalidRequest:
+    """What the client is told: the template's own words, and nothing of how it failed.
+
+    A template's raise_exception is a TemplateError; what jinja itself raises is a subclass.
+    """
+    if type(error) is TemplateError:
+        said = str(error)[:_MAX_REFUSAL]
+        return _refused(f"the model's chat template refuses them: {said}")
+    log.warning("the chat template failed", error=f"{type(error).__name__}: {error}")
+    return _refused(
+        "the model's chat template cannot write them: check their roles and their order"
+    )
 
 
 class Detokenizer:

@@ -18,6 +18,7 @@ def import_transformers() -> None:
     if "torch" in sys.modules:
         return
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss torch aloud
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread for each text
     sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         from transformers import AutoConfig, AutoTokenizer  # noqa: F401 - they ask for torch once

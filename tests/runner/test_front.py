@@ -1,6 +1,7 @@
 """Sessions over a real gRPC server, with an engine that the test plays over a real channel."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from granatum.runner.records import (
     SetDraining,
     StepReport,
     Submit,
+    TokenLogprobs,
 )
 from granatum.runner.tokenizer import Tokenizer
 from granatum.v1 import inference_pb2, runner_pb2
@@ -39,6 +41,7 @@ from granatum.v1.inference_pb2 import (
 )
 from granatum.v1.runner_pb2 import (
     CancelSequence,
+    Ping,
     SequenceOutput,
     SessionRequest,
     SessionResponse,
@@ -61,6 +64,7 @@ class Runner:
     front: Front
     engine: AsyncChannel[Report, Command]
     address: str
+    relay: asyncio.Task[object]
     routers: list[grpc.aio.Channel] = field(default_factory=list)
 
     def session(self, key: str = KEY) -> Stream:
@@ -98,7 +102,7 @@ async def started(tokenizer: Tokenizer) -> AsyncIterator[Runner]:
     port = listen(server, "127.0.0.1:0")
     await server.start()
     relay = asyncio.create_task(front.run())
-    runner = Runner(front, await AsyncChannel.open(theirs), f"127.0.0.1:{port}")
+    runner = Runner(front, await AsyncChannel.open(theirs), f"127.0.0.1:{port}", relay)
     try:
         yield runner
     finally:
@@ -127,10 +131,18 @@ def asks(prompt: str = "hi", **more: object) -> GenerateRequest:
     return GenerateRequest(prompt=prompt, **more)  # type: ignore[arg-type]
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
 async def outputs(stream: Stream) -> list[SequenceOutput]:
-    response = await asyncio.wait_for(stream.read(), 5)
-    assert isinstance(response, SessionResponse)
-    return list(response.outputs)
+    while True:
+        response = await asyncio.wait_for(stream.read(), 5)
+        assert isinstance(response, SessionResponse)
+        if response.outputs:  # otherwise it is a sign of life
+            return list(response.outputs)
 
 
 async def test_prompt_goes_to_the_engine_and_tokens_come_back(runner: Runner) -> None:
@@ -285,7 +297,7 @@ def bad_requests() -> dict[str, tuple[GenerateRequest, str]]:
     penalty = SamplingParams(presence_penalty=3)
     return {
         "no input": (GenerateRequest(), "prompt"),
-        "no tokens": (GenerateRequest(token_ids=TokenIds()), "prompt"),
+        "no tokens": (GenerateRequest(token_ids=TokenIds()), "token_ids.ids"),
         "too long": (asks("x" * 300), "301 tokens"),
         "exactly too long": (asks("x" * 255), "at most 255"),
         "token id": (GenerateRequest(token_ids=TokenIds(ids=[1, 259])), "259"),
@@ -298,7 +310,7 @@ def bad_requests() -> dict[str, tuple[GenerateRequest, str]]:
         "min_tokens": (asks(stop=StopConditions(max_tokens=2, min_tokens=3)), "min_tokens"),
         "stop string": (asks(stop=StopConditions(strings=[""])), "stop.strings"),
         "logprobs": (asks(logprobs=LogprobOptions(top=21)), "logprobs.top"),
-        "chat": (GenerateRequest(chat=Chat()), "template"),
+        "chat": (GenerateRequest(chat=Chat()), "chat.messages"),
     }
 
 
@@ -323,20 +335,29 @@ async def test_chat_goes_through_the_models_template(runner: Runner) -> None:
     assert submit.stop_ids == frozenset()
 
 
+BULKY = StopConditions(strings=["y" * 256] * 16)
+"""Makes a submission so large that it is prepared in a thread."""
+
+
+def slow_encoding(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Prompts of more than a few tokens wait for the event."""
+    release, real = threading.Event(), Tokenizer.encode
+
+    def slow(tokenizer: Tokenizer, text: str, most: int | None = None) -> list[int]:
+        assert len(text) < 9 or release.wait(10)
+        return real(tokenizer, text, most)
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+    return release
+
+
 async def test_long_prompt_does_not_hold_up_a_short_one(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The long one is prepared in a thread; the short one overtakes it."""
-    release = asyncio.Event()
-    real: Callable[..., object] = asyncio.to_thread
-
-    async def slow(*arguments: object) -> object:
-        await release.wait()
-        return await real(*arguments)  # type: ignore[misc]
-
-    monkeypatch.setattr("granatum.runner.front.asyncio.to_thread", slow)
+    release = slow_encoding(monkeypatch)
     stream = runner.session()
-    await stream.write(submission(1, asks("x" * 200, request_id="y" * 5000)))
+    await stream.write(submission(1, asks("x" * 200, stop=BULKY)))
     await stream.write(submission(2, asks("s")))
     assert (await runner.submitted()).prompt == (BOS, *b"s")
     release.set()
@@ -346,15 +367,15 @@ async def test_long_prompt_does_not_hold_up_a_short_one(
 async def test_cancelled_while_it_is_prepared_never_reaches_the_engine(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def never(*_: object) -> None:
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr("granatum.runner.front.asyncio.to_thread", never)
+    release = slow_encoding(monkeypatch)
     stream = runner.session()
-    await stream.write(submission(1, asks("x", request_id="y" * 5000)))
+    await stream.write(submission(1, asks("x" * 200, stop=BULKY)))
     await stream.write(SessionRequest(cancel=CancelSequence(sequence_id=1)))
     await stream.write(submission(2, asks("s")))
     assert (await runner.submitted()).prompt == (BOS, *b"s")
+    release.set()
+    await stream.write(submission(3, asks("t")))
+    assert (await runner.submitted()).prompt == (BOS, *b"t")
 
 
 @pytest.mark.parametrize("key", ["", "wrong"])
@@ -370,12 +391,54 @@ async def test_loading_runner_says_so(tokenizer: Tokenizer) -> None:
         assert "loading" in (await stream.details() or "")
 
 
-async def test_sessions_end_when_the_engine_dies(runner: Runner) -> None:
+async def test_streams_outlive_the_engine_that_dies(runner: Runner) -> None:
     stream = runner.session()
     await stream.write(submission(1, asks()))
     await runner.submitted()
     runner.engine.close()
-    assert await asyncio.wait_for(stream.read(), 5) is grpc.aio.EOF
+    await until(lambda: runner.relay.done())
+    runner.front.lose(lambda _: Departure.ENGINE_LOST)
+    (output,) = await outputs(stream)
+    assert output.departed == runner_pb2.DEPARTURE_ENGINE_LOST
+    await stream.write(submission(2, asks()))
+    (output,) = await outputs(stream)
+    assert output.departed == runner_pb2.DEPARTURE_REFUSED
+
+
+async def test_router_that_falls_silent_loses_its_session(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sequences are cancelled, and it reads that the session is over."""
+    monkeypatch.setattr("granatum.runner.session.LIFE_S", 0.04)
+    monkeypatch.setattr("granatum.runner.session.SILENT_S", 0.5)
+    stream = runner.session()
+    await stream.write(submission(1, asks()))
+    engine_id = (await runner.submitted()).sequence_id
+    assert await runner.cancelled() == engine_id
+    async with asyncio.timeout(5):
+        while (response := await stream.read()) is not grpc.aio.EOF:
+            assert isinstance(response, SessionResponse)
+            assert not response.outputs, "a sign of life"
+
+
+async def test_router_that_does_not_read_loses_its_session(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pings keep coming; what it is told does not get through."""
+    monkeypatch.setattr("granatum.runner.session.LIFE_S", 0.04)
+    monkeypatch.setattr("granatum.runner.session.STUCK_S", 0.3)
+    stream = runner.session()
+    await stream.write(submission(1, asks(logprobs=LogprobOptions(top=20))))
+    engine_id = (await runner.submitted()).sequence_id
+    entry = TokenLogprobs(-0.5, tuple((65 + i, -0.5) for i in range(20)))
+    cancelled = asyncio.create_task(runner.engine.receive())
+    async with asyncio.timeout(30):
+        while not cancelled.done():
+            runner.report(SequenceNews(engine_id, (65,) * 300, (entry,) * 300))
+            await stream.write(SessionRequest(ping=Ping()))
+            await asyncio.sleep(0.01)
+    assert await cancelled == Cancel(engine_id)
+    await until(lambda: not runner.front._open)
 
 
 async def test_drain_gives_everything_back_before_sessions_end(runner: Runner) -> None:

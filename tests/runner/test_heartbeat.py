@@ -7,9 +7,10 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from granatum.runner.health import STALE_S, Health
+from granatum.runner.health import Health
 from granatum.runner.heartbeat import Heartbeat
 from granatum.v1.cluster_pb2 import (
     DeregisterRequest,
@@ -22,7 +23,7 @@ from granatum.v1.cluster_pb2_grpc import (
     RegistryServiceServicer,
     add_RegistryServiceServicer_to_server,
 )
-from granatum.v1.errors import Unavailable
+from granatum.v1.errors import PreconditionFailed, Unavailable
 from granatum.v1.transport import bearer_of, build_server, listen, open_channel
 
 KEY = "cluster-key"
@@ -34,6 +35,7 @@ class Router(RegistryServiceServicer):
     def __init__(self) -> None:
         self.away = False
         self.drain = False
+        self.taken = False
         self.beats: list[Runner] = []
         self.gone: list[str] = []
         self.keys: set[str | None] = set()
@@ -43,6 +45,8 @@ class Router(RegistryServiceServicer):
     ) -> HeartbeatResponse:
         if self.away:
             raise Unavailable("away")
+        if self.taken:
+            raise PreconditionFailed("another runner", reason="DUPLICATE_RUNNER")
         self.keys.add(bearer_of(context.invocation_metadata()))
         self.beats.append(request.runner)
         return HeartbeatResponse(interval_s=0.05, drain=self.drain)
@@ -63,11 +67,15 @@ class Fleet:
         self.routers = routers
         self.drains: list[bool] = []
         self.beats = 0
+        self.serving = True
+        self.draining = False
         self.heartbeat = Heartbeat(channels, KEY, self.figures, self.drains.append)
 
-    def figures(self) -> Runner:
+    def figures(self) -> Runner | None:
         self.beats += 1
-        return Runner(id="r", free_pages=self.beats)
+        if not self.serving:
+            return None
+        return Runner(id="r", free_pages=self.beats, draining=self.draining)
 
     async def until(self, holds: Callable[[], bool]) -> None:
         async with asyncio.timeout(10):
@@ -137,32 +145,68 @@ async def test_deregistration_finds_a_router_that_answers(fleet: Fleet) -> None:
     assert fleet.routers[1].gone == ["r"]
 
 
-async def test_health_is_as_fresh_as_the_engine() -> None:
-    age: list[float | None] = [None]
-    health = Health(lambda: age[0])
+async def test_runner_without_an_engine_is_out_of_sight_until_there_is_one(fleet: Fleet) -> None:
+    router = fleet.routers[0]
+    await fleet.until(lambda: bool(router.beats))
+    fleet.serving = False
+    await fleet.until(lambda: router.gone == ["r"])
+    before, looks = len(router.beats), fleet.beats
+    await fleet.until(lambda: fleet.beats > looks + 3)
+    assert len(router.beats) == before
+    assert router.gone == ["r"]
+    fleet.serving = True
+    await fleet.until(lambda: len(router.beats) > before)
+
+
+async def test_drained_runner_without_an_engine_stays_drained(fleet: Fleet) -> None:
+    """To deregister would make the routers forget that it is drained."""
+    router = fleet.routers[0]
+    fleet.draining = True
+    await fleet.until(lambda: any(beat.draining for beat in router.beats))
+    fleet.serving = False
+    looks = fleet.beats
+    await fleet.until(lambda: fleet.beats > looks + 4)
+    assert not router.gone
+
+
+async def test_runner_whose_id_is_taken_says_so_and_waits(fleet: Fleet) -> None:
+    for router in fleet.routers:
+        router.taken = True
+    with structlog.testing.capture_logs() as logs:
+        await fleet.until(lambda: any("--runner-id" in entry["event"] for entry in logs))
+        await fleet.heartbeat.deregister()  # as at its end: it would take the other one out
+    assert [entry["log_level"] for entry in logs] == ["error"]
+    assert " r:" in logs[0]["event"]
+    assert not any(router.gone for router in fleet.routers)
+    for router in fleet.routers:
+        router.taken, router.beats = False, []
+    await fleet.until(lambda: any(router.beats for router in fleet.routers))
+
+
+async def test_health_is_what_the_engine_is() -> None:
+    serving = [False]
+    health = Health(lambda: serving[0])
     server = build_server([])
     health.add_to(server)
     port = listen(server, "127.0.0.1:0")
     await server.start()
     task = asyncio.create_task(health.run())
     try:
-        await follow_health(health, port, age)
+        await follow_health(health, port, serving)
     finally:
         task.cancel()
         await server.stop(None)
 
 
-async def follow_health(health: Health, port: int, age: list[float | None]) -> None:
+async def follow_health(health: Health, port: int, serving: list[bool]) -> None:
     status = health_pb2.HealthCheckResponse
     async with open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(10):
         stub: Any = health_pb2_grpc.HealthStub(channel)
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="granatum.v1.RunnerService"))
         seen: list[Any] = []
-        for value in (None, 0.1, STALE_S + 1, 0.2):
-            age[0] = value
-            expected = (
-                status.SERVING if value is not None and value < STALE_S else status.NOT_SERVING
-            )
+        for value in (False, True, False, True):
+            serving[0] = value
+            expected = status.SERVING if value else status.NOT_SERVING
             while not seen or seen[-1] != expected:
                 seen.append((await watch.read()).status)
         await health.stop()

@@ -34,6 +34,7 @@ from granatum.v1.transport import bearer, build_server, listen, open_channel
 pytestmark = pytest.mark.system
 KEY = "cluster-key"
 START_S = 90
+Stream = grpc.aio.StreamStreamCall[SessionRequest, SessionResponse]
 
 
 class Registry(RegistryServiceServicer):
@@ -106,10 +107,10 @@ async def started(directory: Path) -> AsyncIterator[Process]:
         await server.stop(None)
 
 
-def endless() -> SessionRequest:
+def endless(sequence_id: int = 1) -> SessionRequest:
     stop = StopConditions(ignore_eos=True)
     request = GenerateRequest(prompt="granite>", stop=stop)
-    return SessionRequest(submit=SubmitSequence(sequence_id=1, request=request))
+    return SessionRequest(submit=SubmitSequence(sequence_id=sequence_id, request=request))
 
 
 async def test_sigterm_hands_streams_back_and_takes_the_runner_out(tmp_path: Path) -> None:
@@ -130,12 +131,58 @@ async def test_sigterm_hands_streams_back_and_takes_the_runner_out(tmp_path: Pat
         assert process.events()[-1] == "stopped"
 
 
-async def test_death_of_the_engine_is_the_death_of_the_runner(tmp_path: Path) -> None:
+async def test_killed_engine_takes_no_stream_with_it_and_comes_back(tmp_path: Path) -> None:
     async with started(tmp_path) as process:
-        process.engine.kill()
-        assert await asyncio.wait_for(process.child.wait(), 20) == 1
-        assert process.registry.events[-1] == "gone r"
-        assert "cannot serve" in process.events()
+        registry, killed = process.registry, process.engine
+        async with open_channel(registry.address) as channel:
+            stream = RunnerServiceStub(channel).Session(metadata=bearer(KEY))
+            await stream.write(endless())
+            assert await stream.read() is not grpc.aio.EOF
+            killed.kill()
+            assert await departure(stream) == runner_pb2.DEPARTURE_ENGINE_LOST
+            async with asyncio.timeout(START_S):
+                while "gone r" not in registry.events:
+                    await asyncio.sleep(0.02)
+                registry.registered.clear()
+                await registry.registered.wait()
+            await stream.write(endless(2))
+            assert await stream.read() is not grpc.aio.EOF
+        assert process.engine.pid != killed.pid
+        assert process.child.returncode is None
+
+
+async def departure(stream: Stream) -> int:
+    """How the stream's only sequence leaves."""
+    while isinstance(response := await stream.read(), SessionResponse):
+        for output in response.outputs:
+            if output.departed:
+                return output.departed
+    raise AssertionError("the session has ended")
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--device", "cpu", "--arena-bytes", "1000"), "give it more memory"),
+        (("--device", "cuda:63"), "cuda"),
+    ],
+)
+async def test_last_log_line_says_why_the_engine_cannot_start(
+    tmp_path: Path, flags: tuple[str, ...], why: str
+) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "granatum.runner", "--model", str(BASE_MODEL), *flags]
+    command += ["--listen", "127.0.0.1:0", "--router", "127.0.0.1:1"]
+    command += ["--store", tmp_path.as_uri(), "--cache-dir", str(tmp_path / "cache")]
+    with log.open("wb") as sink:
+        child = await asyncio.create_subprocess_exec(
+            *command, stdout=sink, stderr=sink, env={**os.environ, "GRANATUM_CLUSTER_KEY": KEY}
+        )
+        assert await asyncio.wait_for(child.wait(), START_S) == 1
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert last["event"] == "cannot serve"
+    assert last["error"].startswith("the engine cannot start: ")
+    assert why in last["error"].lower()
 
 
 async def test_engine_ends_when_the_front_is_killed(tmp_path: Path) -> None:

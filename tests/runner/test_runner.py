@@ -25,7 +25,7 @@ from granatum.runner.records import Command, Report
 from granatum.runner.tokenizer import Tokenizer
 from granatum.v1 import inference_pb2
 from granatum.v1.inference_pb2 import GenerateRequest, LogprobOptions, StopConditions
-from granatum.v1.runner_pb2 import SequenceOutput, SessionRequest, SubmitSequence
+from granatum.v1.runner_pb2 import Ping, SequenceOutput, SessionRequest, SubmitSequence
 from granatum.v1.runner_pb2_grpc import RunnerServiceStub, add_RunnerServiceServicer_to_server
 from granatum.v1.transport import bearer, build_server, listen, open_channel
 
@@ -60,7 +60,10 @@ class Session:
 
     async def write(self) -> AsyncIterator[SessionRequest]:
         while True:
-            yield await self.commands.get()
+            try:
+                yield await asyncio.wait_for(self.commands.get(), 1)
+            except TimeoutError:
+                yield SessionRequest(ping=Ping())
 
     async def read(self) -> None:
         async for response in self.stream:

@@ -177,6 +177,50 @@ def test_template_that_refuses_is_the_callers_error(tmp_path: Path) -> None:
         Tokenizer(tmp_path).encode_chat([("user", "hi")])
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].content.nonsense.path }}",
+        "{{ 1 / 0 }}",
+        "{% for x in messages %}{% if %}",
+        "{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__ }}",
+    ],
+)
+def test_what_fails_within_a_template_stays_there(tmp_path: Path, template: str) -> None:
+    made = byte_tokenizer()
+    made.chat_template = template
+    made.save_pretrained(tmp_path)
+    with pytest.raises(InvalidRequest) as refused:
+        Tokenizer(tmp_path).encode_chat([("user", "hi")])
+    assert refused.value.field == "chat.messages"
+    assert refused.value.message == (
+        "chat.messages: the model's chat template cannot write them: "
+        "check their roles and their order"
+    )
+
+
+def test_template_may_not_make_a_flood(tmp_path: Path) -> None:
+    made = byte_tokenizer()
+    made.chat_template = "{{ messages[0]['content'] * 100 }}"
+    made.save_pretrained(tmp_path)
+    with pytest.raises(InvalidRequest, match="characters"):
+        Tokenizer(tmp_path).encode_chat([("user", "x" * 1_000_000)])
+
+
+def test_panic_of_the_library_is_an_ordinary_error(
+    byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+
+    class Panics:
+        def decode(self, *_: object, **__: object) -> str:
+            raise panic("at /src/lib.rs")
+
+    monkeypatch.setattr(byte_level, "_fast", Panics())
+    with pytest.raises(RuntimeError):
+        byte_level.decode([1])
+
+
 def test_directory_without_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(PreconditionFailed, match="tokenizer"):
         Tokenizer(tmp_path)
