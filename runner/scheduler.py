@@ -10,7 +10,7 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from granatum.runner.adapters import Adapters, failure_of
+from granatum.runner.adapters import Adapters, outcome_of
 from granatum.runner.pages import PagePool
 from granatum.runner.records import Departure, Failure, Finish, SequenceNews, Submit, TokenLogprobs
 from granatum.runner.sequence import Outcome, Sequence
@@ -225,7 +225,7 @@ class Scheduler:
         try:
             slot = self.adapters.acquire(sequence.submit.adapter)
         except Exception as error:  # a bad adapter ends its own sequences, not the engine
-            self._depart(sequence, failure_of(error))
+            self._depart(sequence, *outcome_of(error))
             return None
         if slot is not None and not self._can_fit(sequence, len(sequence.tokens)):
             self._release(sequence)
@@ -288,13 +288,15 @@ class Scheduler:
         entries = () if logprobs is None else (logprobs,)
         self._news.append(SequenceNews(sequence.id, (token,), entries, says))
 
-    def _depart(self, sequence: Sequence, outcome: Departure | Failure) -> None:
+    def _depart(
+        self, sequence: Sequence, outcome: Departure | Failure, cause: Failure | None = None
+    ) -> None:
         """End a sequence early; if a step in flight makes a token of it, with that token."""
         if sequence.outcome is not None or sequence.cancelled:
             return
         sequence.outcome = outcome
         if not sequence.pending:
-            self._news.append(SequenceNews(sequence.id, outcome=outcome))
+            self._news.append(SequenceNews(sequence.id, outcome=outcome, cause=cause))
         self._leave_if_idle(sequence)
 
     def _leave_if_idle(self, sequence: Sequence) -> None:
