@@ -26,7 +26,9 @@ ARROWS = {
     "examples": set[str](),
 }
 TORCHLESS = (
-    *(f"runner/{noun}.py" for noun in ("adapter_cache", "adapter_layout", "pages", "records")),
+    *(f"runner/adapter_{noun}.py" for noun in ("cache", "entry", "mover", "trouble", "layout")),
+    *(f"runner/adapter_{noun}.py" for noun in ("image", "file", "packing", "disk", "fetching")),
+    *(f"runner/{noun}.py" for noun in ("pages", "records")),
     *(f"runner/{noun}.py" for noun in ("scheduler", "sequence")),
     *("router", "adapters_store", "client", "protos/granatum/v1"),
 )

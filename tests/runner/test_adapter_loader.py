@@ -35,7 +35,7 @@ BASE = BaseModel(
     },
     "f" * 64,
 )
-SHAPE = ImageShape(BASE, torch.float32, 4096)
+SHAPE = ImageShape(BASE, "float32", 4096)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -224,7 +224,7 @@ def test_scan_removes_what_is_no_image_and_ignores_another_layout(
     again = DiskImages(tmp_path / "cache", 1 << 30, SHAPE, store.fetch)
     assert again.size(digest_of(1)) is None
     assert not file.exists()
-    other = ImageShape(BASE, torch.bfloat16, 4096)
+    other = ImageShape(BASE, "bfloat16", 4096)
     again.measure(digest_of(1))
     assert DiskImages(tmp_path / "cache", 1 << 30, other, store.fetch).size(digest_of(1)) is None
     assert file.exists()
