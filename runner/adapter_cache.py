@@ -31,7 +31,7 @@ PATIENCE_S = 1.0
 BACKOFF_S = 1.0
 """How long a failed load is not tried again; doubles with each failure in a row."""
 BACKOFF_MAX_S = 30.0
-ABANDON_S = 5.0
+ABANDON_S = 10.0
 """After so long without anybody who waits for it, an adapter is not fetched any further. A sequence
 asks in every step, but not while it stands far back in the queue.
 """

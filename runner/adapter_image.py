@@ -209,6 +209,8 @@ def _view(pages: Numbers, place: Place) -> Numbers:
 
 def _random_pages(layout: AdapterLayout, shape: ImageShape, seed: int) -> Numbers:
     generator = np.random.default_rng(seed)
-    wide = generator.standard_normal((layout.pages, shape.page_elements), np.float32)
-    wide *= 0.02
-    return _narrowed(wide) if shape.dtype == "bfloat16" else wide
+    pages = np.empty((layout.pages, shape.page_elements), shape.stored)
+    for page in pages:
+        wide = generator.random(shape.page_elements, np.float32) * 0.08 - 0.04
+        page[:] = _narrowed(wide) if shape.dtype == "bfloat16" else wide
+    return pages
