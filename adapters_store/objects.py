@@ -1,11 +1,12 @@
 """The object store behind adapters: the few operations we need, and its errors as ours."""
 
+import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import obstore
 import structlog
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 RETRY_AFTER_S = 2.0
+_PART_BYTES = 1 << 20
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +52,14 @@ class Objects:
 
     def __init__(self, store: "ObjectStore") -> None:
         self._store = store
+        self.arrived: Callable[[], None] = lambda: None
+        """Called whenever a part of a range has come."""
+
+    def watched(self, arrived: Callable[[], None]) -> Self:
+        """The same objects, with somebody who is told of every part of a range that comes."""
+        twin = copy.copy(self)
+        twin.arrived = arrived
+        return twin
 
     @property
     def scratch(self) -> Path:
@@ -101,7 +111,12 @@ class Objects:
         """The object's bytes from `begin` to `end`, None if there is no object."""
         with translated("read", key):
             try:
-                return bytes(await obstore.get_range_async(self._store, key, start=begin, end=end))
+                result = await obstore.get_async(self._store, key, options={"range": (begin, end)})
+                parts = []
+                async for part in result.stream(min_chunk_size=_PART_BYTES):
+                    parts.append(part)
+                    self.arrived()
+                return b"".join(parts)
             except FileNotFoundError:
                 return None
 

@@ -9,15 +9,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
+import numpy as np
 
-from granatum.runner.adapter_image import (
-    AdapterImage,
-    ImageShape,
-    random_image,
-    read_image,
-    write_image,
-)
+from granatum.runner.adapter_file import read_image, write_image
+from granatum.runner.adapter_image import AdapterImage, ImageShape, random_image
 from granatum.runner.adapter_layout import TableRow
 
 
@@ -40,9 +35,12 @@ class MemoryTwins:
 
     def read(self, digest: str, pages: Sequence[memoryview]) -> TableRow:  # noqa: ARG002
         """Copy the image into page buffers."""
-        for source, target in zip(self._image.pages.view(torch.uint8), pages, strict=True):
-            torch.frombuffer(target, dtype=torch.uint8).copy_(source)
+        for source, target in zip(self._image.pages.view(np.uint8), pages, strict=True):
+            target[:] = source.data
         return self._image.row
+
+    def abandon(self, digest: str) -> None:
+        """Nothing is on its way."""
 
 
 class FileImages:
@@ -84,10 +82,13 @@ class FileImages:
             self._cleaner.submit(_forget, path)  # nobody waits for that
         return row
 
+    def abandon(self, digest: str) -> None:
+        """Nothing is on its way."""
+
     def _write(self, number: int, image: AdapterImage) -> None:
         path = self._path(number)
         if not path.is_file():
-            shifted = AdapterImage(image.pages.roll(number, 0), image.row)
+            shifted = AdapterImage(np.roll(image.pages, number, 0), image.row)
             write_image(path, digest_of(number), self._shape, shifted)
         _forget(path)
 

@@ -16,11 +16,12 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum, auto
 
 import structlog
 
+from granatum.runner.adapter_entry import Entry, State
 from granatum.runner.adapter_mover import Copied, Event, Failed, Measured, Mover, Read
+from granatum.runner.adapter_trouble import LoadTrouble
 from granatum.runner.adapters import AdapterFigures
 from granatum.runner.pages import PagePool
 from granatum.v1.errors import GranatumError, InvalidRequest
@@ -30,37 +31,12 @@ PATIENCE_S = 1.0
 BACKOFF_S = 1.0
 """How long a failed load is not tried again; doubles with each failure in a row."""
 BACKOFF_MAX_S = 30.0
+ABANDON_S = 10.0
+"""After so long without anybody who waits for it, an adapter is not fetched any further. A sequence
+asks in every step, but not while it stands far back in the queue.
+"""
 
 log = structlog.get_logger(__name__)
-
-
-class State(Enum):
-    """How far an adapter has come."""
-
-    MEASURING = auto()
-    MEASURED = auto()
-    READING = auto()
-    IN_HOST = auto()
-    COPYING = auto()
-    RESIDENT = auto()
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """An adapter that is somewhere in memory, or on its way."""
-
-    digest: str
-    since: float
-    """When it was last asked for and not there."""
-    state: State = State.MEASURING
-    size: int = 0
-    host_pages: tuple[int, ...] = ()
-    """Kept beside the device pages for as long as no other image needs them."""
-    pages: tuple[int, ...] = ()
-    slot: int = -1
-    users: int = 0
-    asked: int = 0
-    """The round in which it was last asked for; a round is the time between two polls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +75,7 @@ class AdapterCache:
         self._idle_pages = 0
         self._hosted: OrderedDict[str, Entry] = OrderedDict()  # with host pages, oldest first
         self._backoffs: dict[str, Backoff] = {}
+        self._trouble = LoadTrouble(clock)
         self._round = 0
         self._loads = 0
         self._resident: tuple[str, ...] | None = ()
@@ -109,7 +86,7 @@ class AdapterCache:
         if self._resident is None:
             resident = (e.digest for e in self._entries.values() if e.state is State.RESIDENT)
             self._resident = tuple(resident)
-        return AdapterFigures(self._resident, self._loads, self._idle_pages)
+        return AdapterFigures(self._resident, self._loads, self._idle_pages, self._trouble.text)
 
     def acquire(self, digest: str) -> int | None:
         """The adapter's slot for steps launched after `await_copy`, with one user more.
@@ -118,11 +95,11 @@ class AdapterCache:
         GranatumError if it cannot be had; the same error for everybody until it is tried again.
         """
         entry = self._entries.get(digest) or self._begin(digest)
-        entry.asked = self._round
+        entry.asked, entry.asked_s = self._round, self._clock()
         if entry.digest in self._hosted:
             self._hosted.move_to_end(digest)
         if entry.state is not State.RESIDENT and digest not in self._pending:
-            entry.since = self._clock()
+            entry.since = entry.asked_s
             self._pending[digest] = entry
             self._advance()
         if not self._is_usable(entry):
@@ -187,7 +164,7 @@ class AdapterCache:
             self._check_size(size)
         entry = self._entries[digest] = Entry(digest, since=now)
         if size is None:
-            self._mover.measure(digest)
+            entry.give_up = self._mover.measure(digest)
         else:
             entry.size, entry.state = size, State.MEASURED
         return entry
@@ -212,14 +189,19 @@ class AdapterCache:
                 try:
                     self._check_size(pages)
                     entry.size, entry.state = pages, State.MEASURED
+                    self._trouble.succeed(State.MEASURING)
                 except InvalidRequest as error:
                     self._fail(entry, error)
             case Read():
                 entry.state = State.IN_HOST
+                self._trouble.succeed(State.READING)
             case Copied():
                 self._settle(entry)
             case Failed(error=error):
-                self._fail(entry, error)
+                if entry.given_up:
+                    self._forget(entry)  # who asks for it again begins again
+                else:
+                    self._fail(entry, error)
 
     def _settle(self, entry: Entry) -> None:
         """An adapter has reached the device."""
@@ -235,6 +217,7 @@ class AdapterCache:
     def _fail(self, entry: Entry, error: GranatumError) -> None:
         now, digest = self._clock(), entry.digest
         log.warning("adapter load failed", digest=digest, reason=error.reason, error=error.message)
+        self._trouble.fail(digest, entry.state, error)
         self._drop_host(entry)
         self._forget(entry)
         self._backoffs = {d: b for d, b in self._backoffs.items() if now < b.forgotten}
@@ -249,6 +232,8 @@ class AdapterCache:
         for entry in tuple(self._pending.values()):
             if entry.state in (State.MEASURED, State.IN_HOST) and not self._is_wanted(entry):
                 self._abandon(entry)
+            elif entry.state is State.MEASURING:
+                self._give_up_if_unwanted(entry)
             elif entry.state is State.MEASURED:
                 reads = reads and self._read(entry)
             elif entry.state is State.IN_HOST:
@@ -259,6 +244,12 @@ class AdapterCache:
         del self._pending[entry.digest]
         if entry.state is State.MEASURED:
             self._forget(entry)
+
+    def _give_up_if_unwanted(self, entry: Entry) -> None:
+        """End a fetch that nobody waits for: it takes the place of others."""
+        if entry.give_up is not None and self._clock() - entry.asked_s > ABANDON_S:
+            entry.give_up()
+            entry.give_up, entry.given_up = None, True
 
     def _read(self, entry: Entry) -> bool:
         """Begin to bring an image into host pages; False if there are not enough."""

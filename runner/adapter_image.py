@@ -1,30 +1,23 @@
-"""An adapter's page images: its matrices as they will lie on the device, in one file.
+"""An adapter's page images: its matrices as they will lie on the device. No torch.
 
-    header, padded to 4096 bytes | page 0 | page 1 | ...
-
-The header holds what the table row needs; the pages are the arena's own bytes. Bringing an adapter
-from disk is then one read and one copy per page.
+PEFT's two files come from a store, and so do their faults. Here is the runner's border: what is
+packed fits this runner's ranks and pages, and every number in it is finite in the model's dtype.
 """
 
 import hashlib
 import json
-import os
-import struct
-import tempfile
-import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
+import numpy.typing as npt
 
 from granatum.adapters_store.base_model import GROUPS, PROJECTIONS, BaseModel
+from granatum.adapters_store.limits import DEFAULT_LIMITS
 from granatum.adapters_store.peft_config import CONFIG_FILE, ModuleSpec, PeftConfig, tensor_name
-from granatum.adapters_store.safetensors_file import WEIGHTS_FILE
+from granatum.adapters_store.safetensors_file import WEIGHTS_FILE, TensorEntry, read_header
 from granatum.runner.adapter_layout import (
     RANK_STEP,
     AdapterLayout,
@@ -35,42 +28,57 @@ from granatum.runner.adapter_layout import (
 )
 from granatum.v1.errors import InvalidAdapter
 
-FORMAT = 1
-_ALIGNMENT = 4096
-_FIXED = struct.Struct("<8s32s32sIIQI")  # magic, digest, key, layers, pages, page bytes, crc
-_MAGIC = b"GRANIMG\0"
-_FIELDS = (
-    ("a_page", np.int32, len(GROUPS)),
-    ("a_offset", np.int64, len(GROUPS)),
-    ("b_page", np.int32, len(PROJECTIONS)),
-    ("b_offset", np.int64, len(PROJECTIONS)),
-    ("rank", np.int32, len(PROJECTIONS)),
-    ("scale", np.float32, len(PROJECTIONS)),
-)
-"""The table row's arrays, `[layers, width]` each, in the order of the header."""
+FORMAT = 2
+"""Of the files (adapter_file.py) and of the layout within them."""
+_STORED: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(np.uint16),
+}
+"""How numpy holds each dtype of a model; it has no bfloat16, whose bits it takes for an integer."""
+_FILED: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+_EXPONENT = np.uint16(0x7F80)
+"""All of these bits are set in a bfloat16 that is not finite."""
 
-
-class DamagedImage(Exception):
-    """A file that is no whole image of what was asked for; it can be built again."""
+Numbers = npt.NDArray[Any]
+Modules = Mapping[tuple[int, str], ModuleSpec]
 
 
 @dataclass(frozen=True, slots=True)
 class ImageShape:
-    """What images of one runner have in common: only those of an equal shape fit its arena."""
+    """What images of one runner have in common: only those of an equal key fit its arena.
+
+    `dtype` is `float32` or `bfloat16`, with or without torch's name before it. `max_rank` is not
+    part of the key: runners that differ in it alone can share images.
+    """
 
     base: BaseModel
-    dtype: torch.dtype
+    dtype: str
     page_elements: int
+    max_rank: int = DEFAULT_LIMITS.max_rank
+
+    def __post_init__(self) -> None:
+        """Take torch's own name of the dtype, too."""
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        assert self.dtype in _STORED, f"no model computes in {self.dtype}"
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """What numpy takes an element for."""
+        return _STORED[self.dtype]
 
     @property
     def page_bytes(self) -> int:
         """Size of a page."""
-        return self.page_elements * self.dtype.itemsize
+        return self.page_elements * self.stored.itemsize
 
     @property
     def key(self) -> bytes:
         """32 bytes that differ for every other shape."""
-        parts = [FORMAT, self.base.fingerprint, str(self.dtype), self.page_elements]
+        parts = [FORMAT, self.base.fingerprint, self.dtype, self.page_elements]
         return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 
@@ -78,23 +86,32 @@ class ImageShape:
 class AdapterImage:
     """An adapter in memory: `pages` `[pages, page_elements]` and its table row."""
 
-    pages: torch.Tensor
+    pages: Numbers
     row: TableRow
 
 
 def build_image(directory: Path, shape: ImageShape) -> AdapterImage:
-    """Pack PEFT's two files. Raises InvalidAdapter if they are not what the store validated."""
+    """Pack PEFT's two files. Raises InvalidAdapter if this runner cannot serve them."""
     config = PeftConfig.parse((directory / CONFIG_FILE).read_bytes())
     modules = config.modules(shape.base)
+    for (layer, projection), spec in modules.items():
+        check_rank(spec.rank, shape, shape.base.module_name(layer, projection))
+    weights = _Weights(directory / WEIGHTS_FILE, shape)
     layout = lay_out(shape.base, modules, shape.page_elements)
-    pages = torch.zeros(layout.pages, shape.page_elements, dtype=shape.dtype)
-    try:
-        with safe_open(str(directory / WEIGHTS_FILE), framework="pt") as weights:
-            for place in layout.places:
-                _fill(_view(pages, place), weights, shape.base, modules, place)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise InvalidAdapter(f"{WEIGHTS_FILE} cannot be packed: {error}") from error
+    pages = np.zeros((layout.pages, shape.page_elements), shape.stored)
+    for place in layout.places:
+        _fill(_view(pages, place), weights, modules, place)
     return AdapterImage(pages, layout.row)
+
+
+def check_rank(rank: int, shape: ImageShape, what: str) -> None:
+    """Refuse what the kernels of this runner have no room for."""
+    if rank > shape.max_rank:
+        raise InvalidAdapter(
+            f"rank {rank} of {what} is above this runner's limit of {shape.max_rank}: train with "
+            "a lower rank, or start the runner with a higher --max-rank",
+            reason="ADAPTER_RANK_TOO_HIGH",
+        )
 
 
 def random_image(shape: ImageShape, rank: int, seed: int) -> AdapterImage:
@@ -108,129 +125,92 @@ def random_image(shape: ImageShape, rank: int, seed: int) -> AdapterImage:
     return AdapterImage(_random_pages(layout, shape, seed), layout.row)
 
 
-def write_image(path: Path, digest: str, shape: ImageShape, image: AdapterImage) -> None:
-    """Write the file at once or not at all."""
-    header = _header(digest, shape, image)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(header)
-            file.write(image.pages.view(torch.uint8).numpy().data)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+class _Weights:
+    """The tensors of a safetensors file, as the model's dtype has them."""
+
+    def __init__(self, path: Path, shape: ImageShape) -> None:
+        self.base = shape.base
+        self._path = path
+        self._dtype = shape.dtype
+        self._entries = read_header(path, DEFAULT_LIMITS)
+
+    def tensor(self, name: str, expected: tuple[int, int]) -> Numbers:
+        """A matrix of the `expected` sizes. Raises InvalidAdapter."""
+        entry = self._entries.get(name)
+        if entry is None or entry.shape != expected:
+            found = "missing" if entry is None else f"of shape {list(entry.shape)}"
+            raise _unpackable(f"tensor {name} is {found} and {CONFIG_FILE} asks for {[*expected]}")
+        filed = _FILED[entry.dtype]
+        count = (entry.end - entry.begin) // filed.itemsize
+        numbers = np.fromfile(self._path, filed, count, offset=entry.begin)
+        if numbers.size != count:
+            raise _unpackable(f"tensor {name} was cut off")
+        return self._converted(numbers, entry).reshape(expected)
+
+    def _converted(self, numbers: Numbers, entry: TensorEntry) -> Numbers:
+        """In the model's dtype, rounded to the nearest as torch does; all of them finite."""
+        with np.errstate(over="ignore"):
+            wide: Numbers = (
+                _widened(numbers) if entry.dtype == "BF16" else numbers.astype(np.float32)
+            )
+        found: Numbers = _narrowed(wide) if self._dtype == "bfloat16" else wide
+        if not np.isfinite(wide).all() or (
+            self._dtype == "bfloat16" and ((found & _EXPONENT) == _EXPONENT).any()
+        ):
+            raise _unpackable(
+                f"tensor {entry.name} holds numbers that are not finite in this runner's "
+                f"{self._dtype}"
+            )
+        return found
 
 
-def image_pages(path: Path, shape: ImageShape) -> int:
-    """Pages of the image, as its size says; DamagedImage if it is not whole."""
-    with path.open("rb") as file:
-        return _read_fixed(file, shape)[1]
+def _unpackable(text: str) -> InvalidAdapter:
+    return InvalidAdapter(f"{WEIGHTS_FILE} cannot be packed: {text}: train and upload it again")
 
 
-def read_image(path: Path, digest: str, shape: ImageShape, pages: Sequence[memoryview]) -> TableRow:
-    """Read the file into as many page buffers as it has pages; DamagedImage if it is not whole."""
-    with path.open("rb", buffering=0) as file:
-        _read_ahead(file)
-        found, count, row = _read_fixed(file, shape)
-        if found != digest or count != len(pages):
-            raise DamagedImage(f"{path} holds {count} pages of {found}")
-        for page in pages:
-            if file.readinto(page) != shape.page_bytes:
-                raise DamagedImage(f"{path} ends early")
-    return row
+def _widened(numbers: Numbers) -> Numbers:
+    """A bfloat16 is the upper half of a float32."""
+    return (numbers.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _read_ahead(file: BinaryIO) -> None:
-    """Have the disk bring the whole file, with as many requests at a time as it can serve."""
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):  # no file system has to know it
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+def _narrowed(numbers: Numbers) -> Numbers:
+    """The bfloat16 next to each float32, ties to even."""
+    bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
 
 
-def _fill(
-    matrix: torch.Tensor,
-    weights: safe_open,
-    base: BaseModel,
-    modules: Mapping[tuple[int, str], ModuleSpec],
-    place: Place,
-) -> None:
+def _fill(matrix: Numbers, weights: _Weights, modules: Modules, place: Place) -> None:
     """Copy a piece's tensors into its place, where everything beyond the true ranks stays zero."""
-    piece = place.piece
+    piece, base = place.piece, weights.base
     if piece.projection is not None:
-        module = base.module_name(piece.layer, PROJECTIONS[piece.projection])
-        b = _tensor(weights, tensor_name(module, "B"))
-        matrix[: b.shape[1]].copy_(b.T)
+        name = PROJECTIONS[piece.projection]
+        rank, outputs = modules[piece.layer, name].rank, base.features[name][1]
+        module = base.module_name(piece.layer, name)
+        matrix[:rank] = weights.tensor(tensor_name(module, "B"), (outputs, rank)).T
         return
     assert piece.group is not None
-    names = list(GROUPS.values())[piece.group]
-    present = [name for name in names if (piece.layer, name) in modules]
     start = 0
-    for name in present:
+    for name in list(GROUPS.values())[piece.group]:
+        if (piece.layer, name) not in modules:
+            continue
+        rank, inputs = modules[piece.layer, name].rank, base.features[name][0]
         module = base.module_name(piece.layer, name)
-        a = _tensor(weights, tensor_name(module, "A"))
-        matrix[start : start + a.shape[0]].copy_(a)
-        start += padded(a.shape[0], RANK_STEP)
+        matrix[start : start + rank] = weights.tensor(tensor_name(module, "A"), (rank, inputs))
+        start += padded(rank, RANK_STEP)
 
 
-def _tensor(weights: safe_open, name: str) -> torch.Tensor:
-    tensor: torch.Tensor = weights.get_tensor(name)  # type: ignore[no-untyped-call]
-    return tensor
-
-
-def _view(pages: torch.Tensor, place: Place) -> torch.Tensor:
+def _view(pages: Numbers, place: Place) -> Numbers:
     """The piece's matrix `[rows, columns]` within the pages."""
     rows, columns = place.piece.rows, place.piece.columns
-    return pages[place.page].narrow(0, place.offset, rows * columns).view(rows, columns)
+    numbers = pages[place.page, place.offset : place.offset + rows * columns]
+    return numbers.reshape(rows, columns)
 
 
-def _random_pages(layout: AdapterLayout, shape: ImageShape, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    pages = torch.empty(layout.pages, shape.page_elements, dtype=shape.dtype)
-    return pages.normal_(std=0.02, generator=generator)
-
-
-def _header(digest: str, shape: ImageShape, image: AdapterImage) -> bytes:
-    arrays = b"".join(
-        np.ascontiguousarray(getattr(image.row, name), dtype).tobytes()
-        for name, dtype, _ in _FIELDS
-    )
-    layers, pages = image.row.rank.shape[0], image.pages.shape[0]
-    crc = zlib.crc32(arrays)
-    fixed = _FIXED.pack(
-        _MAGIC, bytes.fromhex(digest), shape.key, layers, pages, shape.page_bytes, crc
-    )
-    return (fixed + arrays).ljust(_header_bytes(layers), b"\0")
-
-
-def _header_bytes(layers: int) -> int:
-    used = _FIXED.size + layers * sum(
-        np.dtype(dtype).itemsize * width for _, dtype, width in _FIELDS
-    )
-    return padded(used, _ALIGNMENT)
-
-
-def _read_fixed(file: BinaryIO, shape: ImageShape) -> tuple[str, int, TableRow]:
-    """Digest, pages and table row; leaves the file at its first page."""
-    size = os.fstat(file.fileno()).st_size
-    layers = shape.base.num_layers
-    header = file.read(_header_bytes(layers))
-    if len(header) != _header_bytes(layers):
-        raise DamagedImage(f"{file.name} ends within its header")
-    magic, digest, key, found, pages, page_bytes, crc = _FIXED.unpack_from(header)
-    if (magic, key, found, page_bytes) != (_MAGIC, shape.key, layers, shape.page_bytes):
-        raise DamagedImage(f"{file.name} was made for another model or another layout")
-    if size != len(header) + pages * page_bytes:
-        raise DamagedImage(f"{file.name} has {size} bytes instead of {pages} pages")
-    return digest.hex(), pages, _table_row(header, layers, crc, file.name)
-
-
-def _table_row(header: bytes, layers: int, crc: int, name: str) -> TableRow:
-    at, arrays = _FIXED.size, dict[str, Any]()
-    for field, dtype, width in _FIELDS:
-        array = np.frombuffer(header, dtype, layers * width, at).reshape(layers, width)
-        arrays[field] = array
-        at += array.nbytes
-    if zlib.crc32(header[_FIXED.size : at]) != crc:
-        raise DamagedImage(f"{name} has a damaged header")
-    return TableRow(**arrays)
+def _random_pages(layout: AdapterLayout, shape: ImageShape, seed: int) -> Numbers:
+    generator = np.random.default_rng(seed)
+    pages = np.empty((layout.pages, shape.page_elements), shape.stored)
+    for page in pages:
+        wide = generator.random(shape.page_elements, np.float32) * 0.08 - 0.04
+        page[:] = _narrowed(wide) if shape.dtype == "bfloat16" else wide
+    return pages

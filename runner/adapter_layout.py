@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from granatum.adapters_store.base_model import GROUPS, PROJECTIONS, BaseModel
 from granatum.adapters_store.peft_config import ModuleSpec
+from granatum.v1.errors import InvalidAdapter
 
 RANK_STEP = 8
 """Ranks are rounded up to this, so that every row of A and Bᵀ starts 16-byte aligned."""
@@ -69,6 +70,30 @@ class TableRow:
         start = np.asarray(pages, np.int64) * page_elements
         return start[self.a_page] + self.a_offset, start[self.b_page] + self.b_offset
 
+    def fault(self, base: BaseModel, pages: int, page_elements: int) -> str:
+        """What would lead the kernels out of the adapter's pages; empty if nothing does."""
+        if (self.rank < 0).any() or (self.rank % RANK_STEP).any():
+            return f"a rank is no multiple of {RANK_STEP}"
+        if not np.isfinite(self.scale).all():
+            return "a scale is not finite"
+        widths = [base.features[name] for name in PROJECTIONS]
+        ranks = self.rank.astype(np.int64)
+        starts = [PROJECTIONS.index(names[0]) for names in GROUPS.values()]
+        stacked = np.add.reduceat(ranks, starts, axis=1)
+        a_elements = stacked * np.array([widths[start][0] for start in starts])
+        b_elements = ranks * np.array([outputs for _, outputs in widths])
+        for page, offset, elements in (
+            (self.a_page, self.a_offset, a_elements),
+            (self.b_page, self.b_offset, b_elements),
+        ):
+            if (page < 0).any() or (page >= pages).any():
+                return f"a piece lies in a page beyond the {pages} that there are"
+            if (offset < 0).any() or (offset % PIECE_STEP).any():
+                return f"a piece begins at no multiple of {PIECE_STEP}"
+            if (offset > page_elements - elements).any():
+                return "a piece goes beyond its page"
+        return ""
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterLayout:
@@ -89,7 +114,8 @@ def lay_out(
 ) -> AdapterLayout:
     """Pack the pieces of an adapter's modules, by (layer, projection), into pages.
 
-    Every piece must fit a page, as arena.page_tokens sees to.
+    Raises InvalidAdapter if a piece fits no page; none is so large up to the rank for which
+    arena.page_tokens chose the pages' size.
     """
     places = _pack(sorted(_pieces(base, modules), key=_by_size), page_elements)
     pages = 1 + max((place.page for place in places), default=0)
@@ -119,7 +145,7 @@ def _pack(pieces: list[Piece], page_elements: int) -> list[Place]:
     used: list[int] = []
     places = []
     for piece in pieces:
-        assert piece.elements <= page_elements, "a piece larger than a page: page_tokens is wrong"
+        _check_fits(piece, page_elements)
         page = next(
             (i for i, at in enumerate(used) if at + piece.elements <= page_elements), len(used)
         )
@@ -128,6 +154,21 @@ def _pack(pieces: list[Piece], page_elements: int) -> list[Place]:
         places.append(Place(piece, page, used[page]))
         used[page] += piece.elements
     return places
+
+
+def _check_fits(piece: Piece, page_elements: int) -> None:
+    if piece.elements <= page_elements:
+        return
+    if piece.group is not None:
+        what = f"the A matrices of {', '.join(list(GROUPS.values())[piece.group])}"
+    else:
+        what = f"the B matrix of {PROJECTIONS[piece.projection or 0]}"
+    raise InvalidAdapter(
+        f"{what} in layer {piece.layer}, of rank {piece.rows} together, have {piece.elements} "
+        f"numbers, and this runner's pages hold {page_elements}: train with a lower rank, or "
+        "start the runner with a higher --max-rank",
+        reason="ADAPTER_TOO_LARGE",
+    )
 
 
 def _table_row(

@@ -6,22 +6,27 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+import numpy as np
 import structlog
 import torch
 
 from granatum.kernels.layout import AdapterTable
+from granatum.runner.adapter_file import DamagedImage
 from granatum.runner.adapter_image import AdapterImage
 from granatum.runner.adapter_layout import TableRow
-from granatum.runner.adapter_mover import Copied, Event, Failed, Measured, Read
+from granatum.runner.adapter_mover import Copied, Event, Failed, Measured, Read, abandoned
 from granatum.v1.errors import GranatumError, Internal
 
 QUICK_BYTES = 160 << 20
 """A copy of so much takes 3.1 ms at 54 GB/s, a 7B model's step without company 4."""
 CHUNK_BYTES = 256 << 20
 """Host memory is pinned in pieces of this size: torch rounds each up to a power of two."""
-THREADS = 4
-"""For each of two pools: an object store that hangs must not keep images on disk from being read.
+FETCHES = 64
+"""Loads from the object store at a time. Most of them wait, and some may hang until they are given
+up; others must not wait for those.
 """
+READS = 4
+"""Images read from the disk at a time; the store has no part in them."""
 
 log = structlog.get_logger(__name__)
 
@@ -38,7 +43,11 @@ class ImageSource(Protocol):
         ...
 
     def read(self, digest: str, pages: Sequence[memoryview]) -> TableRow:
-        """Fill page buffers with the image."""
+        """Fill page buffers with the image; DamagedImage if `measure` must make it again first."""
+        ...
+
+    def abandon(self, digest: str) -> None:
+        """Give up what `measure` is bringing: it raises then, soon."""
         ...
 
 
@@ -60,9 +69,12 @@ class MemoryImages:
     def read(self, digest: str, pages: Sequence[memoryview]) -> TableRow:
         """Copy the image into page buffers."""
         image = self.images[digest]
-        for source, target in zip(image.pages.view(torch.uint8), pages, strict=True):
-            torch.frombuffer(target, dtype=torch.uint8).copy_(source)
+        for source, target in zip(image.pages.view(np.uint8), pages, strict=True):
+            target[:] = source.data
         return image.row
+
+    def abandon(self, digest: str) -> None:
+        """Nothing is on its way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +111,8 @@ class AdapterLoader:
         self._stage = _Stage(table, pin=self._stream is not None)
         self._flights: list[_Flight] = []
         self._ended: SimpleQueue[Event] = SimpleQueue()
-        self._fetchers = ThreadPoolExecutor(THREADS, thread_name_prefix="adapter-fetch")
-        self._readers = ThreadPoolExecutor(THREADS, thread_name_prefix="adapter-read")
+        self._fetchers = ThreadPoolExecutor(FETCHES, thread_name_prefix="adapter-load")
+        self._readers = ThreadPoolExecutor(READS, thread_name_prefix="adapter-read")
 
     @property
     def host_pages(self) -> int:
@@ -116,19 +128,43 @@ class AdapterLoader:
         """Pages of the adapter, where that is known without I/O."""
         return self._source.size(digest)
 
-    def measure(self, digest: str) -> None:
-        """Find how many pages the adapter takes, in a thread."""
-        self._begin(self._fetchers, digest, lambda: Measured(digest, self._source.measure(digest)))
+    def measure(self, digest: str) -> Callable[[], None]:
+        """Find how many pages the adapter takes, in a thread; what is returned gives that up."""
+        begun = self._fetchers.submit(
+            self._end, digest, lambda: Measured(digest, self._source.measure(digest))
+        )
+
+        def give_up() -> None:
+            if begun.cancel():
+                self._ended.put(Failed(digest, abandoned()))
+            else:
+                self._source.abandon(digest)
+
+        return give_up
 
     def read(self, digest: str, host_pages: tuple[int, ...]) -> None:
         """Bring the image into host pages, in a thread."""
+        buffers = [self._buffers[page] for page in host_pages]
 
         def bring() -> Event:
-            buffers = [self._buffers[page] for page in host_pages]
             self._rows[host_pages[0]] = self._source.read(digest, buffers)
             return Read(digest)
 
-        self._begin(self._readers, digest, bring)
+        def make_again() -> Event:
+            self._source.measure(digest)
+            return bring()
+
+        def attempt() -> None:
+            try:
+                event = bring()
+            except DamagedImage:  # its files come from the store, which the readers do not wait for
+                self._fetchers.submit(self._end, digest, make_again)
+            except Exception as error:
+                self._ended.put(_failed(digest, error))
+            else:
+                self._ended.put(event)
+
+        self._readers.submit(attempt)
 
     def copy(
         self, digest: str, slot: int, host_pages: tuple[int, ...], pages: tuple[int, ...]
@@ -174,8 +210,13 @@ class AdapterLoader:
             self._arena[page].copy_(self._host[host_page], non_blocking=True)
         self._stage.write(slot, row, pages, self._arena.shape[1])
 
-    def _begin(self, threads: ThreadPoolExecutor, digest: str, work: Callable[[], Event]) -> None:
-        threads.submit(lambda: self._ended.put(_outcome(digest, work)))
+    def _end(self, digest: str, work: Callable[[], Event]) -> None:
+        """Do the work, and tell how it ended."""
+        try:
+            event = work()
+        except Exception as error:
+            event = _failed(digest, error)
+        self._ended.put(event)
 
 
 class _Stage:
@@ -206,14 +247,14 @@ def _stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _outcome(digest: str, work: Callable[[], Event]) -> Event:
-    try:
-        return work()
-    except GranatumError as error:
+def _failed(digest: str, error: Exception) -> Failed:
+    """What others are told; what only the log may say is in the log."""
+    if isinstance(error, GranatumError):
         return Failed(digest, error)
-    except Exception as error:
-        log.error("adapter load", digest=digest, exc_info=error)
-        return Failed(digest, Internal(f"the adapter could not be loaded: {error}"))
+    log.error("adapter load", digest=digest, exc_info=error)
+    return Failed(
+        digest, Internal("the adapter could not be loaded: the runner's log has the details")
+    )
 
 
 def _host_pages(arena: torch.Tensor, host_bytes: int) -> list[torch.Tensor]:

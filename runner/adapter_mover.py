@@ -1,9 +1,10 @@
 """What the adapter cache has moved for it, and how it hears of the end. No torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from granatum.v1.errors import GranatumError
+from granatum.v1.errors import GranatumError, Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,13 @@ class Failed:
 Event = Measured | Read | Copied | Failed
 
 
+def abandoned() -> Unavailable:
+    """The error of a load that was given up, because nobody waits for it."""
+    return Unavailable(
+        "nobody waits for this adapter any more: try again", reason="ADAPTER_LOAD_ABANDONED"
+    )
+
+
 class Mover(Protocol):
     """Moves images. Every call returns at once; what it began ends as an event."""
 
@@ -56,8 +64,11 @@ class Mover(Protocol):
         """Pages that the adapter takes, where that is known without I/O."""
         ...
 
-    def measure(self, digest: str) -> None:
-        """Find how many pages the adapter takes; ends as Measured or Failed."""
+    def measure(self, digest: str) -> Callable[[], None] | None:
+        """Find how many pages the adapter takes; ends as Measured or Failed.
+
+        What is returned, if anything, gives it up: it ends as Failed then, if it is not too late.
+        """
         ...
 
     def read(self, digest: str, host_pages: tuple[int, ...]) -> None:

@@ -5,7 +5,12 @@ from typing import Protocol
 
 import structlog
 
-from granatum.runner.records import Failure
+from granatum.runner.records import Departure, Failure
+
+_LARGER = ("ADAPTER_RANK_TOO_HIGH", "ADAPTER_TOO_LARGE")
+"""Reasons for which a larger runner has no cause."""
+
+log = structlog.get_logger(__name__)
 
 log = structlog.get_logger(__name__)
 
@@ -21,7 +26,7 @@ class AdapterFigures:
     reclaimable_pages: int
     """Pages of adapters in no use."""
     trouble: str = ""
-    """Why none can be brought just now; empty: they can."""
+    """Why adapters cannot be loaded just now; empty: they can."""
 
 
 class Adapters(Protocol):
@@ -86,6 +91,21 @@ def failure_of(error: Exception) -> Failure:
     from granatum.v1.errors import GranatumError, Internal  # here: the loop itself needs no gRPC
 
     if not isinstance(error, GranatumError):
-        log.error("an adapter could not be loaded", exc_info=error)
+        log.error("adapter load", exc_info=error)
         error = Internal("the adapter could not be loaded: the runner's log has the details")
     return Failure(error.code, error.message, error.reason, error.field or "")
+
+
+def outcome_of(error: Exception) -> tuple[Departure | Failure, Failure | None]:
+    """How a sequence ends whose adapter cannot be had, and the cause if it departs.
+
+    It departs where another runner may have the adapter: a healthy one, or a larger one. An adapter
+    that is gone, or wrong in itself, is so everywhere.
+    """
+    from granatum.v1.errors import InvalidRequest, NotFound
+
+    failure = failure_of(error)
+    wrong = isinstance(error, InvalidRequest) and failure.reason not in _LARGER
+    if wrong or isinstance(error, NotFound):
+        return failure, None
+    return Departure.LOAD_FAILED, failure

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from granatum.runner.engine_process import EngineOptions
 
 _CPU_BATCH = 8
-_CPU_HOST_BYTES = 64 << 20
 _WORDS = 2048
 
 
@@ -103,6 +102,7 @@ def _run(settings: Settings, end: socket.socket, recorder: FlightRecorder) -> No
 
 def _options(settings: Settings, device: str) -> "EngineOptions":
     """What the engine is built with on `device`."""
+    from granatum.runner.arena import host_bytes
     from granatum.runner.engine_process import EngineOptions
 
     options = EngineOptions(
@@ -117,5 +117,7 @@ def _options(settings: Settings, device: str) -> "EngineOptions":
     )
     on_cpu = device == "cpu"
     max_batch = settings.max_batch or (_CPU_BATCH if on_cpu else options.max_batch)
-    host = settings.host_cache_bytes or (_CPU_HOST_BYTES if on_cpu else options.host_bytes)
+    host = settings.host_cache_bytes
+    if host is None:
+        host = host_bytes(settings.model, settings.max_rank) if on_cpu else options.host_bytes
     return dataclasses.replace(options, max_batch=max_batch, host_bytes=host)

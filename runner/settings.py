@@ -65,7 +65,10 @@ class Settings(BaseSettings):
         0.9, gt=0, le=1, description="share of the GPU's memory to use, weights included"
     )
     host_cache_bytes: int | None = Field(
-        None, gt=0, description="pinned host memory for adapters; absent: 4 GiB, on a CPU 64 MiB"
+        None,
+        gt=0,
+        description="pinned host memory for adapters; absent: 4 GiB, on a CPU room for four of the "
+        "largest adapters and at least 64 MiB",
     )
     disk_cache_bytes: int = Field(
         64 << 30, gt=0, description="the most that --cache-dir holds; the oldest use goes first"

@@ -26,8 +26,10 @@ ARROWS = {
     "examples": set[str](),
 }
 TORCHLESS = (
-    *(f"runner/{noun}.py" for noun in ("adapter_cache", "adapter_layout", "failures", "pages")),
-    *(f"runner/{noun}.py" for noun in ("flight_recorder", "plan", "quarantine", "records")),
+    *(f"runner/adapter_{noun}.py" for noun in ("cache", "entry", "mover", "trouble", "layout")),
+    *(f"runner/adapter_{noun}.py" for noun in ("image", "file", "packing", "disk", "fetching")),
+    *(f"runner/{noun}.py" for noun in ("failures", "flight_recorder", "pages", "plan")),
+    *(f"runner/{noun}.py" for noun in ("quarantine", "records")),
     *(f"runner/{noun}.py" for noun in ("scheduler", "sequence")),
     *("router", "adapters_store", "client", "protos/granatum/v1"),
 )

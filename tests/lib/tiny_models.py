@@ -140,7 +140,7 @@ class TinyEngine:
         arena = allocate_arena(config, tokens, pages, torch.float32, CPU)
         self.pool = PagePool(pages)
         table = AdapterTable.allocate(32, config.layers, CPU, rank)
-        shape = ImageShape(BaseModel.from_config(model), torch.float32, arena.kv.page_elements)
+        shape = ImageShape(BaseModel.from_config(model), "float32", arena.kv.page_elements)
         images = {n: build_image(adapters / n, shape) for n in names} if adapters else {}
         host_bytes = (1 + sum(len(i.pages) for i in images.values())) * shape.page_bytes
         self.loader = AdapterLoader(arena.pages, table, MemoryImages(images), host_bytes)

@@ -1,12 +1,13 @@
 """The adapter cache against a mover that only keeps books."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 
-from granatum.runner.adapter_cache import BACKOFF_S, PATIENCE_S, AdapterCache
-from granatum.runner.adapter_mover import Copied, Event, Failed, Measured, Read
+from granatum.runner.adapter_cache import ABANDON_S, BACKOFF_S, PATIENCE_S, AdapterCache
+from granatum.runner.adapter_mover import Copied, Event, Failed, Measured, Read, abandoned
 from granatum.runner.pages import PagePool
 from granatum.runner.plan import Limits
 from granatum.runner.records import Submit
@@ -28,12 +29,21 @@ class BookMover:
     writing: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     copies: list[str] = field(default_factory=list)
     fences: list[str] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
 
     def size(self, digest: str) -> int | None:
         return self.sizes[digest] if self.known else None
 
-    def measure(self, digest: str) -> None:
-        self.begun.append(self._end(digest, Measured(digest, self.sizes[digest])))
+    def measure(self, digest: str) -> Callable[[], None]:
+        begun = self._end(digest, Measured(digest, self.sizes[digest]))
+        self.begun.append(begun)
+
+        def give_up() -> None:
+            self.given_up.append(digest)
+            if begun in self.begun:
+                self.begun[self.begun.index(begun)] = Failed(digest, abandoned())
+
+        return give_up
 
     def read(self, digest: str, host_pages: tuple[int, ...]) -> None:
         assert len(host_pages) == self.sizes[digest]
@@ -290,6 +300,46 @@ def test_failure_reaches_everybody_and_is_retried_after_a_pause() -> None:
     clock.now += BACKOFF_S
     mover.broken.clear()
     assert bring(cache, mover, "a") == 0
+
+
+def test_a_fetch_that_nobody_waits_for_is_given_up_and_begun_again_when_asked_for() -> None:
+    mover, clock = BookMover({"a": 1, "b": 1}, known=False), Clock()
+    cache = AdapterCache(PagePool(4), mover, slots=2, clock=clock)
+    for digest in "ab":
+        cache.acquire(digest)
+    for _ in range(4):
+        clock.now += ABANDON_S / 2
+        assert cache.acquire("b") is None
+        cache.poll()
+    assert mover.given_up == ["a"], "b is waited for all the time, and a is given up once"
+    assert cache.acquire("a") is None
+    settle(cache, mover)
+    assert cache.figures.trouble == ""
+    assert bring(cache, mover, "a") in (0, 1), "nobody is kept from it"
+    assert bring(cache, mover, "b") in (0, 1)
+
+
+def test_what_was_given_up_too_late_is_taken_all_the_same() -> None:
+    mover, clock = BookMover({"a": 1}, known=False), Clock()
+    cache = AdapterCache(PagePool(4), mover, slots=2, clock=clock)
+    cache.acquire("a")
+    mover.finish()
+    clock.now += 2 * ABANDON_S
+    cache._advance()
+    assert mover.given_up == ["a"]
+    assert bring(cache, mover, "a") == 0
+
+
+def test_a_runner_that_cannot_load_says_so_until_it_can() -> None:
+    mover, clock = BookMover(dict.fromkeys("abc", 1), known=False, broken={*"ab"}), Clock()
+    cache = AdapterCache(PagePool(4), mover, slots=2, clock=clock)
+    for digest, told in (("a", False), ("b", True)):
+        cache.acquire(digest)
+        settle(cache, mover)
+        assert bool(cache.figures.trouble) is told
+    assert "object store" in cache.figures.trouble
+    bring(cache, mover, "c")
+    assert cache.figures.trouble == ""
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -1,7 +1,7 @@
 """Adapters from PEFT's files to the arena, through every tier, on the CPU."""
 
-import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from small_adapters import BASE, digest_of, write_adapter
 
-from granatum.adapters_store.base_model import GROUPS, PROJECTIONS, BaseModel
+from granatum.adapters_store.base_model import GROUPS, PROJECTIONS
 from granatum.kernels.layout import AdapterTable
 from granatum.runner.adapter_cache import AdapterCache
 from granatum.runner.adapter_disk import DiskImages
@@ -20,45 +20,7 @@ from granatum.runner.adapter_loader import AdapterLoader, MemoryImages
 from granatum.runner.pages import PagePool
 from granatum.v1.errors import GranatumError, Internal, InvalidAdapter, Unavailable
 
-INNER, HIDDEN, KV = 96, 64, 32
-BASE = BaseModel(
-    "test",
-    3,
-    {
-        "q_proj": (HIDDEN, HIDDEN),
-        "k_proj": (HIDDEN, KV),
-        "v_proj": (HIDDEN, KV),
-        "o_proj": (HIDDEN, HIDDEN),
-        "gate_proj": (HIDDEN, INNER),
-        "up_proj": (HIDDEN, INNER),
-        "down_proj": (INNER, HIDDEN),
-    },
-    "f" * 64,
-)
-SHAPE = ImageShape(BASE, torch.float32, 4096)
-Tensors = dict[str, torch.Tensor]
-
-
-def digest_of(number: int) -> str:
-    return f"{number:064x}"
-
-
-def write_adapter(directory: Path, seed: int, rank: int, targets: list[str]) -> Tensors:
-    """PEFT's two files of a random adapter, by hand."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(BASE.num_layers):
-        for name in targets:
-            inputs, outputs = BASE.features[name]
-            prefix = f"base_model.model.{BASE.module_name(layer, name)}"
-            a, b = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
-            tensors[a] = torch.randn(rank, inputs, generator=generator).half()
-            tensors[b] = torch.randn(outputs, rank, generator=generator).half()
-    directory.mkdir(parents=True)
-    save_file(tensors, directory / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets}
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    return tensors
+SHAPE = ImageShape(BASE, "float32", 4096)
 
 
 class Store:
@@ -224,7 +186,7 @@ def test_scan_removes_what_is_no_image_and_ignores_another_layout(
     again = DiskImages(tmp_path / "cache", 1 << 30, SHAPE, store.fetch)
     assert again.size(digest_of(1)) is None
     assert not file.exists()
-    other = ImageShape(BASE, torch.bfloat16, 4096)
+    other = ImageShape(BASE, "bfloat16", 4096)
     again.measure(digest_of(1))
     assert DiskImages(tmp_path / "cache", 1 << 30, other, store.fetch).size(digest_of(1)) is None
     assert file.exists()
@@ -278,3 +240,102 @@ def test_images_from_memory() -> None:
     deltas = [bench.delta(slot, 1, "down_proj") for slot in slots]
     assert not torch.equal(*deltas)
     bench.loader.close()
+
+
+class Gate:
+    """Lets fetches of some digests hang until the test ends."""
+
+    def __init__(self, store: Store, hung: set[str]) -> None:
+        self.store, self.hung = store, hung
+        self.open = threading.Event()
+        self.waiting: list[str] = []
+
+    def fetch(self, digest: str, directory: Path) -> Path:
+        if digest in self.hung:
+            self.waiting.append(digest)
+            assert self.open.wait(20)
+            raise Unavailable("the object store hangs: try again")
+        return self.store.fetch(digest, directory)
+
+
+def test_loads_that_hang_keep_no_other_adapter_waiting(tmp_path: Path, store: Store) -> None:
+    hung = {digest_of(100 + number) for number in range(40)}
+    write_adapter(store.root / digest_of(1), 1, 16, ["q_proj"])
+    gate = Gate(store, hung)
+    bench = Bench(DiskImages(tmp_path / "cache", 1 << 30, SHAPE, gate.fetch))
+    try:
+        for digest in hung:
+            assert bench.cache.acquire(digest) is None
+        assert bench.bring(digest_of(1)) in range(3)
+        assert len(gate.waiting) == len(hung)
+    finally:
+        gate.open.set()
+        bench.loader.close()
+
+
+def test_images_that_are_made_again_keep_no_reads_waiting(tmp_path: Path, store: Store) -> None:
+    damaged = {digest_of(number) for number in range(1, 7)}
+    for digest in (*damaged, digest_of(9)):
+        write_adapter(store.root / digest, 1, 8, ["v_proj"])
+    first = DiskImages(tmp_path / "cache", 1 << 30, SHAPE, store.fetch)
+    for digest in (*damaged, digest_of(9)):
+        first.measure(digest)
+    gate = Gate(store, damaged)
+    bench = Bench(DiskImages(tmp_path / "cache", 1 << 30, SHAPE, gate.fetch))
+    for file in (tmp_path / "cache").rglob("*.image"):
+        if file.stem in damaged:
+            cut_short(file)
+    try:
+        for digest in damaged:
+            assert bench.cache.acquire(digest) is None
+        assert bench.bring(digest_of(9)) in range(3)
+    finally:
+        gate.open.set()
+        bench.loader.close()
+
+
+def test_what_went_wrong_inside_is_for_the_log_alone(bench: Bench) -> None:
+    with pytest.raises(Internal) as failed:
+        bench.bring(digest_of(7))
+    assert digest_of(7) not in failed.value.message
+    assert "directory" not in failed.value.message
+
+
+def test_a_rank_above_the_runners_reaches_no_page(tmp_path: Path, store: Store) -> None:
+    write_adapter(store.root / digest_of(1), 1, 24, ["q_proj"])
+    write_adapter(store.root / digest_of(2), 2, 16, ["q_proj"])
+    narrow = ImageShape(BASE, "float32", 4096, max_rank=16)
+    bench = Bench(DiskImages(tmp_path / "cache", 1 << 30, narrow, store.fetch))
+    with pytest.raises(InvalidAdapter, match=r"rank 24 .*limit of 16.*--max-rank") as refused:
+        bench.bring(digest_of(1))
+    assert refused.value.reason == "ADAPTER_RANK_TOO_HIGH"
+    assert bench.bring(digest_of(2)) in range(3)
+    bench.loader.close()
+
+
+def damage_a_page(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 0x10
+    path.write_bytes(data)
+
+
+def take_anothers_content(path: Path) -> None:
+    other = path.with_name(f"{digest_of(2)}.image")
+    path.write_bytes(other.read_bytes())
+
+
+@pytest.mark.parametrize("harm", [damage_a_page, take_anothers_content])
+def test_wrong_numbers_never_reach_the_device(
+    bench: Bench, disk: DiskImages, store: Store, tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    written = write_adapter(store.root / digest_of(1), 1, 16, ["q_proj"])
+    write_adapter(store.root / digest_of(2), 2, 16, ["q_proj"])
+    for number in (1, 2):
+        disk.measure(digest_of(number))
+    (file,) = (tmp_path / "cache").rglob(f"{digest_of(1)}.image")
+    harm(file)
+    slot = bench.bring(digest_of(1))
+    prefix = f"base_model.model.{BASE.module_name(2, 'q_proj')}"
+    b, a = written[f"{prefix}.lora_B.weight"], written[f"{prefix}.lora_A.weight"]
+    assert torch.allclose(bench.delta(slot, 2, "q_proj"), 2 * b.float() @ a.float(), atol=1e-3)
+    assert store.fetched.count(digest_of(1)) == 2

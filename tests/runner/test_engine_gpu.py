@@ -72,7 +72,7 @@ def build_with_loads(device: str, slots: int) -> tuple[Engine, AdapterLoader]:
     on = torch.device(device)
     arena = allocate_arena(CONFIG, LIMITS.page_tokens, PAGES, torch.float32, on)
     table = AdapterTable.allocate(slots, CONFIG.layers, on, RANK)
-    shape = ImageShape(base_model(), torch.float32, arena.kv.page_elements)
+    shape = ImageShape(base_model(), "float32", arena.kv.page_elements)
     images = {str(i): random_image(shape, RANK, seed=i) for i in range(ADAPTERS)}
     for image in images.values():
         image.pages.mul_(5)

@@ -159,7 +159,9 @@ def test_a_bad_adapter_fails_its_own_sequence_alone(started: Started) -> None:
     heard = started.news(until=21)
     outcomes = {n.sequence_id: n.outcome for n in heard if n.outcome}
     assert outcomes[21] is Finish.LENGTH
-    assert isinstance(outcomes[20], Failure)
+    assert outcomes[20] is Departure.LOAD_FAILED
+    (cause,) = [n.cause for n in heard if n.cause]
+    assert cause.reason == "INTERNAL"
 
 
 def test_adapters_on_the_device_are_told_when_they_change(started: Started) -> None:

@@ -12,7 +12,13 @@ from granatum.runner.pages import PagePool
 from granatum.runner.plan import Limits, Plan
 from granatum.runner.records import Departure, Failure, Finish, SequenceNews, Submit
 from granatum.runner.scheduler import Scheduler
-from granatum.v1.errors import Unavailable
+from granatum.v1.errors import (
+    GranatumError,
+    InvalidAdapter,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+)
 
 STOP = 7
 
@@ -227,10 +233,51 @@ def test_a_cold_adapter_holds_up_nobody_else() -> None:
     engine.submit(Submit(3, (1, 2), adapter="bad", max_tokens=3))
     engine.run()
     assert list(engine.outcomes) == [3, 2, 1]
-    failure = engine.outcomes[3]
-    assert isinstance(failure, Failure)
-    assert failure.message == "the store is away"
+    assert engine.outcomes[3] is Departure.LOAD_FAILED
     engine.assert_empty()
+
+
+def outcome_after(error: Exception) -> SequenceNews:
+    """What is said of a sequence whose adapter ends in `error`."""
+
+    class Failing(NoAdapters):
+        def acquire(self, digest: str) -> int | None:
+            raise error
+
+    scheduler = Scheduler(limits(), PagePool(20), Failing())
+    scheduler.submit(Submit(1, (1, 2), adapter="a", max_tokens=3))
+    scheduler.schedule()
+    assert scheduler.sequences == 0
+    (news,) = scheduler.take_news()
+    return news
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (Unavailable("the store is away"), "UNAVAILABLE"),
+        (Unavailable("full", reason="ADAPTER_DISK_FULL"), "ADAPTER_DISK_FULL"),
+        (OSError(28, "No space left on device"), "INTERNAL"),
+        (AssertionError("a fault of ours"), "INTERNAL"),
+        (InvalidAdapter("too high", reason="ADAPTER_RANK_TOO_HIGH"), "ADAPTER_RANK_TOO_HIGH"),
+        (InvalidRequest("too large", reason="ADAPTER_TOO_LARGE"), "ADAPTER_TOO_LARGE"),
+    ],
+)
+def test_what_another_runner_may_load_departs_with_its_cause(error: Exception, reason: str) -> None:
+    news = outcome_after(error)
+    assert news.outcome is Departure.LOAD_FAILED
+    assert news.cause is not None
+    assert news.cause.reason == reason
+    assert "space left" not in news.cause.message
+    assert "fault of ours" not in news.cause.message
+
+
+@pytest.mark.parametrize("error", [NotFound("gone"), InvalidAdapter("it holds NaN")])
+def test_what_no_runner_can_load_fails(error: GranatumError) -> None:
+    news = outcome_after(error)
+    assert isinstance(news.outcome, Failure)
+    assert (news.outcome.code, news.outcome.message) == (error.code, error.message)
+    assert news.cause is None
 
 
 def test_decodes_are_ordered_by_slot() -> None:

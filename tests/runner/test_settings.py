@@ -4,8 +4,16 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from transformers import LlamaConfig
 
+from granatum.adapters_store.base_model import PROJECTIONS, BaseModel
+from granatum.adapters_store.peft_config import ModuleSpec
 from granatum.examples.tasks import BASE_MODEL
+from granatum.runner.adapter_image import ImageShape
+from granatum.runner.adapter_layout import lay_out
+from granatum.runner.arena import page_tokens
+from granatum.runner.config import read_config
+from granatum.runner.engine_child import _options
 from granatum.runner.settings import Settings
 from granatum.v1.errors import InvalidRequest
 
@@ -89,3 +97,25 @@ def test_advertised_address(flags: tuple[str, ...], address: str) -> None:
 def test_wildcard_is_advertised_as_the_hosts_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "box")
     assert read("--router", "a:1", "--listen", "[::]:0").address(5) == "box:5"
+
+
+@pytest.mark.parametrize("rank", [8, 64, 256])
+def test_host_memory_of_a_cpu_holds_the_largest_adapter_that_may_be_uploaded(
+    tmp_path: Path, rank: int
+) -> None:
+    config = LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    settings = read("--router", "a:1", "--max-rank", str(rank), "--model", str(tmp_path))
+    found = _options(settings, "cpu")
+    dimensions = read_config(tmp_path)
+    elements = page_tokens(dimensions, rank) * dimensions.kv_elements
+    shape = ImageShape(BaseModel.from_config(tmp_path), "float32", elements, rank)
+    modules = {(layer, name): ModuleSpec(rank, 1.0) for layer in range(30) for name in PROJECTIONS}
+    largest = lay_out(shape.base, modules, elements).pages * shape.page_bytes
+    assert found.host_bytes >= max(2 * largest, 64 << 20)
+    asked = read("--router", "a:1", "--host-cache-bytes", "12345", "--model", str(tmp_path))
+    assert _options(asked, "cpu").host_bytes == 12345
+    assert _options(settings, "cuda").host_bytes == 4 << 30
