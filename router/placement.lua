@@ -27,7 +27,8 @@ local function serves(f, r)
     and (f.max_elements == 0 or r.elements <= f.max_elements)
 end
 
--- Nil if a runner could serve a request's adapter, else the fleet's largest rank and size.
+-- Nil if a runner could serve a request's adapter, else the fleet's largest rank and size. Asked of
+-- newcomers alone: what was admitted before waits for a runner that may come back.
 local function beyond(fleet, r)
   local rank, elements, any = 0, 0, false
   for _, f in ipairs(fleet) do
@@ -136,11 +137,8 @@ function commands.place(request)
   local entry = asked ~= '' and asked or redis.call('HGET', key('sequence', r.id), 'entry')
     or new_entry(r)
   local fleet = live_figures()
-  local largest = beyond(fleet, r)
-  if largest then
-    leave(entry)
-    return {'unservable', entry, largest[1], largest[2]}
-  end
+  local largest = asked == '' and beyond(fleet, r)
+  if largest then return {'unservable', entry, largest[1], largest[2]} end
   local first, aside = redis.call('ZRANGE', QUEUE, 0, 0)[1], nil
   if capped(r) then
     aside = 'running'
