@@ -27,7 +27,8 @@ local function serves(f, r)
     and (f.max_elements == 0 or r.elements <= f.max_elements)
 end
 
--- Nil if a runner could serve a request's adapter, else the fleet's largest rank and size.
+-- Nil if a runner could serve a request's adapter, else the fleet's largest rank and size. Asked of
+-- newcomers alone: what was admitted before waits for a runner that may come back.
 local function beyond(fleet, r)
   local rank, elements, any = 0, 0, false
   for _, f in ipairs(fleet) do
@@ -86,14 +87,13 @@ local function reserve(runner, member, tenant, lease_ms)
 end
 
 -- The same call again, whose answer was lost, gets the same answer while its reservation holds.
-local function placed_before(r, asked)
-  local s = redis.call('HMGET', key('sequence', r.id), 'runner', 'asked', 'entry', 'pages')
-  if not s[1] or s[2] ~= asked then return nil end
-  local ends = tonumber(redis.call('ZSCORE', key('reserved', s[1]), r.id) or '0')
-  local address = redis.call('HGET', key('runner', s[1]), 'address')
+local function again(r, asked, runner, asked_before, entry, pages)
+  if not runner or asked_before ~= asked then return nil end
+  local ends = tonumber(redis.call('ZSCORE', key('reserved', runner), r.id) or '0')
+  local address = redis.call('HGET', key('runner', runner), 'address')
   if ends <= now or not address then return nil end
-  reserve(s[1], r.id, r.tenant, r.lease_ms)
-  return {'placed', s[3], s[1], address, tonumber(s[4])}
+  reserve(runner, r.id, r.tenant, r.lease_ms)
+  return {'placed', entry, runner, address, tonumber(pages)}
 end
 
 local function note(r, asked, entry, ...)
@@ -126,29 +126,32 @@ local function capped(r)
   return r.max_running > 0 and holding(key('running', r.tenant)) >= r.max_running
 end
 
+-- Give the entry room if it is its turn, else the reason why room that is free is not for it.
+local function try(r, asked, entry, fleet)
+  if capped(r) then return nil, 'running' end
+  local first = redis.call('ZRANGE', QUEUE, 0, 0)[1]
+  if first and entry > first then return nil end
+  local runner, unusable = best(fleet or live_figures(), r)
+  if not runner then return nil, unusable end
+  return take(runner, r, asked, entry)
+end
+
 function commands.place(request)
   local r = cjson.decode(request)
-  if redis.call('HEXISTS', key('sequence', r.id), 'gone') == 1 then return {'gone'} end
   local asked = r.entry ~= cjson.null and r.entry or ''
-  local before = placed_before(r, asked)
+  local s = redis.call('HMGET', key('sequence', r.id), 'gone', 'runner', 'asked', 'entry', 'pages')
+  if s[1] then return {'gone'} end
+  local before = again(r, asked, s[2], s[3], s[4], s[5])
   if before then return before end
   lapse_entries()
-  local entry = asked ~= '' and asked or redis.call('HGET', key('sequence', r.id), 'entry')
-    or new_entry(r)
-  local fleet = live_figures()
-  local largest = beyond(fleet, r)
-  if largest then
-    leave(entry)
-    return {'unservable', entry, largest[1], largest[2]}
+  local entry, fleet = asked, nil
+  if asked == '' then
+    entry, fleet = s[4] or new_entry(r), live_figures()
+    local largest = beyond(fleet, r)
+    if largest then return {'unservable', entry, largest[1], largest[2]} end
   end
-  local first, aside = redis.call('ZRANGE', QUEUE, 0, 0)[1], nil
-  if capped(r) then
-    aside = 'running'
-  elseif not first or entry <= first then
-    local runner, unusable = best(fleet, r)
-    if runner then return take(runner, r, asked, entry) end
-    aside = unusable
-  end
+  local placed, aside = try(r, asked, entry, fleet)
+  if placed then return placed end
   local newcomer = asked == '' and not redis.call('ZSCORE', WAITING, entry)
   local refused = newcomer and bound(r)
   if refused then return {refused, entry, live()} end

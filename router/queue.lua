@@ -27,10 +27,17 @@ local function wait(entry, lease_ms, aside)
   end
 end
 
+local function set_virtual(level, tag)
+  redis.call('SET', key('virtual', level), string.format('%.0f', tag), 'PX', FAIR_MS)
+end
+
 local function virtual(level)
-  redis.call('SET', key('virtual', level), string.format('%.0f', micros), 'NX')
-  redis.call('PEXPIRE', key('virtual', level), FAIR_MS)
-  return tonumber(redis.call('GET', key('virtual', level)))
+  local tag = tonumber(redis.call('GET', key('virtual', level)))
+  if not tag then
+    tag = micros
+    set_virtual(level, tag)
+  end
+  return tag
 end
 
 local function cost(r) return math.max(1, math.floor(COST / r.weight)) end
@@ -48,7 +55,7 @@ end
 local function serve(entry, r)
   local level, tag = level_of(entry), tag_of(entry)
   local served, from = key('served', level), math.max(virtual(level), tag)
-  redis.call('SET', key('virtual', level), string.format('%.0f', from), 'PX', FAIR_MS)
+  set_virtual(level, from)
   local before = tonumber(redis.call('ZSCORE', served, r.tenant) or '0')
   redis.call('ZADD', served, math.max(before, tag + cost(r)), r.tenant)
   redis.call('ZREMRANGEBYSCORE', served, '-inf', string.format('%.0f', from))

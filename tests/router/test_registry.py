@@ -442,8 +442,12 @@ async def test_no_runner_gets_an_adapter_beyond_its_limits(registry: Registry) -
     assert await placed_on(registry, "4", rank=16, elements=1000) == "small"
     for wanted in ({"rank": 65}, {"elements": 9001}):
         assert await registry.place(want("5", **wanted)) == Unservable(64, 9000)
+    await registry.deregister("large")
+    # Who was admitted before waits for a large one to come back; newcomers are told.
+    assert isinstance(await registry.place(want("2", rank=17, entry=waits.entry)), Queued | Limited)
+    assert await registry.place(want("5", rank=17)) == Unservable(16, 1000)
     await registry.heartbeat(runner("unknown"))
-    assert await placed_on(registry, "6", rank=65, elements=9001) == "unknown"
+    assert await placed_on(registry, "6", priority=1, rank=65, elements=9001) == "unknown"
 
 
 async def test_a_runner_in_trouble_gets_an_adapter_only_if_no_other_has_room(

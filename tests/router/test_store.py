@@ -9,7 +9,7 @@ from wire_adapters import error_of, generated, upload
 
 from granatum.adapters_store.base_model import BaseModel
 from granatum.adapters_store.store import AdapterStore
-from granatum.router import resolver
+from granatum.router import resolver, upkeep
 from granatum.router.collection import Collection
 from granatum.router.placement import Lease, LeaseKind
 from granatum.router.registry import Registry
@@ -90,3 +90,24 @@ async def test_whatever_collection_meets_it_tries_again(
     assert not running.done()
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_collection_that_fails_in_any_way_ends_no_router(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "_PAUSE_S", 0.01)
+    tries = 0
+
+    async def fails(*_: object, **__: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise ValueError("a stray object")
+
+    monkeypatch.setattr(AdapterStore, "collect_garbage", fails)
+    router = await box.router(collect_s=0.01)
+    await box.runner("a")
+    async with asyncio.timeout(10):
+        while tries < 3:
+            await asyncio.sleep(0.01)
+    assert not router.background.done()
+    assert await generated(box, box.acme, "") == ""

@@ -303,3 +303,18 @@ async def test_calls_that_come_and_go_hold_up_nobody(box: Box) -> None:
     assert await asyncio.wait_for(generated(box, other, ""), 2) == ""
     await box.idle()
     assert not box.routers[0]._admission.waiting
+
+
+async def test_a_tenant_with_one_request_passes_anothers_queue(box: Box) -> None:
+    other = box.tenant("globex")
+    await box.router()
+    runner = await box.runner("a", max_batch=1, script=Script(step_s=0.002))
+    streams = asyncio.create_task(box.generate_many(30, 10))
+    async with asyncio.timeout(10):
+        while box.routers[0]._admission.waiting < 20:
+            await asyncio.sleep(0.002)
+    before = len(runner.submissions)
+    assert await generated(box, other, "") == ""
+    assert len(runner.submissions) - before <= 5
+    assert not streams.done()
+    await streams
