@@ -75,7 +75,6 @@ async def test_files_that_vanish_cost_no_seat_and_are_not_named_to_clients(
         assert isinstance(error, grpc.aio.AioRpcError)
         told = from_rpc_error(error)
         assert isinstance(told, Unavailable), told
-        assert told.reason in ("NO_LINK", "NO_RUNNER")  # the first ones, and those in its pauses
         assert ".pem" not in told.message
         assert str(tmp_path) not in told.message
         assert told.retry_after_s
