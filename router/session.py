@@ -8,6 +8,7 @@ import grpc
 import structlog
 
 from granatum.router.remote_sequence import RemoteSequence, SessionLost
+from granatum.v1.errors import Unavailable
 from granatum.v1.runner_pb2 import (
     CancelSequence,
     Ping,
@@ -188,7 +189,7 @@ class Sessions:
     ) -> RemoteSequence:
         """Send a sequence to a runner; `release` gives its room there back.
 
-        Raises SessionLost if no channel to the runner can be made.
+        Raises Unavailable if no channel to the runner can be made.
         """
         session = self._open.get(runner_id, {}).get(address)
         if session is None or session.closing:
@@ -215,7 +216,12 @@ class Sessions:
         except Exception as error:
             log.error("no channel to a runner", runner=runner_id, address=address, error=str(error))
             self._note_trouble(runner_id, reached=False)
-            raise SessionLost from None
+            raise Unavailable(
+                "this router can open no link to a runner, and its log says why: try again later, "
+                "or another router",
+                reason="NO_LINK",
+                retry_after_s=_LONGEST_PAUSE_S,
+            ) from None
         session = Session(address, channel, self._cluster_key, self._silence_s)
         self._open.setdefault(runner_id, {})[address] = session
         task = asyncio.create_task(self._serve(runner_id, session), name=f"session {runner_id}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
-from scripted_runner import ScriptedRunner
+from scripted_runner import ScriptedRunner, expected_ids, text_of
 
 from granatum.adapters_store.base_model import BaseModel
 from granatum.router import keys
@@ -19,7 +19,13 @@ from granatum.router.settings import Settings
 from granatum.v1.adapters_pb2_grpc import AdapterServiceStub
 from granatum.v1.cluster_pb2 import ListRunnersRequest, RunnerStatus
 from granatum.v1.cluster_pb2_grpc import ClusterServiceStub
-from granatum.v1.inference_pb2 import GenerateRequest, GenerateResponse, StopConditions
+from granatum.v1.errors import GranatumError, from_rpc_error
+from granatum.v1.inference_pb2 import (
+    FINISH_REASON_LENGTH,
+    GenerateRequest,
+    GenerateResponse,
+    StopConditions,
+)
 from granatum.v1.inference_pb2_grpc import InferenceServiceStub
 from granatum.v1.transport import bearer
 
@@ -137,6 +143,14 @@ class Box:
         call = self.inference(router).Generate(request, metadata=bearer(self.acme), timeout=seconds)
         return Answer([response async for response in call])
 
+    async def error_of(self, prompt: str, seconds: float = 20) -> GranatumError:
+        """How a stream ends that must not go well."""
+        try:
+            await self.generate(prompt, seconds=seconds)
+        except grpc.aio.AioRpcError as error:
+            return from_rpc_error(error)
+        raise AssertionError(f"{prompt!r} was answered")
+
     async def generate_many(self, number: int, tokens: int = 20) -> dict[str, Answer]:
         """So many streams at once, over all routers in turn."""
         stubs = [self.inference(i) for i in range(len(self.routers))]
@@ -164,3 +178,17 @@ class Box:
                 runner.active for runner in self.runners.values()
             ):
                 await asyncio.sleep(0.01)
+
+
+def whole(box: Box, answers: dict[str, Answer], tokens: int) -> None:
+    """Every stream has its very tokens and text, and no runner was given wrong ones."""
+    for prompt, answer in answers.items():
+        ids = expected_ids(prompt, tokens)
+        assert answer.ids == ids
+        assert answer.text == text_of(ids)
+        assert answer.responses[-1].end.reason == FINISH_REASON_LENGTH
+        assert answer.responses[-1].end.usage.completion_tokens == tokens
+        assert answer.responses[-1].end.usage.prompt_tokens == len(prompt)
+        assert sum(response.HasField("start") for response in answer.responses) == 1
+        assert answer.responses[0].HasField("start")
+    assert [wrong for runner in box.runners.values() for wrong in runner.wrong] == []

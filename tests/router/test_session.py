@@ -6,12 +6,13 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
+from broken_link import BrokenLink
 from router_box import CLUSTER_KEY, Box
 from scripted_runner import Script, ScriptedRunner, expected_ids
-from silent_link import SilentLink
 
 from granatum.router.remote_sequence import RemoteSequence, SessionLost
 from granatum.router.session import Sessions
+from granatum.v1.errors import Unavailable
 from granatum.v1.inference_pb2 import GenerateRequest, StopConditions
 from granatum.v1.runner_pb2 import SubmitSequence
 from granatum.v1.transport import open_channel
@@ -134,25 +135,28 @@ async def test_a_channel_that_cannot_be_made_is_a_runner_out_of_reach() -> None:
         raise OSError("/secret/ca.pem")
 
     async with sessions(connect=fail) as opened:
-        with pytest.raises(SessionLost) as caught:
+        with pytest.raises(Unavailable, match="its log says why") as caught:
             opened.submit("a", "127.0.0.1:1", submission(), nothing)
-        assert not caught.value.alone
+        assert caught.value.retry_after_s
         assert opened.unreachable() == {"a"}
         assert opened._tasks == set()
 
 
-async def test_streams_over_a_link_that_goes_silent_are_elsewhere_soon(box: Box) -> None:
+@pytest.mark.parametrize("fault", [BrokenLink.silence, BrokenLink.spoil])
+async def test_streams_over_a_broken_link_are_elsewhere_soon(
+    box: Box, fault: Callable[[BrokenLink], None]
+) -> None:
     await box.router()
     await box.runner("a", script=Script(step_s=0.01))
     far = await box.runner("b", script=Script(step_s=0.01))
-    async with SilentLink(far.address) as link:
+    async with BrokenLink(far.address) as link:
         far.address = link.address
         await far.heartbeat()
         streams = asyncio.create_task(box.generate_many(4, 100))
         async with asyncio.timeout(10):
             while len(far.active) < 4 or any(len(a.ids) < 10 for a in far.active.values()):
                 await asyncio.sleep(0.01)
-        link.silence()
+        fault(link)
         async with asyncio.timeout(15):
             answers = await streams
     for prompt, answer in answers.items():

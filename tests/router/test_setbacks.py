@@ -1,6 +1,10 @@
 """What counts against a sequence, and where it is not to go next."""
 
+import asyncio
+
 import pytest
+from router_box import Box, whole
+from scripted_runner import Script
 
 from granatum.router.setbacks import FailedLoads, Setbacks
 from granatum.v1.errors import GranatumError, Internal, InvalidRequest, Unavailable
@@ -112,3 +116,81 @@ def test_all_streams_know_which_runner_failed_to_load_what() -> None:
     for n in range(10_000):
         loads.note("a", f"sha256:{n}", 100 + n)
     assert len(loads._until) <= 31
+
+
+async def test_streams_that_sat_on_runner_after_runner_killed_from_outside_survive(
+    box: Box,
+) -> None:
+    moves = 6
+    await box.router()
+    fleet = [await box.runner(f"{n:02}", script=Script(stalled=True)) for n in range(moves)]
+    streams = asyncio.create_task(box.generate_many(3, 20))
+    for doomed in reversed(fleet):  # the highest id comes first
+        async with asyncio.timeout(10):
+            while len(doomed.active) < 3:
+                await asyncio.sleep(0.005)
+        if doomed is fleet[0]:
+            await box.runner("last")
+        await doomed.die()
+        doomed.active.clear()
+    answers = await streams
+    whole(box, answers, 20)
+    assert {answer.resumptions for answer in answers.values()} == {moves}
+
+
+async def test_engines_lost_count_nothing(box: Box) -> None:
+    await box.router()
+    runner = await box.runner("a", script=Script(depart=DEPARTURE_ENGINE_LOST))
+    stream = asyncio.create_task(box.generate("hello"))
+    async with asyncio.timeout(15):
+        while len(runner.submissions) < 10:
+            await asyncio.sleep(0.01)
+    runner.script.depart = None
+    whole(box, {"hello": await stream}, 20)
+    assert {s.suspicion for s in runner.submissions} == {0}
+
+
+async def test_suspicion_travels_with_the_sequence(box: Box) -> None:
+    await box.router()
+    for id_ in "abc":
+        await box.runner(id_, script=Script(depart=DEPARTURE_SUSPECTED))
+    box.runners["a"].script.depart = None
+    whole(box, {"hello": await box.generate("hello")}, 20)
+    sent = [box.runners[id_].submissions[0].suspicion for id_ in "cba"]
+    assert sent == [0, 1, 2]
+
+
+async def test_the_second_engine_that_blames_a_sequence_ends_it(box: Box) -> None:
+    await box.router()
+    for id_ in "abcd":
+        await box.runner(id_, script=Script(depart=DEPARTURE_BLAMED))
+    error = await box.error_of("poison")
+    assert isinstance(error, Internal)
+    assert error.reason == "SEQUENCE_BLAMED"
+    assert sum(len(runner.submissions) for runner in box.runners.values()) == 2
+    await box.idle()
+
+
+async def test_a_runner_that_cannot_load_is_left_for_one_that_can(box: Box) -> None:
+    await box.router()
+    cause = SequenceFailure(code=14, message="the disk is full", reason="DISK_FULL")
+    await box.runner("a")
+    ill = await box.runner("b", script=Script(depart=DEPARTURE_LOAD_FAILED, fail=cause))
+    for n in range(6):
+        answer = await box.generate(f"prompt {n}")
+        whole(box, {f"prompt {n}": answer}, 20)
+        assert answer.responses[-1].end.runner_id == "a"
+    assert len(ill.submissions) == 1
+
+
+@pytest.mark.parametrize("runners", ["a", "ab", "abcde"])
+async def test_what_no_runner_can_load_is_told_by_its_cause(box: Box, runners: str) -> None:
+    await box.router()
+    cause = SequenceFailure(code=3, message="rank 128 is too high", reason="RANK", field="adapter")
+    for id_ in runners:
+        await box.runner(id_, script=Script(depart=DEPARTURE_LOAD_FAILED, fail=cause))
+    error = await box.error_of("hello")
+    assert isinstance(error, InvalidRequest)
+    assert (error.message, error.reason, error.field) == (cause.message, "RANK", "adapter")
+    assert sum(len(runner.submissions) for runner in box.runners.values()) <= 3
+    await box.idle()

@@ -4,52 +4,24 @@ import asyncio
 
 import grpc
 import pytest
-from router_box import Answer, Box
-from scripted_runner import Script, expected_ids, text_of
+from router_box import Answer, Box, whole
+from scripted_runner import Script
 
 from granatum.v1.cluster_pb2 import DrainRunnerRequest, ResumeRunnerRequest
 from granatum.v1.errors import (
     AlreadyExists,
-    Internal,
     InvalidRequest,
     Overloaded,
     Unavailable,
     from_rpc_error,
 )
 from granatum.v1.inference_pb2 import (
-    FINISH_REASON_LENGTH,
     GenerateRequest,
     SamplingParams,
     StopConditions,
 )
-from granatum.v1.runner_pb2 import (
-    DEPARTURE_BLAMED,
-    DEPARTURE_ENGINE_LOST,
-    DEPARTURE_LOAD_FAILED,
-    DEPARTURE_SUSPECTED,
-    SequenceFailure,
-)
+from granatum.v1.runner_pb2 import SequenceFailure
 from granatum.v1.transport import bearer
-
-
-def whole(box: Box, answers: dict[str, Answer], tokens: int) -> None:
-    """Every stream has its very tokens and text, and no runner was given wrong ones."""
-    for prompt, answer in answers.items():
-        ids = expected_ids(prompt, tokens)
-        assert answer.ids == ids
-        assert answer.text == text_of(ids)
-        assert answer.responses[-1].end.reason == FINISH_REASON_LENGTH
-        assert answer.responses[-1].end.usage.completion_tokens == tokens
-        assert answer.responses[-1].end.usage.prompt_tokens == len(prompt)
-        assert sum(response.HasField("start") for response in answer.responses) == 1
-        assert answer.responses[0].HasField("start")
-    assert [wrong for runner in box.runners.values() for wrong in runner.wrong] == []
-
-
-async def error_of(box: Box, prompt: str, **arguments: float) -> Exception:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await box.generate(prompt, **arguments)  # type: ignore[arg-type]
-    return from_rpc_error(caught.value)
 
 
 async def test_a_stream_is_relayed_whole_and_leaves_nothing_behind(box: Box) -> None:
@@ -155,7 +127,7 @@ async def test_a_slow_runner_that_lives_keeps_its_streams(box: Box) -> None:
 async def test_a_runner_that_never_makes_a_token_is_given_up(box: Box) -> None:
     await box.router(stall_s=0.1, idle_s=0.3)
     await box.runner("a", script=Script(stalled=True))
-    error = await error_of(box, "hello")
+    error = await box.error_of("hello")
     assert "made no token" in str(error)
     await box.idle()
     assert box.runners["a"].cancelled == 1
@@ -163,7 +135,7 @@ async def test_a_runner_that_never_makes_a_token_is_given_up(box: Box) -> None:
 
 async def test_no_runner_is_unavailable_before_the_deadline_with_a_hint(box: Box) -> None:
     await box.router()
-    error = await error_of(box, "hello", seconds=0.8)
+    error = await box.error_of("hello", seconds=0.8)
     assert isinstance(error, Unavailable)
     assert error.retry_after_s
 
@@ -212,7 +184,7 @@ async def test_a_place_that_does_not_come_free_in_time_is_overload(box: Box) -> 
     async with asyncio.timeout(5):
         while not box.runners["a"].active:
             await asyncio.sleep(0.005)
-    error = await error_of(box, "late", seconds=0.6)
+    error = await box.error_of("late", seconds=0.6)
     assert isinstance(error, Overloaded)
     assert error.reason == "QUEUE_TIMEOUT"
     whole(box, {"long": await holder}, 150)
@@ -313,11 +285,11 @@ async def test_a_runners_verdict_reaches_the_client(box: Box) -> None:
     await box.router()
     runner = await box.runner("a")
     runner.script.fail = SequenceFailure(code=3, message="the prompt is too long", reason="LONG")
-    error = await error_of(box, "hello")
+    error = await box.error_of("hello")
     assert isinstance(error, InvalidRequest)
     assert (error.message, error.reason) == ("the prompt is too long", "LONG")
     runner.script.fail = SequenceFailure(code=14, message="no adapter", reason="STORE_AWAY")
-    error = await error_of(box, "hello")
+    error = await box.error_of("hello")
     assert isinstance(error, Unavailable)
     assert error.retry_after_s
     await box.idle()
@@ -342,84 +314,6 @@ async def test_a_request_that_brings_down_runner_after_runner_is_not_tried_for_e
         await stream
     assert from_rpc_error(caught.value).reason == "RUNNERS_LOST"
     assert died == 4
-
-
-async def test_streams_that_sat_on_runner_after_runner_killed_from_outside_survive(
-    box: Box,
-) -> None:
-    moves = 6
-    await box.router()
-    fleet = [await box.runner(f"{n:02}", script=Script(stalled=True)) for n in range(moves)]
-    streams = asyncio.create_task(box.generate_many(3, 20))
-    for doomed in reversed(fleet):  # the highest id comes first
-        async with asyncio.timeout(10):
-            while len(doomed.active) < 3:
-                await asyncio.sleep(0.005)
-        if doomed is fleet[0]:
-            await box.runner("last")
-        await doomed.die()
-        doomed.active.clear()
-    answers = await streams
-    whole(box, answers, 20)
-    assert {answer.resumptions for answer in answers.values()} == {moves}
-
-
-async def test_engines_lost_count_nothing(box: Box) -> None:
-    await box.router()
-    runner = await box.runner("a", script=Script(depart=DEPARTURE_ENGINE_LOST))
-    stream = asyncio.create_task(box.generate("hello"))
-    async with asyncio.timeout(15):
-        while len(runner.submissions) < 10:
-            await asyncio.sleep(0.01)
-    runner.script.depart = None
-    whole(box, {"hello": await stream}, 20)
-    assert {s.suspicion for s in runner.submissions} == {0}
-
-
-async def test_suspicion_travels_with_the_sequence(box: Box) -> None:
-    await box.router()
-    for id_ in "abc":
-        await box.runner(id_, script=Script(depart=DEPARTURE_SUSPECTED))
-    box.runners["a"].script.depart = None
-    whole(box, {"hello": await box.generate("hello")}, 20)
-    sent = [box.runners[id_].submissions[0].suspicion for id_ in "cba"]
-    assert sent == [0, 1, 2]
-
-
-async def test_the_second_engine_that_blames_a_sequence_ends_it(box: Box) -> None:
-    await box.router()
-    for id_ in "abcd":
-        await box.runner(id_, script=Script(depart=DEPARTURE_BLAMED))
-    error = await error_of(box, "poison")
-    assert isinstance(error, Internal)
-    assert error.reason == "SEQUENCE_BLAMED"
-    assert sum(len(runner.submissions) for runner in box.runners.values()) == 2
-    await box.idle()
-
-
-async def test_a_runner_that_cannot_load_is_left_for_one_that_can(box: Box) -> None:
-    await box.router()
-    cause = SequenceFailure(code=14, message="the disk is full", reason="DISK_FULL")
-    await box.runner("a")
-    ill = await box.runner("b", script=Script(depart=DEPARTURE_LOAD_FAILED, fail=cause))
-    for n in range(6):
-        answer = await box.generate(f"prompt {n}")
-        whole(box, {f"prompt {n}": answer}, 20)
-        assert answer.responses[-1].end.runner_id == "a"
-    assert len(ill.submissions) == 1
-
-
-@pytest.mark.parametrize("runners", ["a", "ab", "abcde"])
-async def test_what_no_runner_can_load_is_told_by_its_cause(box: Box, runners: str) -> None:
-    await box.router()
-    cause = SequenceFailure(code=3, message="rank 128 is too high", reason="RANK", field="adapter")
-    for id_ in runners:
-        await box.runner(id_, script=Script(depart=DEPARTURE_LOAD_FAILED, fail=cause))
-    error = await error_of(box, "hello")
-    assert isinstance(error, InvalidRequest)
-    assert (error.message, error.reason, error.field) == (cause.message, "RANK", "adapter")
-    assert sum(len(runner.submissions) for runner in box.runners.values()) <= 3
-    await box.idle()
 
 
 async def test_tokens_that_pile_up_come_together(box: Box) -> None:

@@ -1,9 +1,12 @@
-"""gRPC's asyncio server, without the one call that ends it.
+"""gRPC's asyncio server with a way of its own to take calls.
 
-gRPC decodes the path of every call in its main loop. A path that is no UTF-8, which anybody can
-send, raises there, and the whole server stops with all its calls. Calls of known methods take
-another way, where the path is not decoded. So all other calls are taken here, and none is asked
-for its name: whatever its path says, it is a call of no method.
+gRPC takes calls in one loop, and two things go wrong there. It decodes the path of every call. A
+path that is no UTF-8, which anybody can send, raises, and the whole server stops with all its
+calls. And it takes one call of each method per turn of the event loop. In a burst turns are long,
+and calls wait so long that gRPC cancels them without a word.
+
+Here calls of known methods are taken many at a turn. All other calls are taken without asking for
+their path: whatever it says, it names no method.
 """
 
 import asyncio
@@ -14,39 +17,55 @@ import grpc
 from grpc._cython import cygrpc
 from grpc.aio import _server
 
+_AT_A_TURN = 16
 _UNKNOWN = "/unknown/unknown"
 
 
 class _Core(cygrpc.AioServer):  # type: ignore[misc] # untyped
-    """Serves known methods as gRPC does, and the others itself."""
+    """What gRPC asks for as the next call of a method is a task without end, which takes calls."""
 
     def __init__(self, interceptors: tuple[Any, ...], options: Any) -> None:
-        loop = cygrpc.get_working_loop()
-        super().__init__(loop, None, (), interceptors, options, None)
+        super().__init__(cygrpc.get_working_loop(), None, (), interceptors, options, None)
         self._interceptors = interceptors
-        self._unknown: set[asyncio.Task[None]] = set()
+        self._handlers: dict[str, Any] = {}
+        self._calls: set[asyncio.Task[None]] = set()
+
+    def add_registered_method_handlers(self, handlers: dict[str, Any]) -> None:
+        """Know more methods, by their paths."""
+        super().add_registered_method_handlers(handlers)
+        self._handlers.update(handlers)
 
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[Any]:
-        """The next call of a known method; where gRPC asks for any other, a task without end."""
-        if method is not None:
-            future: asyncio.Future[Any] = super()._make_request_call_future(method)
-            return future
-        return asyncio.ensure_future(self._take_unknown())
+        return asyncio.gather(*(self._take_calls(method) for _ in range(_AT_A_TURN)))
 
-    async def _take_unknown(self) -> None:
-        """Take calls of unknown methods until the server stops, which raises gRPC's own error."""
-        resolver = cygrpc._MethodResolver([], {})  # noqa: SLF001
-        loop = asyncio.get_running_loop()
+    async def _take_calls(self, method: bytes | None) -> None:
+        """Take calls of a method, or with None of unknown ones, until the server stops."""
+        resolver = cygrpc._MethodResolver([], self._handlers)  # noqa: SLF001
+        path = _UNKNOWN if method is None else method.decode()
         while True:
-            state = await self._request_call()
-            handling = cygrpc._handle_rpc(  # noqa: SLF001
-                _UNKNOWN, resolver, self._interceptors, state, loop, False
-            )
-            task = loop.create_task(
-                cygrpc._schedule_rpc_coro(handling, state, loop, _UNKNOWN)  # noqa: SLF001
-            )
-            self._unknown.add(task)
-            task.add_done_callback(self._unknown.discard)
+            try:
+                call = await self._next_call(method)
+            except cygrpc._RequestCallError:  # noqa: SLF001
+                if not self.is_running():
+                    raise  # as the loop expects it
+            else:
+                self._handle(path, resolver, call)
+
+    async def _next_call(self, method: bytes | None) -> Any:
+        if method is None:
+            return await self._request_call()
+        return await self._request_registered_call(method)
+
+    def _handle(self, path: str, resolver: Any, call: Any) -> None:
+        loop = asyncio.get_running_loop()
+        handling = cygrpc._handle_rpc(  # noqa: SLF001
+            path, resolver, self._interceptors, call, loop, False
+        )
+        task = loop.create_task(
+            cygrpc._schedule_rpc_coro(handling, call, loop, path)  # noqa: SLF001
+        )
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
 
 
 class _Server(_server.Server):
@@ -59,5 +78,5 @@ class _Server(_server.Server):
 def sturdy_server(
     interceptors: Iterable[grpc.aio.ServerInterceptor], options: Iterable[tuple[str, int]]
 ) -> grpc.aio.Server:
-    """A server as `grpc.aio.server` makes it, but no call ends it."""
+    """A server as `grpc.aio.server` makes it, but no call ends it and no burst drowns it."""
     return cast(grpc.aio.Server, _Server(tuple(interceptors), tuple(options)))

@@ -31,6 +31,8 @@ _PENDING_CALLS = 1 << 16
 
 gRPC allows 1,000, from there on drops some at random, and beyond 3,000 all.
 """
+_PENDING_S = 3600
+"""How long they may wait; gRPC allows 30 s. Their deadlines still hold."""
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
@@ -46,6 +48,7 @@ _SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server.max_pending_requests", _PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", _PENDING_CALLS),
+    ("grpc.server_max_unrequested_time_in_server", _PENDING_S),
 )
 _CHANNEL_OPTIONS = (
     *_OPTIONS,

@@ -1,17 +1,18 @@
-"""A TCP proxy on loopback that can fall silent: nothing passes any more and nothing breaks."""
+"""A TCP proxy on loopback that can fall silent, or spoil what passes; connections stay open."""
 
 import asyncio
 from contextlib import suppress
 from typing import Self
 
 
-class SilentLink:
+class BrokenLink:
     """Stands between whoever connects to `address` and `target`."""
 
     def __init__(self, target: str) -> None:
         self._target = target
         self._passing = asyncio.Event()
         self._passing.set()
+        self._spoiling = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.address = ""
 
@@ -30,6 +31,10 @@ class SilentLink:
         """Let nothing pass from now on."""
         self._passing.clear()
 
+    def spoil(self) -> None:
+        """Turn over a bit of every byte from now on."""
+        self._spoiling = True
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, _, port = self._target.rpartition(":")
         far_reader, far_writer = await asyncio.open_connection(host, int(port))
@@ -42,6 +47,6 @@ class SilentLink:
         with suppress(ConnectionError):
             while data := await source.read(1 << 16):
                 await self._passing.wait()
-                sink.write(data)
+                sink.write(bytes(b ^ 0x10 for b in data) if self._spoiling else data)
                 await sink.drain()
         sink.close()
