@@ -17,6 +17,7 @@ from granatum.adapters_store.catalog import (
 )
 from granatum.adapters_store.catalog_json import decode, encode
 from granatum.adapters_store.limits import DEFAULT_LIMITS
+from granatum.adapters_store.manifest import Manifest
 from granatum.adapters_store.store import AdapterStore
 from granatum.v1.errors import NotFound
 
@@ -109,7 +110,8 @@ def test_a_step_on_a_large_catalog_is_short(step: str) -> None:
 async def test_a_large_catalog_is_listed_page_by_page() -> None:
     store = AdapterStore.open("memory://", BASE)
     await store._objects.put("tenants/acme.json", encode(LARGE, "r"))
-    begun, seen, token = time.process_time(), [], ""
+    seen: list[Manifest] = []
+    begun, token = time.process_time(), ""
     while True:
         page = await store.list("acme", 1000, token)
         seen += page.adapters

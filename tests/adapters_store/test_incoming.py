@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -137,6 +138,22 @@ async def test_a_tenant_s_uploads_are_checked_one_at_a_time(
     ]
     await asyncio.gather(*uploads)
     assert (most["a"], most["b"], most["c"], most["all"]) == (1, 1, 1, 2)
+
+
+async def test_hostile_patterns_take_none_of_a_router_s_time() -> None:
+    """The router's process, in which the tokens of everybody's streams pass, hardly works."""
+    store = AdapterStore.open("memory://", BASE)
+    patterns = {f"{'[a-z_0-9]?' * 90}(.*)*x{n}": 1 for n in range(200)}
+    hostile = upload(config(rank_pattern=patterns), weights(tensors(SHAPE)))
+    begun = time.process_time()
+    refused = await asyncio.gather(
+        *(send(store, f"tenant-{n % 2}", hostile) for n in range(6)), return_exceptions=True
+    )
+    assert time.process_time() - begun < 1
+    for error in refused:
+        assert isinstance(error, InvalidAdapter)
+        assert "rank_pattern: the pattern" in error.message
+        assert "takes too long" in error.message
 
 
 async def _breaks_off(upload: Upload, error: BaseException) -> AsyncIterator[bytes]:

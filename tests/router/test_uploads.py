@@ -224,6 +224,7 @@ def _declared(*names: str, **changes: Any) -> pb.UploadAdapterRequest:
 
 BOTH = ("adapter_config.json", "adapter_model.safetensors")
 HEADER = next(iter(upload_requests("bot", adapter_files())))
+UNKNOWN = pb.SetVisibilityRequest.FromString(b"\n\x03bot\x10\x63")  # visibility 99
 BAD: dict[str, tuple[str, Any, str]] = {
     "get nothing": ("GetAdapter", pb.GetAdapterRequest(), "adapter"),
     "get nonsense": ("GetAdapter", pb.GetAdapterRequest(adapter="B\u00f6t"), "adapter"),
@@ -257,14 +258,18 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "alias of nonsense": ("SetAlias", pb.SetAliasRequest(alias="live", adapter="@1"), "adapter"),
     "delete no alias": ("DeleteAlias", pb.DeleteAliasRequest(), "alias"),
     "delete bad alias": ("DeleteAlias", pb.DeleteAliasRequest(alias="\u2028"), "alias"),
-    "publish nothing": ("SetVisibility", pb.SetVisibilityRequest(visibility=2), "name"),
+    "publish nothing": (
+        "SetVisibility",
+        pb.SetVisibilityRequest(visibility=pb.VISIBILITY_PUBLISHED),
+        "name",
+    ),
     "publish nonsense": (
         "SetVisibility",
-        pb.SetVisibilityRequest(name="bot@1", visibility=2),
+        pb.SetVisibilityRequest(name="bot@1", visibility=pb.VISIBILITY_PUBLISHED),
         "name",
     ),
     "unspecified": ("SetVisibility", pb.SetVisibilityRequest(name="bot"), "visibility"),
-    "unknown": ("SetVisibility", pb.SetVisibilityRequest(name="bot", visibility=99), "visibility"),
+    "unknown": ("SetVisibility", UNKNOWN, "visibility"),
     "upload nothing": ("UploadAdapter", [], "header"),
     "upload an empty message": ("UploadAdapter", [pb.UploadAdapterRequest()], "header"),
     "upload under no name": (
@@ -299,7 +304,7 @@ async def test_a_bad_field_is_refused_by_its_name(box: Box, case: str) -> None:
 
 
 def _fields(error: grpc.aio.AioRpcError) -> Iterator[str]:
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    status = rpc_status.from_call(error)
     for detail in status.details:
         bad = error_details_pb2.BadRequest()
         if detail.Unpack(bad):
