@@ -81,9 +81,14 @@ class Blobs:
 
     async def listing(self, digest: str | None = None) -> list[Blob]:
         """The blobs of one digest, or all; newest first within a digest."""
-        prefix = PREFIX if digest is None else f"{PREFIX}/{digest}"
+        if digest is not None:
+            return self._gather(await self._objects.listing(f"{PREFIX}/{digest}"))
+        # There may be millions: tokens of streams must pass meanwhile.
+        return await asyncio.to_thread(self._gather, await self._objects.listing(PREFIX))
+
+    def _gather(self, objects: Iterable[Listed]) -> list[Blob]:
         found: dict[tuple[str, int], dict[str, Listed]] = {}
-        for listed in await self._objects.listing(prefix):
+        for listed in objects:
             place = _place(listed.key)
             if place is None:
                 self._strays.leave(listed.key)

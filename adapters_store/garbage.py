@@ -1,14 +1,15 @@
 """Which stored bytes nobody needs any more."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, field
 
 import structlog
 
 from granatum.adapters_store.blobs import Blob, Blobs, epoch_end
 from granatum.adapters_store.catalog import Catalog
+from granatum.adapters_store.catalog_json import CatalogDamaged
 from granatum.adapters_store.objects import Objects
-from granatum.adapters_store.tenants import Tenants
+from granatum.adapters_store.tenants import Hint, Tenants
 
 COMMIT_WITHIN_S = 600.0
 """The longest that an upload may take from storing its bytes to referring to them."""
@@ -24,6 +25,31 @@ class Collected:
     bytes: int
 
 
+@dataclass(slots=True)
+class _Survey:
+    """What the catalogs say: digests that are or were needed, and those published, by tenant."""
+
+    needed: set[str] = field(default_factory=set)
+    published: dict[str, frozenset[str]] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+    remembering: list[str] = field(default_factory=list)
+    """Tenants with a memory of deletions that is no longer needed."""
+
+    def add(self, tenant: str, catalog: Catalog, since: float) -> None:
+        """Take in a tenant's catalog, and what it held since then."""
+        self.needed.update(version.digest for _, version in catalog.versions())
+        self.needed.update(d for d, gone in catalog.retired.items() if gone.at >= since)
+        self.published[tenant] = catalog.published()
+        if catalog.forget_deleted(since) != catalog:
+            self.remembering.append(tenant)
+
+    def is_unneeded(self, hint: Hint) -> bool:
+        """Whether its tenant does not publish the digest. A damaged catalog does not tell."""
+        return hint.tenant not in self.damaged and hint.digest not in self.published.get(
+            hint.tenant, ()
+        )
+
+
 async def collect(
     objects: Objects, blobs: Blobs, tenants: Tenants, now: float, grace_s: float
 ) -> Collected:
@@ -37,43 +63,30 @@ async def collect(
     settled = now - max(grace_s, 2 * COMMIT_WITHIN_S)
     old_blobs = [b for b in await blobs.listing() if epoch_end(b.epoch) <= settled]
     hints = [h for h in await tenants.hints() if epoch_end(h.epoch) <= settled]
-    catalogs = await tenants.all()
-    readable = {tenant: catalog for tenant, catalog in catalogs.items() if catalog is not None}
-    damaged = sorted(catalogs.keys() - readable.keys())
-    needed = _needed(readable.values(), now - grace_s)
-    if damaged:
-        log.error("a damaged catalog keeps unneeded blobs from collection", tenants=damaged)
-        needed |= {blob.digest for blob in old_blobs}
-    unneeded = _unneeded(old_blobs, needed)
+    survey = await _surveyed(tenants, now - grace_s)
+    if survey.damaged:
+        log.error("a damaged catalog keeps unneeded blobs", tenants=survey.damaged)
+        survey.needed.update(blob.digest for blob in old_blobs)
+    unneeded = _unneeded(old_blobs, survey.needed)
     files = [file for blob in unneeded for file in blob.files.values()]
     await objects.delete([file.key for file in files])
-    await objects.delete(
-        [
-            hint.key
-            for hint in hints
-            if hint.tenant not in damaged
-            and hint.digest not in readable.get(hint.tenant, Catalog()).published()
-        ]
-    )
-    for tenant, catalog in readable.items():
-        if catalog.forget_deleted(now - grace_s) != catalog:
-            await tenants.change(tenant, lambda c: (c.forget_deleted(now - grace_s), None))
+    await objects.delete([hint.key for hint in hints if survey.is_unneeded(hint)])
+    for tenant in survey.remembering:
+        await tenants.change(tenant, lambda c: (c.forget_deleted(now - grace_s), None))
     return Collected(blobs=len(unneeded), bytes=sum(file.size for file in files))
 
 
-def _needed(catalogs: Iterable[Catalog], since: float) -> frozenset[str]:
-    """The digests of versions that exist, or did since then."""
-    return frozenset(
-        digest
-        for catalog in catalogs
-        for digest in (
-            *(version.digest for _, version in catalog.versions()),
-            *(digest for digest, gone in catalog.retired.items() if gone.at >= since),
-        )
-    )
+async def _surveyed(tenants: Tenants, since: float) -> _Survey:
+    survey = _Survey()
+    for tenant in await tenants.names():
+        try:
+            survey.add(tenant, await tenants.read(tenant), since)
+        except CatalogDamaged:
+            survey.damaged.append(tenant)
+    return survey
 
 
-def _unneeded(blobs: list[Blob], needed: frozenset[str]) -> list[Blob]:
+def _unneeded(blobs: list[Blob], needed: Set[str]) -> list[Blob]:
     """Those of other digests, and all but the newest whole one of each needed digest."""
     kept: set[str] = set()
     unneeded = []

@@ -1,7 +1,7 @@
 """Adapters in a local directory, durably, and safe for several routers on one machine.
 
-obstore's local store writes without fsync and has no conditional update; reading, listing and
-deleting are its own, and writing is done here.
+obstore's local store writes without fsync, has no conditional update, and lists nothing where one
+name is not UTF-8 or one link leads back; reading and deleting are its own, the rest is done here.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from uuid import uuid4
 import obstore
 from obstore.store import LocalStore
 
-from granatum.adapters_store.objects import Objects, Stored, translated
+from granatum.adapters_store.objects import Listed, Objects, Stored, translated
 
 _ATTEMPTS = 10
 
@@ -60,6 +60,22 @@ class LocalObjects(Objects):
         """Write a file's bytes. `path` should lie in `scratch`: it is linked, not copied."""
         with translated("write", key):
             await asyncio.to_thread(self._link, key, path)
+
+    async def listing(self, prefix: str) -> list[Listed]:
+        """The objects below the directory `prefix`, sorted by key; links are not followed."""
+        with translated("list", prefix):
+            return await asyncio.to_thread(self._listing, prefix)
+
+    def _listing(self, prefix: str) -> list[Listed]:
+        self.scratch.stat()  # or the store is away, and not empty
+        return sorted(self._files(prefix), key=lambda listed: listed.key)
+
+    def _files(self, prefix: str) -> Iterator[Listed]:
+        for folder, _, names in os.walk(self._root / prefix, onerror=_unless_gone):
+            for path in (Path(folder, name) for name in names):
+                size = _size(path)
+                if size is not None:
+                    yield Listed(path.relative_to(self._root).as_posix(), size)
 
     def _clear_scratch(self, before: float) -> None:
         for path in self.scratch.iterdir():
@@ -120,6 +136,24 @@ class LocalObjects(Objects):
             raise FileNotFoundError(f"{target.parent} keeps vanishing")
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _unless_gone(error: OSError) -> None:
+    """What cannot be listed must not pass for empty: collection would delete what it refers to."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _size(path: Path) -> int | None:
+    """A file's size; None if it was deleted meanwhile, or is a link to nowhere."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+    except OSError:
+        if path.is_symlink():
+            return None
+        raise
 
 
 def _make_directory(path: Path) -> None:

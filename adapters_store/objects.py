@@ -1,5 +1,6 @@
 """The object store behind adapters: the few operations we need, and its errors as ours."""
 
+import asyncio
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 RETRY_AFTER_S = 2.0
 _PART_BYTES = 1 << 20
+_MANY = 1_000
 
 log = structlog.get_logger(__name__)
 
@@ -124,13 +126,18 @@ class Objects:
         """The objects whose keys begin with the path `prefix`, sorted by key."""
         with translated("list", prefix):
             metas = await obstore.list(self._store, prefix).collect_async()
-        return sorted((Listed(m["path"], m["size"]) for m in metas), key=lambda listed: listed.key)
+        # A store may hold millions: tokens of streams must pass meanwhile.
+        return await asyncio.to_thread(_sorted, metas) if len(metas) > _MANY else _sorted(metas)
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Remove the objects; those that are gone already are no error."""
         for key in keys:
             with translated("delete", key), suppress(FileNotFoundError):
                 await obstore.delete_async(self._store, key)
+
+
+def _sorted(metas: "Sequence[ObjectMeta]") -> list[Listed]:
+    return sorted((Listed(m["path"], m["size"]) for m in metas), key=lambda listed: listed.key)
 
 
 def _version(meta: "ObjectMeta | PutResult") -> "UpdateVersion":

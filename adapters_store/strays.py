@@ -21,7 +21,11 @@ class Strays:
         if key in self._known or len(self._known) >= _REMEMBERED:
             return
         self._known.add(key)
-        log.warning("the store holds what is not ours: move it elsewhere", key=key)
+        log.warning("the store holds what is not ours: move it elsewhere", key=_printable(key))
+
+
+def _printable(key: str) -> str:
+    return key.encode(errors="backslashreplace").decode()
 
 
 def epoch_in(text: str) -> int | None:

@@ -102,11 +102,8 @@ class Tenants:
         self._strays.leave(key)
         return None
 
-    async def all(self) -> dict[str, Catalog | None]:
-        """Every tenant's catalog; None for one that is damaged."""
-        return {tenant: await self._readable(tenant) for tenant in await self._names()}
-
-    async def _names(self) -> list[str]:
+    async def names(self) -> list[str]:
+        """The tenants that have a catalog, sorted."""
         names = []
         for key in await self._keys(PREFIX):
             name = key.removeprefix(f"{PREFIX}/").removesuffix(".json")
@@ -118,12 +115,6 @@ class Tenants:
 
     async def _keys(self, prefix: str) -> list[str]:
         return [listed.key for listed in await self._objects.listing(prefix)]
-
-    async def _readable(self, tenant: str) -> Catalog | None:
-        try:
-            return await self.read(tenant)
-        except CatalogDamaged:
-            return None
 
     async def _read(self, tenant: str) -> _Known:
         key, known = _key(tenant), self._known.get(tenant)

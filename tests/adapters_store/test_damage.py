@@ -1,7 +1,10 @@
 """What is damaged or does not belong in the store harms nobody but its owner."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -11,7 +14,7 @@ from granatum.adapters_store.catalog import Visibility
 from granatum.adapters_store.catalog_json import decode
 from granatum.adapters_store.objects import Objects
 from granatum.adapters_store.store import AdapterStore
-from granatum.v1.errors import Internal
+from granatum.v1.errors import Internal, Unavailable
 
 DIGEST = "a" * 64
 STRAYS = [
@@ -65,6 +68,62 @@ async def test_a_stray_object_is_named_once_and_left_alone(
     assert [entry["key"] for entry in logs if "key" in entry] == [key]
     assert await objects.get(key) is not None
     assert (await store.get("other", f"sha256:{kept.digest}")).name == "bot"
+
+
+def _loop(path: Path) -> None:
+    (path / "loop").symlink_to(path)
+
+
+STRAY_FILES: dict[str, Callable[[Path], None]] = {
+    "a name that is not UTF-8": lambda path: Path(os.fsdecode(bytes(path) + b"/\xff")).touch(),
+    "a link that leads back": _loop,
+    "a link to nowhere": lambda path: (path / "acme.json").symlink_to("nowhere"),
+    "a link to itself": lambda path: (path / "acme.txt").symlink_to(path / "acme.txt"),
+    "a directory": lambda path: (path / "bot.json").mkdir(),
+    "odd characters": lambda path: (path / "a b#?%~[]\n.json").touch(),
+}
+
+
+@pytest.mark.parametrize("case", STRAY_FILES)
+async def test_odd_files_in_a_local_store_are_left_alone(
+    case: str, tmp_path: Path, clock: Clock
+) -> None:
+    store = AdapterStore.open(str(tmp_path / "store"), BASE)
+    store._now = clock
+    await put(store, "other", "gone", 1)
+    kept = await put(store, "other", "bot", 2)
+    await store.set_visibility("other", "bot", Visibility.PUBLISHED)
+    await store.delete("other", "gone")
+    for folder in ("blobs", f"blobs/{kept.digest}", "published", "tenants"):
+        STRAY_FILES[case](tmp_path / "store" / folder)
+    clock.pass_hours(10)
+    assert (await store.collect_garbage(0)).blobs == 1
+    await store.fetch(kept.digest, tmp_path / "cache")
+    assert (await store.get("third", f"sha256:{kept.digest}")).name == "bot"
+
+
+@pytest.mark.parametrize("folder", ["tenants", "blobs", "published"])
+async def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
+    folder: str, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AdapterStore.open(str(tmp_path / "store"), BASE)
+    store._now = clock
+    manifest = await put(store, "acme", "bot")
+    await store.set_visibility("acme", "bot", Visibility.PUBLISHED)
+    clock.pass_hours(10)
+    scandir = os.scandir
+
+    def fails(path: Path) -> Any:
+        if str(path).endswith(f"store/{folder}"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(Unavailable):
+        await store.collect_garbage(0)
+    monkeypatch.undo()
+    await store.fetch(manifest.digest, tmp_path / "cache")
+    assert (await store.get("other", f"sha256:{manifest.digest}")).name == "bot"
 
 
 async def test_a_stray_beside_an_adapter_s_files_does_not_hide_them(

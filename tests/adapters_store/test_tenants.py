@@ -77,7 +77,9 @@ async def test_published_adapters(store: AdapterStore) -> None:
         (f"sha256:{first.digest}", 1),
         (f"sha256:{second.digest}", 2),
     ):
-        assert (await store.resolve("other", ref)).version == version
+        seen = await store.resolve("other", ref)
+        assert (seen.version, seen.aliases) == (version, ())  # whose aliases are their tenant's
+    assert (await store.get("acme", "acme/bot@1")).aliases == ("live",)
     for ref in ("bot", "acme/private", "acme/live"):
         with pytest.raises(NotFound):
             await store.resolve("other", ref)

@@ -55,6 +55,16 @@ def _config_bytes(data: bytes) -> Callable[[Shape], Upload]:
     return lambda shape: upload(data, weights(tensors(shape)))
 
 
+def _raw(fields: str) -> Callable[[Shape], Upload]:
+    """The usual configuration with fields as JSON would not write them."""
+    usual = json.loads(config())
+    for name in list(usual):
+        if f'"{name}"' in fields:
+            del usual[name]
+    text = json.dumps(usual)[:-1] + ", " + fields[1:]
+    return _config_bytes(text.encode())
+
+
 def _weights_bytes(change: Callable[[bytes], bytes]) -> Callable[[Shape], Upload]:
     return lambda shape: upload(config(), change(weights(tensors(shape))))
 
@@ -143,6 +153,7 @@ def _twice(header: dict[str, Any]) -> bytes:
     return (text[:-1] + f', "{_first("A")}": {json.dumps(header[_first("A")])}}}').encode()
 
 
+LARGEST_F32 = b"\xff\xff\x7f\x7f"
 NAN_F32, INFINITY_F16, NAN_BF16 = b"\x00\x00\xc0\x7f", b"\x00\x7c", b"\xc1\xff"
 SAVE_SAFE = "safe_serialization=True"
 A_PATTERN_WITHOUT_END = "(.*a?)" * 150 + "x"
@@ -213,6 +224,41 @@ BAD_UPLOADS: dict[str, BadUpload] = {
     "whole modules": BadUpload(_configured(modules_to_save=["lm_head"]), "modules_to_save"),
     "option of tomorrow": BadUpload(_configured(use_more=True), "use_more"),
     "PiSSA": BadUpload(_configured(init_lora_weights="pissa"), "init_lora_weights"),
+    "a field twice": BadUpload(_raw('{"r": 4, "r": 8}'), "names 'r' twice"),
+    "a pattern twice": BadUpload(_raw('{"rank_pattern": {"a": 1, "a": 2}}'), "names 'a' twice"),
+    "rank of 4,000 digits": BadUpload(_raw('{"r": 1%s}' % ("0" * 4000)), "r must be a whole"),
+    "rank of 5,000 digits": BadUpload(_raw('{"r": 1%s}' % ("0" * 5000)), "is not JSON"),
+    "rank in a pattern of 4,000 digits": BadUpload(
+        _raw('{"rank_pattern": {"q_proj": 1%s}}' % ("0" * 4000)), "rank_pattern['q_proj'] must be"
+    ),
+    "rank 1e999": BadUpload(_raw('{"r": 1e999}'), "r must be a whole number"),
+    "rank 4.0": BadUpload(_raw('{"r": 4.0}'), "r must be a whole number"),
+    "rank true": BadUpload(_raw('{"r": true}'), "r must be a whole number"),
+    "alpha of 4,000 digits": BadUpload(
+        _raw('{"lora_alpha": 1%s}' % ("0" * 4000)), "lora_alpha must be a finite number"
+    ),
+    "alpha 1e999": BadUpload(_raw('{"lora_alpha": 1e999}'), "lora_alpha must be a finite number"),
+    "alpha NaN": BadUpload(_raw('{"lora_alpha": NaN}'), "lora_alpha must be a finite number"),
+    "alpha -Infinity": BadUpload(_raw('{"lora_alpha": -Infinity}'), "lora_alpha must be a finite"),
+    "alpha true": BadUpload(_raw('{"lora_alpha": true}'), "lora_alpha must be a number"),
+    "alpha in a pattern 1e999": BadUpload(
+        _raw('{"alpha_pattern": {"q_proj": 1e999}}'), "alpha_pattern['q_proj'] must be"
+    ),
+    "an option nested deeply": BadUpload(
+        _raw('{"use_dora": ' + "[" * 400 + "]" * 400 + "}"), "nested more than"
+    ),
+    "lone surrogates": BadUpload(
+        _raw('{"rank_pattern": {"\\ud800(": 4}}'), "the pattern '\\ud800(' is no regular expression"
+    ),
+    "lone surrogates in an option": BadUpload(_raw('{"\\udfff": 1}'), "'\\udfff' is '1'"),
+    "many patterns": BadUpload(
+        _configured(rank_pattern={f"x{n}": 1 for n in range(2_001)}), "2,001 patterns"
+    ),
+    "a long pattern": BadUpload(_configured(targets="q" * 1_001), "longer than 1,000"),
+    "many names of lists of layers": BadUpload(
+        _configured(layers_to_transform=[0], layers_pattern=[f"a{n}" for n in range(10_000)]),
+        "layers_pattern must be",
+    ),
     "rank 0": BadUpload(_configured(rank=0), "r must be a whole number"),
     "rank above the limit": BadUpload(_configured(rank=MAX_RANK + 1), "above the limit of 256"),
     "no such module": BadUpload(_configured(targets=("c_attn",)), "matches no module"),
@@ -237,6 +283,19 @@ BAD_UPLOADS: dict[str, BadUpload] = {
     "offset beyond numbers": BadUpload(_header(_entry(data_offsets=[0, 2**80])), "data_offsets"),
     "shape does not fit": BadUpload(_header(_entry(shape=[3, 3])), "do not hold shape"),
     "shape of truths": BadUpload(_header(_entry(shape=[True, 3])), "shape"),
+    "dtype of another kind": BadUpload(_header(_entry(dtype=["F32"])), "cannot be served"),
+    "dtype null": BadUpload(_header(_entry(dtype=None)), "cannot be served"),
+    "shape of 4,000 digits": BadUpload(_header(_entry(shape=[10**4000, 0])), "shape"),
+    "shape of fractions": BadUpload(_header(_entry(shape=[4.0, 16.0])), "shape"),
+    "many dimensions": BadUpload(_header(_entry(shape=[1] * 9)), "shape"),
+    "offset NaN": BadUpload(_header(_entry(data_offsets=[0, float("nan")])), "data_offsets"),
+    "offset infinite": BadUpload(_header(_entry(data_offsets=[0, float("inf")])), "data_offsets"),
+    "header nested deeply": BadUpload(
+        _header(lambda _: b'{"a":' + b"[" * 300 + b"]" * 300 + b"}"), "nested more than"
+    ),
+    "header nested without end": BadUpload(_header(lambda _: b"[" * 100_000), "is not JSON"),
+    "header of another encoding": BadUpload(_header(lambda _: b"\xff\xfe{\x00}\x00"), "the header"),
+    "tensor of lone surrogates": BadUpload(_tensors(_add("\ud800")), "would not be applied"),
     "integers": BadUpload(_header(_entry(dtype="I8")), "dtype 'I8' cannot be served"),
     "double precision": BadUpload(_header(_entry(dtype="F64")), "dtype 'F64' cannot be served"),
     "metadata of numbers": BadUpload(
@@ -278,6 +337,7 @@ BAD_UPLOADS: dict[str, BadUpload] = {
     "output of another model": BadUpload(_tensors(_resize("B", rows=8)), "another base model"),
     "transposed": BadUpload(_tensors(_reshape("A", lambda s: s[::-1])), "another base model"),
     "flat": BadUpload(_tensors(_reshape("A", lambda s: (s[0] * s[1],))), "another base model"),
+    "a number beyond computing": BadUpload(_tensors(_last_element(LARGEST_F32)), "cannot compute"),
     "NaN": BadUpload(_tensors(_last_element(NAN_F32)), "is NaN or infinite"),
     "infinity in float16": BadUpload(
         _tensors(_last_element(INFINITY_F16), dtype="F16"), "is NaN or infinite"
