@@ -44,11 +44,13 @@ class Registry(RegistryServiceServicer):
         self.registered = asyncio.Event()
         self.events: list[str] = []
         self.address = ""
+        self.instances: set[str] = set()
 
     async def Heartbeat(  # noqa: N802
         self, request: HeartbeatRequest, context: Any
     ) -> HeartbeatResponse:
         self.address = request.runner.address
+        self.instances.add(request.runner.instance)
         self.events.append(f"beat {request.runner.id}")
         self.registered.set()
         return HeartbeatResponse(interval_s=0.2)
@@ -149,6 +151,8 @@ async def test_killed_engine_takes_no_stream_with_it_and_comes_back(tmp_path: Pa
             await stream.write(endless())
             assert (await first_output(stream)).tokens
         assert process.engine.pid != killed.pid
+        (instance,) = registry.instances  # of the process, not of its engine
+        assert len(instance) == 16
         assert process.child.returncode is None
 
 
