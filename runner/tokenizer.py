@@ -175,7 +175,7 @@ def _refusal_of(error: Exception) -> InvalidRequest:
     if type(error) is TemplateError:
         said = str(error)[:_MAX_REFUSAL]
         return _refused(f"the model's chat template refuses them: {said}")
-    log.warning("the chat template failed", error=f"{type(error).__name__}: {error}")
+    log.warning("the chat template failed", error=type(error).__name__)  # the rest may be theirs
     return _refused(
         "the model's chat template cannot write them: check their roles and their order"
     )

@@ -4,13 +4,13 @@ import asyncio
 import pickle
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from threading import Thread
 
 import pytest
 
 from granatum.runner.channel import AsyncChannel, Channel, ChannelClosed, socket_pair
-from granatum.runner.records import Finish, SequenceNews, TokenLogprobs
+from granatum.runner.records import Failure, Finish, SequenceNews, TokenLogprobs
 
 
 async def ends() -> tuple[AsyncChannel[object, object], Channel[object, object]]:
@@ -109,6 +109,8 @@ def test_torch_stays_out() -> None:
 
 def test_news_arrive_whole() -> None:
     logprobs = (TokenLogprobs(-0.5, ((7, -0.5), (9, -1.0))),)
-    news = SequenceNews(3, (7,), logprobs, Finish.STOP)
+    cause = Failure(5, "the store lacks it", "NOT_FOUND", "adapter")
+    news = SequenceNews(3, (7,), logprobs, Finish.STOP, cause)
     assert all(getattr(news, field.name) for field in fields(news)), "a field that is not tested"
-    assert pickle.loads(pickle.dumps(news)) == news
+    for whole in (news, replace(news, cause=None)):
+        assert pickle.loads(pickle.dumps(whole)) == whole

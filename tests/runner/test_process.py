@@ -44,11 +44,13 @@ class Registry(RegistryServiceServicer):
         self.registered = asyncio.Event()
         self.events: list[str] = []
         self.address = ""
+        self.instances: set[str] = set()
 
     async def Heartbeat(  # noqa: N802
         self, request: HeartbeatRequest, context: Any
     ) -> HeartbeatResponse:
         self.address = request.runner.address
+        self.instances.add(request.runner.instance)
         self.events.append(f"beat {request.runner.id}")
         self.registered.set()
         return HeartbeatResponse(interval_s=0.2)
@@ -145,10 +147,45 @@ async def test_killed_engine_takes_no_stream_with_it_and_comes_back(tmp_path: Pa
                     await asyncio.sleep(0.02)
                 registry.registered.clear()
                 await registry.registered.wait()
-            await stream.write(endless(2))
-            assert await stream.read() is not grpc.aio.EOF
+            stream = RunnerServiceStub(channel).Session(metadata=bearer(KEY))
+            await stream.write(endless())
+            assert (await first_output(stream)).tokens
         assert process.engine.pid != killed.pid
+        (instance,) = registry.instances  # of the process, not of its engine
+        assert len(instance) == 16
         assert process.child.returncode is None
+
+
+async def test_stopped_engine_loses_its_work_and_comes_back_unharmed(tmp_path: Path) -> None:
+    async with started(tmp_path) as process:
+        registry, engine = process.registry, process.engine
+        async with open_channel(registry.address) as channel:
+            stream = RunnerServiceStub(channel).Session(metadata=bearer(KEY))
+            await stream.write(endless())
+            assert await stream.read() is not grpc.aio.EOF
+            engine.suspend()
+            assert await departure(stream) == runner_pb2.DEPARTURE_ENGINE_LOST
+            await stream.write(endless(2))
+            assert await departure(stream) == runner_pb2.DEPARTURE_REFUSED
+            async with asyncio.timeout(20):
+                while registry.events[-1] != "gone r":
+                    await asyncio.sleep(0.02)
+            engine.resume()
+            async with asyncio.timeout(20):
+                while registry.events[-1] != "beat r":
+                    await asyncio.sleep(0.02)
+            await stream.write(endless(3))
+            assert (await first_output(stream)).sequence_id == 3
+        assert process.engine.pid == engine.pid
+
+
+async def first_output(stream: Stream) -> SequenceOutput:
+    """The first that is no sign of life."""
+    async with asyncio.timeout(20):
+        while isinstance(response := await stream.read(), SessionResponse):
+            if response.outputs:
+                return response.outputs[0]
+    raise AssertionError("the session has ended")
 
 
 async def departure(stream: Stream) -> int:

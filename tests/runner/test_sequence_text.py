@@ -54,6 +54,27 @@ def test_text_ends_before_the_first_stop_string(
     assert not any(s in out for s in strings)
 
 
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.text(alphabet="ab", max_size=5), max_size=12),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=6), min_size=1, max_size=4),
+)
+def test_exactly_what_may_become_a_stop_string_is_kept(
+    pieces: list[str], strings: list[str]
+) -> None:
+    stops, text, out = StopStrings(strings), "", ""
+    for piece in pieces:
+        text += piece
+        given_, stopped = stops.push(piece)
+        out += given_
+        if stopped:
+            return
+        ends = [
+            end for end in range(len(text) + 1) if any(s.startswith(text[end:]) for s in strings)
+        ]
+        assert out == text[: min(ends)]
+
+
 def test_stop_string_across_tokens_is_cut(tokenizer: Tokenizer) -> None:
     text = SequenceText(tokenizer, submit(), ["END"])
     taken = text.take(b"abENDcd")

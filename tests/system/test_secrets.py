@@ -36,7 +36,7 @@ async def test_no_log_has_a_key_a_password_or_a_prompt(cluster: Cluster) -> None
         async for token in stream:
             made += token.text
             if stream.start is not None and (running := runners.pop(stream.start.runner, None)):
-                running.busiest_child().kill()  # its engine, then itself, log what they were at
+                running.busiest_child().kill()  # its engine, whose end it logs
         assert stream.end is not None
         assert stream.end.resumptions
         cluster.redis.kill()
