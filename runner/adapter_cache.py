@@ -189,6 +189,7 @@ class AdapterCache:
                 try:
                     self._check_size(pages)
                     entry.size, entry.state = pages, State.MEASURED
+                    entry.given_up = False
                     self._trouble.succeed(State.MEASURING)
                 except InvalidRequest as error:
                     self._fail(entry, error)

@@ -29,12 +29,13 @@ from granatum.runner.adapter_lock import locked
 from granatum.runner.adapter_packing import pack_image
 from granatum.v1.errors import InvalidAdapter, Unavailable
 
-MAKING_S = 150.0
+MAKING_S = 180.0
 """Longest wait for another runner that makes the same image: what fetching and packing may take."""
 _SHRINKING_S = 5.0
 _STALE_S = 3600.0
 _RETRY_AFTER_S = 5.0
 _IMAGE = re.compile(r"[0-9a-f]{64}\.image")
+_LOCK = re.compile(r"[0-9a-f]{64}\.lock")
 _OURS_HALF_MADE = (".files-*", ".new-*")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -193,6 +194,10 @@ class DiskImages:
                     if path.lstat().st_mtime > time.time() - _STALE_S:
                         continue
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self._directory.glob("*.lock"):
+            if _LOCK.fullmatch(path.name):
+                with suppress(OSError), locked(path, 0):
+                    pass  # nobody held it, and it goes away
 
     def _path(self, digest: str) -> Path:
         return self._directory / f"{digest}.image"

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from queue import LifoQueue
+from queue import Empty, LifoQueue
 
 import structlog
 
@@ -24,9 +24,13 @@ from granatum.v1.errors import GranatumError, Internal, Unavailable
 
 PROCESSES = 2
 """So that one adapter that takes long does not hold up all others."""
-PACKING_S = 30.0
+PACKING_S = 60.0
 """Longest time for one adapter; the largest takes a few seconds."""
-_NICENESS = 10
+_CPU_S, _CPU_BYTES_PER_S = 2.0, 50e6
+"""Processor time of one adapter: this, and more by its size. A config whose patterns take longer
+must not hold up the others.
+"""
+_NICENESS = 5
 _OOM_SCORE = "500"
 """Where memory is short, the system ends a packer before an engine."""
 
@@ -61,7 +65,10 @@ class Packers:
 
     def pack(self, files: Path, target: Path, digest: str) -> int:
         """As `pack_image`, there. Raises Unavailable if the process ended or took too long."""
-        packer = self._idle.get()
+        try:
+            packer = self._idle.get(timeout=PACKING_S)
+        except Empty as error:
+            raise _unpacked("is busy with others") from error
         try:
             if packer is None or not packer.is_alive:
                 packer = _Packer(self._shape)
@@ -103,11 +110,7 @@ class _Packer:
             self.end()
             status = self._process.returncode
             log.error("adapter packing ended", digest=job.digest, status=status, reason=str(error))
-            raise Unavailable(
-                "the runner could not pack this adapter: try again, or upload a smaller one",
-                reason="ADAPTER_PACKING_FAILED",
-                retry_after_s=5.0,
-            ) from error
+            raise _unpacked("could not pack it: try a smaller one, or simpler patterns") from error
         if isinstance(answer, Exception):
             raise answer
         assert isinstance(answer, int)
@@ -119,15 +122,27 @@ class _Packer:
         self._process.wait()
 
 
+def _unpacked(why: str) -> Unavailable:
+    return Unavailable(
+        f"the adapter was not loaded, for the runner {why}; try again",
+        reason="ADAPTER_PACKING_FAILED",
+        retry_after_s=5.0,
+    )
+
+
 def _attempt(shape: ImageShape, job: _Job) -> int | Exception:
-    """The pages, or what to raise instead."""
+    """The pages, or what to raise instead; too much work ends the process."""
     try:
+        size = sum(file.stat().st_size for file in job.files.iterdir())
+        signal.setitimer(signal.ITIMER_PROF, _CPU_S + size / _CPU_BYTES_PER_S)
         return pack_image(shape, job.files, job.target, job.digest)
     except (GranatumError, OSError) as error:
         return error
     except Exception as error:
         log.error("adapter packing", digest=job.digest, exc_info=error)
         return Internal("the adapter could not be packed: the runner's log has the details")
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def main() -> None:

@@ -327,6 +327,14 @@ def test_what_was_given_up_too_late_is_taken_all_the_same() -> None:
     clock.now += 2 * ABANDON_S
     cache._advance()
     assert mover.given_up == ["a"]
+    cache.acquire("a")
+    mover.broken.add("a")
+    settle(cache, mover)
+    with pytest.raises(Unavailable):
+        cache.acquire("a")
+    assert cache._host.free_pages == mover.host_pages
+    mover.broken.clear()
+    clock.now += BACKOFF_S
     assert bring(cache, mover, "a") == 0
 
 
