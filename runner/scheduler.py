@@ -303,13 +303,15 @@ class Scheduler:
         entries = () if logprobs is None else (logprobs,)
         self._news.append(SequenceNews(sequence.id, (token,), entries, says))
 
-    def _depart(self, sequence: Sequence, outcome: Departure | Failure) -> None:
+    def _depart(
+        self, sequence: Sequence, outcome: Departure | Failure, cause: Failure | None = None
+    ) -> None:
         """End a sequence early; if a step in flight makes a token of it, with that token."""
         if sequence.outcome is not None or sequence.cancelled:
             return
         sequence.outcome = outcome
         if not sequence.pending:
-            self._end(sequence, outcome)
+            self._end(sequence, outcome, cause)
         self._leave_if_idle(sequence)
 
     def _fail(self, sequence: Sequence) -> None:
@@ -317,11 +319,11 @@ class Scheduler:
         self._end(sequence, failures.STEP_FAILED)
         self._leave_if_idle(sequence)
 
-    def _end(self, sequence: Sequence, outcome: Outcome) -> None:
+    def _end(self, sequence: Sequence, outcome: Outcome, cause: Failure | None = None) -> None:
         """Say a sequence's outcome now; what steps in flight bring of it is dropped."""
         if not sequence.cancelled and not sequence.told:
             sequence.outcome, sequence.told = outcome, True
-            self._news.append(SequenceNews(sequence.id, outcome=outcome))
+            self._news.append(SequenceNews(sequence.id, outcome=outcome, cause=cause))
 
     def _leave_if_idle(self, sequence: Sequence) -> None:
         """Give back all that an ended sequence holds, once no step uses it."""
