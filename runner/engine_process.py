@@ -19,6 +19,7 @@ from granatum.adapters_store.base_model import BaseModel
 from granatum.kernels.layout import AdapterTable
 from granatum.runner.adapter_cache import AdapterCache
 from granatum.runner.adapter_image import ImageShape
+from granatum.runner.adapter_layout import RANK_STEP, padded
 from granatum.runner.adapter_loader import AdapterLoader, ImageSource
 from granatum.runner.arena import allocate_arena, page_tokens, pages_that_fit
 from granatum.runner.channel import Channel, ChannelClosed
@@ -140,7 +141,8 @@ def build_engine(
     pages = _pages(options, config, tokens, device)
     limits = _limits(options, config, tokens, pages)
     arena = allocate_arena(config, tokens, pages, options.dtype, device)
-    table = AdapterTable.allocate(options.adapter_slots, config.layers, device, options.max_rank)
+    rank = padded(options.max_rank, RANK_STEP)  # as adapters lie in the arena
+    table = AdapterTable.allocate(options.adapter_slots, config.layers, device, rank)
     base = BaseModel.from_config(options.model)
     source = open_source(ImageShape(base, options.dtype, arena.kv.page_elements))
     loader = AdapterLoader(arena.pages, table, source, options.host_bytes)
