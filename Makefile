@@ -33,17 +33,17 @@ test: $(DEV)  ## run every test that needs no GPU
 
 .PHONY: gpu-test
 gpu-test: $(DEV) $(NAMESPACE)  ## run the tests that need a GPU
-	PYTHONPATH=$(NAMESPACE) $(PY) -m pytest -m gpu tests/kernels tests/runner/test_engine_gpu.py tests/runner/test_model_gpu.py
+	PYTHONPATH=$(NAMESPACE) $(PY) -m pytest -m gpu tests/kernels tests/runner/test_engine_gpu.py tests/runner/test_hostile_gpu.py tests/runner/test_model_gpu.py
 
 .PHONY: sanitize
-sanitize: $(DEV) $(NAMESPACE)  ## look for bad accesses and races in the LoRA kernels on a GPU
+sanitize: $(DEV) $(NAMESPACE)  ## look for bad accesses and races in kernels on a GPU, hostile numbers among them
 	for tool in memcheck racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(NAMESPACE) compute-sanitizer --tool $$tool \
 	    --error-exitcode 1 --kernel-name kns=_kernel $(PY) -m pytest -m gpu -k $(SANITIZED) \
-	    tests/kernels/test_lora.py tests/kernels/test_lora_fused.py || exit 1; \
+	    tests/kernels tests/runner/test_hostile_gpu.py || exit 1; \
 	done
 
-SANITIZED := "skewed and bfloat16 or bit_identical or test_tile_lists or made_of"
+SANITIZED := "skewed and bfloat16 or bit_identical or test_tile_lists or made_of or numbers_that_break or not_finite or beyond_the_vocabulary or hostile"
 
 .PHONY: check
 check: format-check types stubs-check  ## formatting, lint, types, protos, stubs, compose file

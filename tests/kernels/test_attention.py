@@ -141,7 +141,7 @@ def decode(batch: Batch, lengths: list[int], scale: float) -> torch.Tensor:
         out,
         workspace,
     )
-    assert torch.equal(batch.qkv, before)
+    assert torch.equal(batch.qkv.nan_to_num(), before.nan_to_num())
     assert not workspace.arrivals.any()
     assert not workspace.turns.any()
     return out
@@ -238,6 +238,35 @@ def test_prefill(
             expected[first + m] = cache.truth(q[first + m], sequence, position + m + 1, scale)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(out.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1e30])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(4, 4, 32), (4, 2, 48), (8, 2, 128), (2, 2, 128)]
+)
+def test_a_sequence_that_is_not_finite_stays_alone(
+    heads: int, kv_heads: int, head_dim: int, value: float, device: torch.device
+) -> None:
+    """Its pages, query, key and value; the others' bits are as without it."""
+    lengths, chunks = [40, 70, 33], [(0, 0, 7, 33), (1, 7, 33, 37), (2, 40, 33, 0)]
+    tiles = Tiles.allocate(9, 16, device)
+    tiles.fill(make_query_tiles(chunks, 16))
+    found = []
+    for broken in (False, True):
+        torch.manual_seed(3)
+        cache = Cache(lengths, kv_heads, head_dim, 16, torch.bfloat16, device)
+        batch = Batch(cache, heads)
+        q = torch.randn(73, heads * head_dim).to(cache.arena)
+        if broken:
+            cache.tokens[1][:] = value
+            cache.arena.copy_(cache.laid_out())
+            batch.qkv[1], q[7:40] = value, value
+        prompts = torch.zeros_like(q)
+        place = (cache.arena, cache.kv, LAYER, cache.page_table)
+        prefill_attention(q, *place, tiles, 0.2, prompts)
+        found.append((decode(batch, lengths, 0.2)[::2], prompts[:7], prompts[40:]))
+    for innocent, beside in zip(*found, strict=True):
+        assert torch.equal(innocent, beside)
 
 
 def test_query_tiles_cut_chunks() -> None:

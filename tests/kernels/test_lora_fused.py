@@ -14,6 +14,7 @@ from lora_groups import (
     TOLERANCE,
     Group,
     activations,
+    break_slot,
     make_group,
     tiles_of,
     widths,
@@ -114,6 +115,23 @@ def test_an_activation_is_bit_identical_in_any_company(block_m: int, device: tor
         row = slice(t, t + 1)
         alone = silu_mul(group, y[row], x[row], tiles_of([slot], block_m, device, base=True))
         assert torch.equal(alone[0], crowd[t])
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1e30])
+@pytest.mark.parametrize("block_m", [2, 16, 64])
+def test_numbers_that_break_an_activation_stay_in_their_rows(
+    value: float, block_m: int, device: torch.device
+) -> None:
+    outs = widths(block_m, 72, 72)
+    group = make_group(GATE_UP, 136, outs, [(16, 16)] * 3, torch.bfloat16, device)
+    slots = [None, None, 1, 1, 1, 0, 0, None, 2]
+    hostile, innocent = [1, 3, 5, 6], [0, 2, 4, 7, 8]
+    x, y = activations(group, len(slots))
+    tiles = tiles_of(slots, block_m, device, base=True)
+    undisturbed = silu_mul(group, y, x, tiles)
+    break_slot(group, 0, value)
+    x[hostile], y[hostile] = value, value
+    assert torch.equal(silu_mul(group, y, x, tiles)[innocent], undisturbed[innocent])
 
 
 @dataclasses.dataclass

@@ -132,6 +132,17 @@ def activations(group: Group, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
+def break_slot(group: Group, slot: int, value: float) -> None:
+    """Make every number of a slot's matrices `value`, which is what its rows may become."""
+    for p, (a, b) in enumerate(zip(group.adapters[slot].a, group.adapters[slot].b, strict=True)):
+        first = FIRST_PROJECTION[group.group] + p
+        rank = int(group.table.rank[slot, LAYER, first])
+        b_at = int(group.table.b[slot, LAYER, first])
+        group.arena[b_at : b_at + rank * b.shape[0]] = value
+        a_at = int(group.table.a[slot, LAYER, group.group])
+        group.arena[a_at : a_at + rank * a.shape[1]] = value
+
+
 def make_group(
     group: int,
     k: int,

@@ -18,7 +18,13 @@ from granatum.runner.adapter_disk import DiskImages
 from granatum.runner.adapter_image import ImageShape, build_image, random_image
 from granatum.runner.adapter_loader import AdapterLoader, MemoryImages
 from granatum.runner.pages import PagePool
-from granatum.v1.errors import GranatumError, Internal, InvalidAdapter, Unavailable
+from granatum.v1.errors import (
+    GranatumError,
+    Internal,
+    InvalidAdapter,
+    InvalidRequest,
+    Unavailable,
+)
 
 SHAPE = ImageShape(BASE, "float32", 4096)
 
@@ -339,3 +345,38 @@ def test_wrong_numbers_never_reach_the_device(
     b, a = written[f"{prefix}.lora_B.weight"], written[f"{prefix}.lora_A.weight"]
     assert torch.allclose(bench.delta(slot, 2, "q_proj"), 2 * b.float() @ a.float(), atol=1e-3)
     assert store.fetched.count(digest_of(1)) == 2
+
+
+@pytest.mark.parametrize("fault", ["rank", "scale"])
+def test_what_would_leave_the_kernels_memory_never_reaches_the_table(
+    fault: str, tmp_path: Path
+) -> None:
+    """Whatever the image's maker let pass; those beside it are brought as always."""
+    shape = ImageShape(BASE, torch.float32, 4096)
+    bad, good = random_image(shape, 16, seed=1), random_image(shape, 8, seed=2)
+    if fault == "scale":
+        bad = random_image(shape, 8, seed=1)
+        bad.row.scale[1, 2] = np.inf
+    arena = torch.zeros(40, shape.page_elements)
+    table = AdapterTable.allocate(3, BASE.num_layers, "cpu", max_rank=8)
+    images = MemoryImages({digest_of(1): bad, digest_of(2): good})
+    loader = AdapterLoader(arena, table, images, 40 * shape.page_bytes)
+    cache = AdapterCache(PagePool(40), loader, slots=3)
+    errors: list[GranatumError] = []
+    deadline = time.monotonic() + 20
+    slot = None
+    while (slot is None or not errors) and time.monotonic() < deadline:
+        cache.poll()
+        slot = cache.acquire(digest_of(2))
+        try:
+            assert cache.acquire(digest_of(1)) is None
+        except GranatumError as error:
+            errors.append(error)
+    assert slot is not None
+    assert isinstance(errors[0], InvalidRequest)
+    assert errors[0].reason == f"ADAPTER_{fault.upper()}"
+    assert "--max-rank 16" in errors[0].message or fault == "scale"
+    assert int(table.rank.max()) == 8
+    assert table.scale.isfinite().all()
+    assert int((table.rank.amax((1, 2)) > 0).sum()) == 1
+    loader.close()

@@ -99,6 +99,11 @@ class ToyExecutor:
             raise RuntimeError("no device")
 
 
+def failing(where: str, fault: Fault) -> ToyExecutor:
+    """An executor with a fault at the `launch` of a step, or at the `wait` for its results."""
+    return ToyExecutor(fails_launch=fault) if where == "launch" else ToyExecutor(fails_wait=fault)
+
+
 class ToyAdapters:
     """Every adapter is there; `acquire`, `poll` and `release` fail where they are told to."""
 
@@ -181,7 +186,7 @@ def test_a_fault_ends_its_sequence_and_no_other(
     where: str, length: int, logs: list[MutableMapping[str, Any]]
 ) -> None:
     fault = holds(2, length)
-    executor = ToyExecutor(**{f"fails_{where}": fault})
+    executor = failing(where, fault)
     bench = Bench(executor)
     bench.run(*crowd())
     for submit in crowd():
@@ -304,7 +309,8 @@ def test_rows_that_are_not_finite_end_their_sequence() -> None:
 
 @pytest.mark.parametrize("where", ["launch", "wait"])
 def test_a_lost_device_ends_the_engine_and_names_what_it_computed(where: str) -> None:
-    executor = ToyExecutor(lost=True, **{f"fails_{where}": holds(2, 8)})
+    executor = failing(where, holds(2, 8))
+    executor.lost = True
     bench = Bench(executor)
     with pytest.raises(EngineLost) as lost:
         bench.run(*crowd(3))
