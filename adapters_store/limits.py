@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+RANK_STEP = 8
+"""Ranks are rounded up to this in memory, so that every row of A and Bᵀ starts 16-byte aligned."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from granatum.adapters_store.base_model import PARENTS, PROJECTIONS, BaseModel
-from granatum.adapters_store.limits import Fleet, Limits
+from granatum.adapters_store.limits import RANK_STEP, Fleet, Limits
 from granatum.adapters_store.magnitude import check_magnitudes
 from granatum.adapters_store.names import shown
 from granatum.adapters_store.peft_config import CONFIG_FILE, ModuleSpec, PeftConfig, tensor_name
@@ -20,7 +20,6 @@ from granatum.v1.errors import InvalidAdapter
 Modules = Mapping[tuple[int, str], ModuleSpec]
 
 _SCAN_BYTES = 4 << 20
-_RANK_STEP = 8
 # A float is NaN or infinite if every bit of its exponent is set.
 _EXPONENTS = {
     "F32": ("<u4", 0x7F800000),
@@ -77,7 +76,7 @@ def validate(
 def _elements(modules: Modules, base: BaseModel) -> int:
     """Room that the adapter takes in a runner's arena, where ranks are multiples of 8."""
     return sum(
-        -(-spec.rank // _RANK_STEP) * _RANK_STEP * sum(base.features[projection])
+        -(-spec.rank // RANK_STEP) * RANK_STEP * sum(base.features[projection])
         for (_, projection), spec in modules.items()
     )
 

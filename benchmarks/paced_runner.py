@@ -18,7 +18,9 @@ from granatum.runner.adapters import AdapterFigures
 from granatum.runner.channel import Channel
 from granatum.runner.config import read_config
 from granatum.runner.engine import Engine
+from granatum.runner.engine_child import LastWords
 from granatum.runner.engine_process import serve
+from granatum.runner.flight_recorder import FlightRecorder
 from granatum.runner.pages import PagePool
 from granatum.runner.plan import Limits, Plan
 from granatum.runner.records import Command, Report, TokenLogprobs
@@ -100,13 +102,24 @@ class PacedExecutor:
         """Nothing to prove."""
 
 
-def run_engine(settings: Settings, end: socket.socket) -> None:
+def run_engine(
+    settings: Settings,
+    end: socket.socket,
+    recorder: FlightRecorder,
+    words: LastWords,  # noqa: ARG001 - as the child's own main
+) -> None:
     """The engine process's main."""
     config = read_config(settings.model)
     batch = settings.max_batch or 64
     limits = Limits(batch, batch, settings.prefill_tokens, 16, config.max_positions)
     executor = PacedExecutor(float(os.environ[STEP_MS]) / 1e3, config.vocab, batch)
-    engine = Engine(executor, limits, PagePool(_PAGES), EveryAdapter())  # type: ignore[arg-type]
+    engine = Engine(
+        executor,  # type: ignore[arg-type]
+        limits,
+        PagePool(_PAGES),
+        EveryAdapter(),
+        recorder=recorder,
+    )
     channel: Channel[Report, Command] = Channel(end)
     serve(engine, channel)
 

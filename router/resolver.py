@@ -91,7 +91,7 @@ class Resolver:
 
     async def _ask(self, tenant: str, reference: str) -> Resolved:
         found = await self._store.resolve(tenant, reference)
-        return Resolved(f"sha256:{found.digest}", found.full_name, found.max_rank)
+        return Resolved(f"sha256:{found.digest}", found.full_name, found.max_rank, found.elements)
 
     def _fall_back(self, key: tuple[str, str], error: Exception) -> Resolved:
         known = self._remembered(key)

@@ -23,8 +23,9 @@ import numpy.typing as npt
 import xxhash
 
 from granatum.adapters_store.base_model import GROUPS, PROJECTIONS
+from granatum.adapters_store.limits import RANK_STEP
 from granatum.runner.adapter_image import AdapterImage, ImageShape, check_rank
-from granatum.runner.adapter_layout import RANK_STEP, TableRow, padded
+from granatum.runner.adapter_layout import TableRow, padded
 
 _ALIGNMENT = 4096
 _FIXED = struct.Struct("<8s32s32sIIQQ")  # magic, digest, key, layers, pages, page bytes, checksum

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from granatum.adapters_store.base_model import GROUPS, PROJECTIONS, BaseModel
-from granatum.adapters_store.limits import DEFAULT_LIMITS
+from granatum.adapters_store.limits import DEFAULT_LIMITS, RANK_STEP
+from granatum.adapters_store.magnitude import check_magnitudes
 from granatum.adapters_store.peft_config import CONFIG_FILE, ModuleSpec, PeftConfig, tensor_name
 from granatum.adapters_store.safetensors_file import WEIGHTS_FILE, TensorEntry, read_header
 from granatum.runner.adapter_layout import (
-    RANK_STEP,
     AdapterLayout,
     Place,
     TableRow,
@@ -101,6 +101,7 @@ def build_image(directory: Path, shape: ImageShape) -> AdapterImage:
     pages = np.zeros((layout.pages, shape.page_elements), shape.stored)
     for place in layout.places:
         _fill(_view(pages, place), weights, modules, place)
+    check_magnitudes(directory / WEIGHTS_FILE, weights.entries, modules, shape.base)
     return AdapterImage(pages, layout.row)
 
 
@@ -132,11 +133,11 @@ class _Weights:
         self.base = shape.base
         self._path = path
         self._dtype = shape.dtype
-        self._entries = read_header(path, DEFAULT_LIMITS)
+        self.entries = read_header(path, DEFAULT_LIMITS)
 
     def tensor(self, name: str, expected: tuple[int, int]) -> Numbers:
         """A matrix of the `expected` sizes. Raises InvalidAdapter."""
-        entry = self._entries.get(name)
+        entry = self.entries.get(name)
         if entry is None or entry.shape != expected:
             found = "missing" if entry is None else f"of shape {list(entry.shape)}"
             raise _unpackable(f"tensor {name} is {found} and {CONFIG_FILE} asks for {[*expected]}")

@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from granatum.adapters_store.base_model import GROUPS, PROJECTIONS, BaseModel
+from granatum.adapters_store.limits import RANK_STEP
 from granatum.adapters_store.peft_config import ModuleSpec
 from granatum.v1.errors import InvalidAdapter
 
-RANK_STEP = 8
-"""Ranks are rounded up to this, so that every row of A and Bᵀ starts 16-byte aligned."""
 PIECE_STEP = 64
 """Pieces start at multiples of this many elements: 128 bytes of the smallest dtype we serve."""
 

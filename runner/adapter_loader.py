@@ -244,7 +244,7 @@ class _Stage:
             raise InvalidRequest(
                 f"the adapter has a projection of rank {rank} and this runner takes up to "
                 f"{self._max_rank}: start it with --max-rank {rank}, or use a lower rank",
-                reason="ADAPTER_RANK",
+                reason="ADAPTER_RANK_TOO_HIGH",
             )
         if not np.isfinite(row.scale).all():
             raise InvalidRequest(

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from granatum.adapters_store.base_model import BaseModel
+from granatum.adapters_store.limits import RANK_STEP
 from granatum.kernels.layout import KvLayout
-from granatum.runner.adapter_layout import RANK_STEP, padded
+from granatum.runner.adapter_layout import padded
 from granatum.runner.config import GROUPS, ModelConfig
 from granatum.v1.errors import InvalidRequest
 

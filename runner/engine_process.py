@@ -16,10 +16,11 @@ import structlog
 import torch
 
 from granatum.adapters_store.base_model import BaseModel
+from granatum.adapters_store.limits import RANK_STEP
 from granatum.kernels.layout import AdapterTable
 from granatum.runner.adapter_cache import AdapterCache
 from granatum.runner.adapter_image import ImageShape
-from granatum.runner.adapter_layout import RANK_STEP, padded
+from granatum.runner.adapter_layout import padded
 from granatum.runner.adapter_loader import AdapterLoader, ImageSource
 from granatum.runner.arena import allocate_arena, page_tokens, pages_that_fit
 from granatum.runner.channel import Channel, ChannelClosed

@@ -352,7 +352,7 @@ def test_what_would_leave_the_kernels_memory_never_reaches_the_table(
     fault: str, tmp_path: Path
 ) -> None:
     """Whatever the image's maker let pass; those beside it are brought as always."""
-    shape = ImageShape(BASE, torch.float32, 4096)
+    shape = ImageShape(BASE, "float32", 4096)
     bad, good = random_image(shape, 16, seed=1), random_image(shape, 8, seed=2)
     if fault == "scale":
         bad = random_image(shape, 8, seed=1)

@@ -75,7 +75,7 @@ def build_with_loads(device: str, slots: int) -> tuple[Engine, AdapterLoader]:
     shape = ImageShape(base_model(), "float32", arena.kv.page_elements)
     images = {str(i): random_image(shape, RANK, seed=i) for i in range(ADAPTERS)}
     for image in images.values():
-        image.pages.mul_(5)
+        image.pages *= 5
     pages = sum(len(image.pages) for image in images.values())
     loader = AdapterLoader(arena.pages, table, MemoryImages(images), pages * shape.page_bytes)
     pool = PagePool(PAGES)
