@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,7 +76,7 @@ def build_with_loads(device: str, slots: int) -> tuple[Engine, AdapterLoader]:
     shape = ImageShape(base_model(), "float32", arena.kv.page_elements)
     images = {str(i): random_image(shape, RANK, seed=i) for i in range(ADAPTERS)}
     for image in images.values():
-        image.pages *= 5
+        np.multiply(image.pages, 5, out=image.pages)
     pages = sum(len(image.pages) for image in images.values())
     loader = AdapterLoader(arena.pages, table, MemoryImages(images), pages * shape.page_bytes)
     pool = PagePool(PAGES)
