@@ -49,11 +49,12 @@ class Flight:
 class Executor:
     """Computes steps of `model`.
 
-    On a GPU, steps of common shapes run as CUDA graphs, captured here. The two host buffers
-    alternate: when one is filled again, the step that was copied from it has been collected.
+    On a GPU, steps of common shapes run as CUDA graphs, captured here; without `graphs` the same
+    shapes are launched kernel by kernel, for memory checkers. The two host buffers alternate: when
+    one is filled again, the step that was copied from it has been collected.
     """
 
-    def __init__(self, model: Model, limits: Limits) -> None:
+    def __init__(self, model: Model, limits: Limits, *, graphs: bool = True) -> None:
         self._model = model
         self._shapes = _shapes(limits)
         self._rows = limits.step_tokens
@@ -73,7 +74,7 @@ class Executor:
             for _ in range(2)
         ]
         self._turn = 0
-        self._graphs = Graphs(self._compute, self._inputs) if self._cuda else None
+        self._graphs = Graphs(self._compute, self._inputs) if self._cuda and graphs else None
         if self._graphs is not None:
             self._sampler.compile(self._inputs.view(decode_shape(1, lora=False)))
             self._graphs.capture(self._shapes)
@@ -130,8 +131,8 @@ class Executor:
         return time.monotonic() - started
 
     def _shape(self, plan: Plan) -> StepShape:
-        """The smallest captured shape that holds `plan`; without graphs, what it needs."""
-        if self._graphs is not None:
+        """The smallest common shape that holds `plan`; on a CPU, what it needs."""
+        if self._cuda:
             return next(shape for shape in self._shapes if _holds(shape, plan))
         if plan.chunks:
             sampling = max(len(plan.sampling), 1)

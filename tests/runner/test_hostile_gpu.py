@@ -1,5 +1,6 @@
 """Hostile numbers on a GPU, in CUDA graphs, beside neighbours of whose bits none may change."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -64,7 +65,8 @@ class Bed:
         adapters = RandomAdapters(config, arena, table, self.pool, ADAPTERS)
         for offset in (*table.a[HUGE].flatten().tolist(), *table.b[HUGE].flatten().tolist()):
             arena.pages[offset // arena.kv.page_elements].fill_(1e30)
-        executor = Executor(Model(config, weights, arena, table, limits), limits)
+        graphs = "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ  # a capture needs the cache
+        executor = Executor(Model(config, weights, arena, table, limits), limits, graphs=graphs)
         self.engine = Engine(executor, limits, self.pool, adapters)
 
     def run(self, *submits: Submit) -> dict[int, list[SequenceNews]]:
