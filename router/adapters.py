@@ -13,11 +13,11 @@ from granatum.adapters_store.incoming import FileDeclaration, UploadHeader
 from granatum.adapters_store.manifest import Manifest
 from granatum.adapters_store.store import AdapterStore
 from granatum.router.access import current_tenant
-from granatum.router.uploads import Pace, Rooms, Seats, paced
+from granatum.router.uploads import Pace, Rooms, Seats, discard, paced
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.adapters_pb2_grpc import AdapterServiceServicer
 from granatum.v1.cluster_pb2 import RunnerStatus
-from granatum.v1.errors import InvalidRequest
+from granatum.v1.errors import GranatumError, InvalidRequest
 
 MAX_CHUNK_BYTES = 1 << 20
 MAX_PAGE = 1000
@@ -52,13 +52,22 @@ class Adapters(AdapterServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], _: Context
     ) -> pb.UploadAdapterResponse:
         """Store an adapter as the next version of its name."""
-        tenant = current_tenant()
+        arriving = aiter(request_iterator)
+        try:
+            manifest, created = await self._upload(current_tenant(), arriving)
+        except GranatumError:
+            await discard(arriving)
+            raise
+        return pb.UploadAdapterResponse(adapter=_adapter(manifest), created=created)
+
+    async def _upload(
+        self, tenant: str, arriving: AsyncIterator[pb.UploadAdapterRequest]
+    ) -> tuple[Manifest, bool]:
         with self._seats.taken(tenant):
-            requests = paced(aiter(request_iterator), self._pace)
+            requests = paced(arriving, self._pace)
             header, chunks = await _header(requests), _chunks(requests)
             fleet = await self._rooms.fleet()
-            manifest, created = await self._store.upload(tenant, header, chunks, fleet)
-        return pb.UploadAdapterResponse(adapter=_adapter(manifest), created=created)
+            return await self._store.upload(tenant, header, chunks, fleet)
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, _: Context) -> pb.GetAdapterResponse:
         """Describe one version."""

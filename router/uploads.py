@@ -3,7 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from granatum.adapters_store.limits import Fleet, Room
@@ -15,6 +15,7 @@ MAX_OF_TENANT = 4
 MAX_IN_ALL = 64
 _FRESH_S = 1.0
 _RETRY_AFTER_S = 2.0
+_DISCARD_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,17 @@ async def paced(
                 "UPLOAD_SLOW",
             )
         yield request
+
+
+async def discard(requests: AsyncIterator[UploadAdapterRequest]) -> None:
+    """Take what the sender of a refused upload still sends, for a moment.
+
+    A client that is writing when its call ends learns of the broken write, not of the refusal.
+    """
+    with suppress(Exception):  # the refusal is what counts
+        async with asyncio.timeout(_DISCARD_S):
+            async for _ in requests:
+                pass
 
 
 def _slow(what: str, reason: str) -> DeadlineExceeded:

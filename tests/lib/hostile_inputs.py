@@ -57,7 +57,7 @@ class Input:
 
     def __repr__(self) -> str:
         sizes = [len(message) for message in self.messages]
-        shown = [message[:300] for message in self.messages[:3]]
+        shown = [message[:200] for message in self.messages[:2]]
         return f"Input({self.method}, wrong={self.wrong}, sizes={sizes[:5]}, {shown})"
 
 
