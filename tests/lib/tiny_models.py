@@ -129,8 +129,14 @@ class TinyEngine:
     """The real engine on a saved model, with adapters from `directory/name` by name."""
 
     def __init__(
-        self, model: Path, adapters: Path | None = None, names: Iterable[str] = (), **changes: int
+        self,
+        model: Path,
+        adapters: Path | None = None,
+        names: Iterable[str] = (),
+        huge: Iterable[str] = (),
+        **changes: int,
     ) -> None:
+        """`huge`: the adapters with numbers of 1e30, which no image that is built would have."""
         config = read_config(model)
         pages = changes.pop("pages", 64)
         rank = changes.pop("max_rank", 256)
@@ -142,6 +148,8 @@ class TinyEngine:
         table = AdapterTable.allocate(32, config.layers, CPU, rank)
         shape = ImageShape(BaseModel.from_config(model), "float32", arena.kv.page_elements)
         images = {n: build_image(adapters / n, shape) for n in names} if adapters else {}
+        for name in huge:
+            images[name].pages.fill(1e30)
         host_bytes = (1 + sum(len(i.pages) for i in images.values())) * shape.page_bytes
         self.loader = AdapterLoader(arena.pages, table, MemoryImages(images), host_bytes)
         self.cache = AdapterCache(self.pool, self.loader, 32)

@@ -374,7 +374,7 @@ def test_what_would_leave_the_kernels_memory_never_reaches_the_table(
             errors.append(error)
     assert slot is not None
     assert isinstance(errors[0], InvalidRequest)
-    assert errors[0].reason == f"ADAPTER_{fault.upper()}"
+    assert errors[0].reason == {"rank": "ADAPTER_RANK_TOO_HIGH", "scale": "ADAPTER_SCALE"}[fault]
     assert "--max-rank 16" in errors[0].message or fault == "scale"
     assert int(table.rank.max()) == 8
     assert table.scale.isfinite().all()

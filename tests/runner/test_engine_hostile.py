@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from peft import LoraConfig
 from structlog.testing import capture_logs
 from tiny_models import VOCAB, TinyEngine, Told, make_adapters, make_model
@@ -20,23 +19,24 @@ CONFIG = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "dow
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and adapters of which one overflows, in the directories base and adapters."""
+    """A model, and its adapters, in the directories base and adapters."""
     path = tmp_path_factory.mktemp("hostile")
-    tuned = make_adapters(
-        make_model(path / "base", "llama_gqa_tied"), dict.fromkeys(NAMES, CONFIG), path / "adapters"
-    )
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_" in name and ".huge." in name and "down_proj" in name:
-                parameter.fill_(1e30)
-    tuned.save_pretrained(str(path / "adapters"), selected_adapters=["huge"])
+    model = make_model(path / "base", "llama_gqa_tied")
+    make_adapters(model, dict.fromkeys(NAMES, CONFIG), path / "adapters")
     return path
+
+
+def tiny_engine(saved: Path) -> TinyEngine:
+    """An engine with both adapters, of which one overflows."""
+    return TinyEngine(
+        saved / "base", saved / "adapters", NAMES, huge=["huge"], max_rank=8, pages=60
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(saved: Path) -> dict[int, Told]:
     """What the innocent are told each alone, by id."""
-    engine = TinyEngine(saved / "base", saved / "adapters", NAMES, max_rank=8, pages=60)
+    engine = tiny_engine(saved)
     for submit in innocent():
         engine.run(submit)
     engine.close()
@@ -45,7 +45,7 @@ def undisturbed(saved: Path) -> dict[int, Told]:
 
 @pytest.fixture
 def engine(saved: Path) -> Iterator[TinyEngine]:
-    engine = TinyEngine(saved / "base", saved / "adapters", NAMES, max_rank=8, pages=60)
+    engine = tiny_engine(saved)
     yield engine
     engine.assert_empty()
     engine.close()
@@ -122,7 +122,7 @@ def test_memory_that_holds_no_numbers_reaches_nobody(saved: Path) -> None:
     """Pages and workspaces are as whoever had them before left them."""
     found = []
     for value in (0.0, math.nan, math.inf):
-        engine = TinyEngine(saved / "base", saved / "adapters", NAMES, max_rank=8, pages=60)
+        engine = tiny_engine(saved)
         engine.model._arena.pages.fill_(value)
         engine.model._partials.fill_(value)
         engine.model._pieces.partials.fill_(value)

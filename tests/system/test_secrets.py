@@ -50,7 +50,7 @@ async def test_no_log_has_a_key_a_password_or_a_prompt(cluster: Cluster) -> None
         assert misled.wait() == 1
         assert [event["event"] for event in misled.events()] == ["cannot serve"]
     logs = {path.name: path.read_text() for path in cluster.directory.glob("*.log")}
-    assert "sequence to be placed again" in logs["router-0-1.log"]
+    assert "sequence left its runner" in logs["router-0-1.log"]
     for name, text in logs.items():
         for secret in (key, admin, wrong, CLUSTER_KEY, password, PROMPT.rstrip(">"), made[:24]):
             assert secret not in text, f"{secret} is in {name}"
