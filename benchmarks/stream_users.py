@@ -13,11 +13,19 @@ from traffic import Request, User
 
 from granatum.client.client import Client
 from granatum.v1.inference_pb2 import GenerateRequest, StopConditions, TokenIds
-from granatum.v1.runner_pb2 import CancelSequence, SequenceOutput, SessionRequest, SubmitSequence
+from granatum.v1.runner_pb2 import (
+    CancelSequence,
+    Ping,
+    SequenceOutput,
+    SessionRequest,
+    SubmitSequence,
+)
 from granatum.v1.runner_pb2_grpc import RunnerServiceStub
 from granatum.v1.transport import bearer, open_channel
 
 NumberedUser = tuple[int, User]
+_SIGN_OF_LIFE_S = 1.0
+"""Runners end a session that is silent for long."""
 
 
 class Route(Protocol):
@@ -111,7 +119,10 @@ class PastRouter:
 
     async def _outgoing(self) -> AsyncIterator[SessionRequest]:
         while True:
-            yield await self._commands.get()
+            try:
+                yield await asyncio.wait_for(self._commands.get(), _SIGN_OF_LIFE_S)
+            except TimeoutError:
+                yield SessionRequest(ping=Ping())
 
 
 async def _until_finished(news: asyncio.Queue[SequenceOutput]) -> AsyncGenerator[int]:
