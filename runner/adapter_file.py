@@ -13,6 +13,7 @@ import stat
 import struct
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,22 +88,35 @@ def read_image(path: Path, digest: str, shape: ImageShape, pages: Sequence[memor
         header = _read_header(file, shape)
         if header.digest != digest or len(header.checksums) != len(pages):
             raise DamagedImage(f"{path} holds {len(header.checksums)} pages of {header.digest}")
-        for number, (page, checksum) in enumerate(zip(pages, header.checksums, strict=True)):
-            if file.readinto(page) != shape.page_bytes:  # type: ignore[attr-defined]
-                raise DamagedImage(f"{path} ends early")
-            if xxhash.xxh3_64_intdigest(page) != checksum:
-                raise DamagedImage(f"page {number} of {path} has changed")
+        _read_pages(file, pages, header.checksums.tolist())
     return header.row
+
+
+def _read_pages(file: BinaryIO, pages: Sequence[memoryview], checksums: Sequence[int]) -> None:
+    """Fill the buffers. A page is checked in a thread of its own while the next one is read."""
+    with ThreadPoolExecutor(1, thread_name_prefix="adapter-check") as checking:
+        found = []
+        for page in pages:
+            if file.readinto(page) != len(page):  # type: ignore[attr-defined]
+                raise DamagedImage(f"{file.name} ends early")
+            found.append(checking.submit(xxhash.xxh3_64_intdigest, page))
+        for number, (page_found, checksum) in enumerate(zip(found, checksums, strict=True)):
+            if page_found.result() != checksum:
+                raise DamagedImage(f"page {number} of {file.name} has changed")
 
 
 def _open(path: Path) -> BinaryIO:
     """The file, unbuffered. Whatever else has its name, such as a pipe, is not waited for."""
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
+    file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise DamagedImage(f"{path} is no file")
     _read_ahead(file)
     return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _read_ahead(file: BinaryIO) -> None:
