@@ -64,7 +64,14 @@ class Input:
 def inputs() -> st.SearchStrategy[Input]:
     """Any input of any public RPC."""
     return st.one_of(
-        generations(), generations(), generations(), anything(), uploads(), uploads(), garbage()
+        generations(),
+        generations(),
+        generations(),
+        anything(),
+        uploads(),
+        uploads(),
+        with_uploads(),
+        garbage(),
     )
 
 
@@ -202,6 +209,19 @@ def generations() -> st.SearchStrategy[Input]:
         st.lists(st.sampled_from(WRONG), max_size=2),
         st.integers(4, 12),
     )
+
+
+def with_uploads() -> st.SearchStrategy[Input]:
+    """Generate with what the uploads left behind, whatever that may be."""
+
+    def build(right: list[Change]) -> Input:
+        request = GenerateRequest(prompt="granite>", adapter="hostile")
+        request.stop.max_tokens = 6
+        for change in right:
+            change(request)
+        return Input("InferenceService/Generate", (request.SerializeToString(),), None)
+
+    return st.builds(build, st.lists(_right(), max_size=3))
 
 
 _INPUTS = {"prompt": "prompt", "token_ids": "token_ids", "chat": "chat"}
