@@ -188,7 +188,8 @@ async def publish_adapter(
 async def list_runners(client: Client) -> None:
     """List the live runners."""
     table = _table("runner", "address", "model", "batch", "pages free", "adapters", "state")
-    for runner in await client.runners():
+    alive = await client.runners()
+    for runner in alive:
         table.add_row(
             runner.id,
             runner.address,
@@ -199,6 +200,9 @@ async def list_runners(client: Client) -> None:
             _state(runner),
         )
     console.print(table)
+    for runner in alive:
+        if runner.trouble:
+            console.print(f"{runner.id} cannot load adapters: {runner.trouble}", markup=False)
 
 
 @runners.command("drain")

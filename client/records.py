@@ -156,6 +156,10 @@ class Runner:
     adapter_loads: int
     draining: bool
     heartbeat_age_s: float
+    max_rank: int
+    """Of an adapter that it serves."""
+    trouble: str
+    """Why it cannot load adapters just now; empty: it can."""
 
     @classmethod
     def of(cls, status: cluster_pb2.RunnerStatus) -> "Runner":
@@ -180,4 +184,6 @@ class Runner:
             adapter_loads=runner.adapter_loads,
             draining=runner.draining,
             heartbeat_age_s=status.heartbeat_age_s,
+            max_rank=runner.max_rank,
+            trouble=runner.trouble,
         )

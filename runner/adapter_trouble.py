@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from granatum.v1.errors import GranatumError, InvalidRequest, NotFound
+from granatum.v1.errors import GranatumError, InvalidRequest
 
 TROUBLE_S = 60.0
 """So long after its last failure a runner that had no other load since says that it is ill."""
@@ -35,8 +35,12 @@ class LoadTrouble:
         return f"{self._last.reason}: {self._last.message}" if told else ""
 
     def fail(self, digest: str, stage: object, error: GranatumError) -> None:
-        """A load ended with an error. What is the adapter's own fault tells nothing."""
-        if isinstance(error, InvalidRequest | NotFound):
+        """A load ended with an error. What is the adapter's own fault tells nothing.
+
+        Routers ask for adapters that their store has: one that is not found may mean that this
+        runner was given another store.
+        """
+        if isinstance(error, InvalidRequest):
             return
         now = self._clock()
         if now >= self._until:

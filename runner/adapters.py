@@ -97,13 +97,12 @@ def failure_of(error: Exception) -> Failure:
 def outcome_of(error: Exception) -> tuple[Departure | Failure, Failure | None]:
     """How a sequence ends whose adapter cannot be had, and the cause if it departs.
 
-    It departs where another runner may have the adapter: a healthy one, or a larger one. An adapter
-    that is gone, or wrong in itself, is so everywhere.
+    It departs where another runner may have the adapter: a healthy one, a larger one, or one with
+    the right store. An adapter that is wrong in itself is so everywhere.
     """
-    from granatum.v1.errors import InvalidRequest, NotFound
+    from granatum.v1.errors import InvalidRequest
 
     failure = failure_of(error)
-    wrong = isinstance(error, InvalidRequest) and failure.reason not in _LARGER
-    if wrong or isinstance(error, NotFound):
+    if isinstance(error, InvalidRequest) and failure.reason not in _LARGER:
         return failure, None
     return Departure.LOAD_FAILED, failure

@@ -48,6 +48,7 @@ async def test_address_and_key_come_from_the_environment(service: Service) -> No
     status, output, _ = await granatum("runners", **env)
     assert status == 0
     assert "runner-0" in output
+    assert "runner-0 cannot load adapters: ADAPTER_DISK_FULL: [full]" in output
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,12 @@ class Service(
         self, request: cluster_pb2.ListRunnersRequest, context: Context
     ) -> cluster_pb2.ListRunnersResponse:
         _authenticate(context)
-        runner = cluster_pb2.Runner(id="runner-0", max_batch=8, draining="runner-0" in self.drained)
+        runner = cluster_pb2.Runner(
+            id="runner-0",
+            max_batch=8,
+            draining="runner-0" in self.drained,
+            trouble="ADAPTER_DISK_FULL: [full]",
+        )
         return cluster_pb2.ListRunnersResponse(
             runners=[cluster_pb2.RunnerStatus(runner=runner, reserved=1, heartbeat_age_s=0.5)]
         )

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from cluster import Cluster, healthy
@@ -319,3 +320,54 @@ async def health_becomes(address: str, expected: bool) -> None:
     async with asyncio.timeout(30):
         while await healthy(address) is not expected:
             await asyncio.sleep(0.2)
+
+
+async def test_a_frozen_engine_gets_no_work_and_its_streams_go_on_elsewhere(
+    cluster: Cluster,
+) -> None:
+    key, admin = cluster.tenant_key("acme"), cluster.admin_key()
+    cluster.start_router()
+    runners = {name: cluster.start_runner(name) for name in ("runner-0", "runner-1")}
+    await cluster.runners_alive(admin, 2)
+    async with cluster.client(key) as client, cluster.client(admin) as operator:
+        await upload_mine(client)
+        wanted = requests(8)
+        undisturbed = await all_of(client, wanted)
+        tasks = await begun([long(client, request) for request in wanted], 5)
+        busiest = max((await figures(operator)).values(), key=lambda r: r.reserved)
+        engine = runners[busiest.id].busiest_child()
+        engine.suspend()
+        try:
+            same(undisturbed, await asyncio.gather(*tasks))
+            async with asyncio.timeout(20):
+                while busiest.id in await figures(operator):  # for its lease at most
+                    await asyncio.sleep(0.1)
+            later = await all_of(client, wanted)
+        finally:
+            engine.resume()
+        same(undisturbed, later)
+        assert busiest.id not in {c.start.runner for c in later}
+        await cluster.runners_alive(admin, 2)
+        same(undisturbed, await all_of(client, wanted))
+
+
+async def test_a_runner_of_another_store_gets_an_adapter_once_at_most(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    key, admin = cluster.tenant_key("acme"), cluster.admin_key()
+    cluster.start_router()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    cluster.start_runner("runner-z", "--store", elsewhere.as_uri())  # ties go to the highest id
+    cluster.start_runner("runner-a")
+    await cluster.runners_alive(admin, 2)
+    async with cluster.client(key) as client, cluster.client(admin) as operator:
+        await upload_mine(client)
+        for task in (*MINE, *MINE):
+            word = held_out_words(1)[0]
+            reply = await client.complete(f"{word}>", adapter=task.name, stop=["\n"])
+            assert reply.text == task.expected(word)
+            assert reply.start.runner == "runner-a"
+        async with asyncio.timeout(20):
+            while not (await figures(operator))["runner-z"].trouble:
+                await asyncio.sleep(0.1)
