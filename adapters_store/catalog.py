@@ -135,10 +135,6 @@ class Catalog:
         """The aliases that point at a version, sorted."""
         return tuple(self._by_target.get(Alias(name, version), ()))
 
-    def published(self) -> frozenset[str]:
-        """The digests that other tenants may use."""
-        return self._published
-
     @property
     def size_bytes(self) -> int:
         """Of everything stored for the tenant, what was just deleted too."""
@@ -165,7 +161,8 @@ class Catalog:
         return found
 
     @cached_property
-    def _published(self) -> frozenset[str]:
+    def published(self) -> frozenset[str]:
+        """The digests that other tenants may use."""
         return frozenset(
             version.digest
             for name, adapter in self.adapters.items()

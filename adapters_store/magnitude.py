@@ -21,14 +21,13 @@ import numpy.typing as npt
 
 from granatum.adapters_store.base_model import BaseModel
 from granatum.adapters_store.peft_config import ModuleSpec, tensor_name
-from granatum.adapters_store.safetensors_file import TensorEntry, invalid_weights
+from granatum.adapters_store.safetensors_file import TensorEntry, invalid_weights, read_parts
 
 INPUT_NORM = 2.0**20
 """More than the Euclidean norm of any module's input."""
 LARGEST = 2.0**127 * (2 - 2.0**-7)
 """The largest bfloat16; the largest float32 is a little above."""
 _LARGEST_SUM = math.sqrt(LARGEST)
-_SCAN_BYTES = 4 << 20
 
 
 def check_magnitudes(
@@ -39,7 +38,8 @@ def check_magnitudes(
 ) -> None:
     """Raise InvalidAdapter for a tensor that would make a sum infinite.
 
-    Reads the file in parts: memory is bounded. NaN and infinities are others' to find.
+    Reads the file in parts: memory is bounded. NaN and infinities are not looked for: `validate`
+    finds them, and so does the packing of an image.
     """
     with weights.open("rb") as file:
         for (layer, projection), spec in modules.items():
@@ -75,12 +75,8 @@ def _too_large(entry: TensorEntry, largest: float, reason: str) -> Exception:
 
 def _largest(file: BinaryIO, entry: TensorEntry) -> float:
     """The largest absolute element."""
-    file.seek(entry.begin)
-    largest = 0.0
-    for begin in range(entry.begin, entry.end, _SCAN_BYTES):
-        data = file.read(min(_SCAN_BYTES, entry.end - begin))
-        largest = max(largest, float(np.abs(_numbers(data, entry.dtype)).max(initial=0.0)))
-    return largest
+    parts = (_numbers(data, entry.dtype) for _, data in read_parts(file, entry))
+    return max((float(np.abs(part).max()) for part in parts), default=0.0)
 
 
 def _numbers(data: bytes, dtype: str) -> npt.NDArray[np.floating]:

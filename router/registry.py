@@ -35,7 +35,7 @@ from granatum.router.placement import (
     Unservable,
 )
 from granatum.v1.cluster_pb2 import Runner, RunnerStatus
-from granatum.v1.errors import InvalidRequest, PreconditionFailed, Unavailable
+from granatum.v1.errors import RETRY_AFTER_S, InvalidRequest, PreconditionFailed, Unavailable
 
 _PARTS = ("registry", "queue", "placement", "leases", "runners")
 _DISPATCH = "return {number, commands[command](unpack(ARGV, 3))}"
@@ -289,7 +289,7 @@ def _translated() -> Iterator[None]:
         raise Unavailable(
             "the registry does not answer: try again, and see to the Redis server if it lasts",
             reason="REGISTRY_UNAVAILABLE",
-            retry_after_s=1.0,
+            retry_after_s=RETRY_AFTER_S,
         ) from error
 
 
