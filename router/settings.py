@@ -60,7 +60,7 @@ class Settings(BaseSettings):
         600.0, gt=0, description="seconds without a token after which a stream is given up"
     )
     silence_s: float = Field(
-        5.0, gt=0, description="seconds without a word after which a link to a runner is dead"
+        5.0, ge=2, description="seconds without a word after which a link to a runner is dead"
     )
     unread_s: float = Field(
         60.0, gt=0, description="seconds after which a client that reads nothing is cut"
