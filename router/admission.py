@@ -207,7 +207,7 @@ def _waiting(request: PlacementRequest, outcome: Outcome) -> Waiting:
     match outcome:
         case Full():
             raise Overloaded(
-                "every runner is busy and the queue is full: try again later",
+                "every runner is busy and the queue is full (--max-queue): try again later",
                 reason="QUEUE_FULL",
                 retry_after_s=RETRY_AFTER_S,
             )
