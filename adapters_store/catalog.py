@@ -301,9 +301,7 @@ def _class(name: str) -> str:
 
 def _full(limit: tuple[str, str], what: str, advice: str) -> Overloaded:
     reason, flag = limit
-    return Overloaded(
-        f"you keep {what}, as many as a tenant may ({flag}): {advice}", reason=reason
-    )
+    return Overloaded(f"you keep {what}, as many as a tenant may ({flag}): {advice}", reason=reason)
 
 
 def _no_such(name: str, version: int | None) -> str:

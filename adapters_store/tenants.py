@@ -137,7 +137,7 @@ class Tenants:
         data = await _encoded(changed, revision)
         stored = await self._objects.swap(_key(tenant), data, known.stored)
         if stored is None:
-            # A write whose answer got lost is tried again by obstore and meets itself.
+            # obstore writes again if the answer is lost; then the second write meets the first.
             stored = await self._objects.get(_key(tenant))
             if stored is None or (await _decoded(stored.data, tenant))[1] != revision:
                 return False

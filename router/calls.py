@@ -114,7 +114,7 @@ class Calls:
 
     @contextmanager
     def open(self, tenant: str, size: int, context: Context) -> Iterator[Call]:
-        """A call of a tenant whose request has `size` bytes. Raises Overloaded."""
+        """A tenant's call with a request of `size` bytes. Raises Overloaded."""
         self._quotas.acquire(tenant, size)
 
         def done() -> None:

@@ -53,7 +53,7 @@ class Leases:
             self.abandon(lease)
 
     def abandon(self, lease: Lease) -> None:
-        """Let go of what the registry may have granted, by a call whose answer nobody has."""
+        """Let go of what the registry may have granted by a call, if its answer was lost."""
         self._held.discard(lease)
         lapses = asyncio.get_running_loop().time() + self._registry.lease_s
         self._released[lease] = lapses

@@ -39,7 +39,7 @@ async def test_limits(objects: Objects) -> None:
     store = AdapterStore(objects, BASE, Limits(max_versions=2))
     await put(store, "acme", "a")
     await put(store, "acme", "b")
-    with pytest.raises(Overloaded, match="--max-adapter-versions.* delete old ones") as refused:
+    with pytest.raises(Overloaded, match=r"--max-adapter-versions.* delete old ones") as refused:
         await put(store, "acme", "c")
     assert refused.value.reason == "TENANT_VERSIONS"
     await store.delete("acme", "a")
