@@ -170,9 +170,9 @@ class Registry:
                 raise _duplicate(runner, said.decode())
             return bool(said)
 
-    async def deregister(self, runner_id: str, instance: str = "") -> None:
-        """Forget a runner, and that it was to drain; unless another process has its id now."""
-        await self._run("deregister", runner_id, instance)
+    async def deregister(self, runner_id: str, instance: str = "") -> bool:
+        """Forget a runner, and that it was to drain; False if another process has its id now."""
+        return await self._flag("deregister", runner_id, instance)
 
     async def alive(self, runner_id: str) -> bool:
         """Whether a runner's lease holds."""

@@ -33,12 +33,13 @@ function commands.heartbeat(lease_ms, figures, record)
   return {'registered', redis.call('PEXPIRE', drain, DRAIN_MS)}
 end
 
--- Only by the process that registered, where both say which one they are.
+-- Whether a runner was taken out: only the process that registered may do so, where both say which
+-- one they are.
 function commands.deregister(id, instance)
   local registered = redis.call('HGET', key('runner', id), 'instance') or ''
-  if instance ~= '' and registered ~= '' and instance ~= registered then return end
+  if instance ~= '' and registered ~= '' and instance ~= registered then return 0 end
   redis.call('DEL', key('runner', id), key('drain', id))
-  redis.call('ZREM', RUNNERS, id)
+  return redis.call('ZREM', RUNNERS, id)
 end
 
 function commands.alive(id) return alive(id) and 1 or 0 end
