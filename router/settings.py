@@ -62,7 +62,7 @@ class Settings(BaseSettings):
         60.0, gt=0, description="seconds that a request without a deadline waits for a runner"
     )
     stall_s: float = Field(
-        5.0, gt=0, description="seconds without a token after which a runner is looked after"
+        5.0, gt=0, description="seconds without a token after which to ask whether the runner still lives"
     )
     idle_s: float = Field(
         600.0, gt=0, description="seconds without a token after which a stream is given up"

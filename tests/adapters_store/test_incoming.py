@@ -79,6 +79,13 @@ async def test_deleting_is_no_way_around_the_limit_of_versions(
     assert (await put(store, "acme", "a", 4)).version == 5
 
 
+async def test_bytes_that_are_there_may_come_again_whatever_the_limits(objects: Objects) -> None:
+    size = len(good_upload(SHAPE).data)
+    store = AdapterStore(objects, BASE, Limits(max_versions=1, max_tenant_bytes=2 * size))
+    assert (await put(store, "acme", "a", 1)).version == 1
+    assert (await put(store, "acme", "a", 1)).version == 1
+
+
 async def test_a_tenant_s_aliases_are_bounded(objects: Objects) -> None:
     store = AdapterStore(objects, BASE, Limits(max_aliases=2))
     await put(store, "acme", "a")
