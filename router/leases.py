@@ -18,8 +18,8 @@ log = structlog.get_logger(__name__)
 class Leases:
     """Renews what is held and lets go in the background, many leases to a call.
 
-    Letting go never waits and never fails: while the registry is away it is tried again, until the
-    lease has lapsed anyway.
+    Letting go never waits and never fails: while the registry is away it is tried again until the
+    lease lapses by itself.
     """
 
     def __init__(self, registry: Registry) -> None:
