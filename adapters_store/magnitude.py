@@ -2,9 +2,9 @@
 
 A module adds scale · B (A x). With the largest element of each matrix, a, b, and K inputs, no
 element of A x exceeds a · √K · |x| (Cauchy and Schwarz), and no element of B (A x) exceeds rank · b
-times that. Sums are float32, values are rounded to bfloat16, and both end near 3.4e38. What a module
-adds is soon squared: by the next norm, by attention, by the gate of the MLP. So B (A x) must stay
-below the square root of 3.4e38, and A x below 3.4e38 itself.
+times that. Sums are float32, values are rounded to bfloat16, and both end near 3.4e38. What a
+module adds is soon squared: by the next norm, by attention, by the gate of the MLP. So the sum must
+stay below the square root of 3.4e38, and A x below 3.4e38 itself.
 
 |x| is not known here. Norms keep the inputs of most modules near √K; the largest activations that
 models are known for are some thousands. 2^20 is far above both. A trained adapter stays below the

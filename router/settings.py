@@ -62,7 +62,7 @@ class Settings(BaseSettings):
         60.0, gt=0, description="seconds that a request without a deadline waits for a runner"
     )
     stall_s: float = Field(
-        5.0, gt=0, description="seconds without a token after which to ask whether the runner still lives"
+        5.0, gt=0, description="seconds without a token until the runner's lease is looked at"
     )
     idle_s: float = Field(
         600.0, gt=0, description="seconds without a token after which a stream is given up"
