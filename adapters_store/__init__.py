@@ -6,6 +6,6 @@ validate      an adapter's files against each other and the base model (base_mod
               peft_options, pattern, safetensors_file, json_text, magnitude, limits, names)
 catalog       one tenant's versions and aliases, as a value; catalog_json writes it, tenants keeps
               them in the store
-blobs         bytes by digest; garbage deletes those that nobody needs; strays are not ours
+blobs         bytes by digest; garbage deletes what nobody needs; strays are not ours
 objects       the object store underneath; local_objects for directories; location opens either
 """

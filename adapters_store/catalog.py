@@ -19,6 +19,12 @@ MAX_EMPTIED = 1_000
 """The most names without versions of which a catalog remembers the next version."""
 
 
+_VERSIONS = "TENANT_VERSIONS", "--max-adapter-versions"
+_ALIASES = "TENANT_ALIASES", "--max-adapter-aliases"
+_BYTES = "TENANT_STORED_BYTES", "--max-adapter-bytes-per-tenant"
+"""The limits: the error's reason, and the router's flag."""
+
+
 class Visibility(Enum):
     """Who may use an adapter."""
 
@@ -124,7 +130,7 @@ class Catalog:
         return self.versions_after("", 0)
 
     def versions_after(self, name: str, version: int) -> Iterator[tuple[str, Version]]:
-        """Those that come after `name@version`, sorted."""
+        """Every name and version that comes after `name@version`, sorted."""
         for later in self._names[bisect_left(self._names, name) :]:
             versions = self.adapters[later].versions
             after = version + 1 if later == name else 0
@@ -134,10 +140,6 @@ class Catalog:
     def aliases_of(self, name: str, version: int) -> tuple[str, ...]:
         """The aliases that point at a version, sorted."""
         return tuple(self._by_target.get(Alias(name, version), ()))
-
-    def published(self) -> frozenset[str]:
-        """The digests that other tenants may use."""
-        return self._published
 
     @property
     def size_bytes(self) -> int:
@@ -165,7 +167,8 @@ class Catalog:
         return found
 
     @cached_property
-    def _published(self) -> frozenset[str]:
+    def published(self) -> frozenset[str]:
+        """The digests that other tenants may use."""
         return frozenset(
             version.digest
             for name, adapter in self.adapters.items()
@@ -185,12 +188,17 @@ class Catalog:
             )
         versions = sum(len(adapter.versions) for adapter in self.adapters.values())
         if versions >= limits.max_versions:
-            raise _full(f"{limits.max_versions:,} versions", "delete old ones first")
+            raise _full(_VERSIONS, f"{limits.max_versions:,} versions", "delete old ones first")
         if versions + len(self.retired) >= 2 * limits.max_versions:
-            raise _full(f"{limits.max_versions:,} deleted versions", "try again in an hour")
+            raise _full(
+                _VERSIONS,
+                f"{len(self.retired):,} deleted versions beside {versions:,} others",
+                "try again in an hour",
+            )
         added = 0 if digest in self._by_digest or digest in self.retired else size_bytes
         if self.size_bytes + added > limits.max_tenant_bytes:
             raise _full(
+                _BYTES,
                 f"{limits.max_tenant_bytes:,} bytes of adapters",
                 "delete old ones first; their bytes count for another hour or two",
             )
@@ -242,7 +250,7 @@ class Catalog:
         if found is None:
             raise NotFound(_no_such(name, version))
         if alias not in self.aliases and len(self.aliases) >= limits.max_aliases:
-            raise _full(f"{limits.max_aliases:,} aliases", "delete one first")
+            raise _full(_ALIASES, f"{limits.max_aliases:,} aliases", "delete one first")
         return replace(self, aliases={**self.aliases, alias: Alias(name, found.version)})
 
     def delete_alias(self, alias: str) -> "Catalog":
@@ -291,8 +299,9 @@ def _class(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:2]
 
 
-def _full(what: str, advice: str) -> Overloaded:
-    return Overloaded(f"there are {what} already, the most that a tenant may keep: {advice}")
+def _full(limit: tuple[str, str], what: str, advice: str) -> Overloaded:
+    reason, flag = limit
+    return Overloaded(f"you keep {what}, as many as a tenant may ({flag}): {advice}", reason=reason)
 
 
 def _no_such(name: str, version: int | None) -> str:

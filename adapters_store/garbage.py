@@ -39,7 +39,7 @@ class _Survey:
         """Take in a tenant's catalog, and what it held since then."""
         self.needed.update(version.digest for _, version in catalog.versions())
         self.needed.update(d for d, gone in catalog.retired.items() if gone.at >= since)
-        self.published[tenant] = catalog.published()
+        self.published[tenant] = catalog.published
         if catalog.forget_deleted(since) != catalog:
             self.remembering.append(tenant)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from granatum.adapters_store.limits import Limits
-from granatum.adapters_store.names import check_name, shown
+from granatum.adapters_store.names import check_name, is_digest, shown
 from granatum.adapters_store.peft_config import CONFIG_FILE
 from granatum.adapters_store.safetensors_file import WEIGHTS_FILE
 from granatum.adapters_store.threads import until_done
@@ -16,7 +16,6 @@ from granatum.v1.errors import InvalidAdapter, Unavailable
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 """The files of an adapter, in the order of their bytes."""
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PICKLE = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)")
 
 
@@ -171,7 +170,7 @@ def _check_file_name(name: str) -> None:
 
 
 def _check_declaration(file: FileDeclaration, maximum: int) -> None:
-    if _SHA256.fullmatch(file.sha256) is None:
+    if not is_digest(file.sha256):
         raise _undeclared(
             f"{file.name}: declare its SHA-256 as 64 hexadecimal digits in lower case"
         )

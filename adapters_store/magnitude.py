@@ -1,10 +1,10 @@
 """Whether an adapter's numbers are small enough for a model to compute with them.
 
 A module adds scale · B (A x). With the largest element of each matrix, a, b, and K inputs, no
-element of A x exceeds a · √K · |x| (Cauchy and Schwarz), none of the sum rank · b times that. Sums
-are float32, values are rounded to bfloat16, and both end near 3.4e38. What a module adds is soon
-squared: by the next norm, by attention, by the gate of the MLP. So it must stay below the square
-root of that, and what is on the way below that itself.
+element of A x exceeds a · √K · |x| (Cauchy and Schwarz), and no element of B (A x) exceeds rank · b
+times that. Sums are float32, values are rounded to bfloat16, and both end near 3.4e38. What a
+module adds is soon squared: by the next norm, by attention, by the gate of the MLP. So the sum must
+stay below the square root of 3.4e38, and A x below 3.4e38 itself.
 
 |x| is not known here. Norms keep the inputs of most modules near √K; the largest activations that
 models are known for are some thousands. 2^20 is far above both. A trained adapter stays below the
@@ -21,14 +21,13 @@ import numpy.typing as npt
 
 from granatum.adapters_store.base_model import BaseModel
 from granatum.adapters_store.peft_config import ModuleSpec, tensor_name
-from granatum.adapters_store.safetensors_file import TensorEntry, invalid_weights
+from granatum.adapters_store.safetensors_file import TensorEntry, invalid_weights, read_parts
 
 INPUT_NORM = 2.0**20
 """More than the Euclidean norm of any module's input."""
 LARGEST = 2.0**127 * (2 - 2.0**-7)
 """The largest bfloat16; the largest float32 is a little above."""
 _LARGEST_SUM = math.sqrt(LARGEST)
-_SCAN_BYTES = 4 << 20
 
 
 def check_magnitudes(
@@ -39,7 +38,8 @@ def check_magnitudes(
 ) -> None:
     """Raise InvalidAdapter for a tensor that would make a sum infinite.
 
-    Reads the file in parts: memory is bounded. NaN and infinities are others' to find.
+    Reads the file in parts: memory is bounded. NaN and infinities are not looked for: `validate`
+    finds them, and so does the packing of an image.
     """
     with weights.open("rb") as file:
         for (layer, projection), spec in modules.items():
@@ -75,12 +75,8 @@ def _too_large(entry: TensorEntry, largest: float, reason: str) -> Exception:
 
 def _largest(file: BinaryIO, entry: TensorEntry) -> float:
     """The largest absolute element."""
-    file.seek(entry.begin)
-    largest = 0.0
-    for begin in range(entry.begin, entry.end, _SCAN_BYTES):
-        data = file.read(min(_SCAN_BYTES, entry.end - begin))
-        largest = max(largest, float(np.abs(_numbers(data, entry.dtype)).max(initial=0.0)))
-    return largest
+    parts = (_numbers(data, entry.dtype) for _, data in read_parts(file, entry))
+    return max((float(np.abs(part).max()) for part in parts), default=0.0)
 
 
 def _numbers(data: bytes, dtype: str) -> npt.NDArray[np.floating]:

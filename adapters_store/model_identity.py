@@ -25,9 +25,9 @@ _TOKENIZER = (
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
-# Models up to so many bytes are read in full, larger ones in blocks from each tensor's begin to its
-# end. Training changes every tensor nearly everywhere; a change of a few numbers of a large model
-# by hand can stay unseen.
+# Models up to this many bytes are read in full. Of a larger one a few blocks of each tensor are
+# read, evenly from its begin to its end: training changes every tensor nearly everywhere. A change
+# of a few numbers by hand can stay unseen.
 _READ_IN_FULL = 64 << 20
 _BLOCKS = 8
 _BLOCK_BYTES = 4096
@@ -35,7 +35,7 @@ _LENGTH_BYTES = 8
 
 
 def fingerprint(shape: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> str:
-    """Of the model in `folder`, whose config.json says `config`. A part that is absent counts too.
+    """Of the model in `folder`; `config` is its config.json. A part that is absent counts too.
 
     Raises InvalidRequest for a file that cannot be read.
     """
@@ -96,7 +96,7 @@ def _weights_digest(folder: Path) -> bytes:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Those that the index names, as a runner loads them; without an index every one."""
+    """The files that the index names, as a runner loads them; without an index every one."""
     try:
         index = json.loads((folder / _INDEX).read_bytes())
         named = [folder / name for name in sorted(set(index["weight_map"].values()))]

@@ -24,14 +24,14 @@ MAX_LENGTH = 1_000
 MAX_PATTERNS = 2_000
 """Of one field."""
 CPU_S = 0.5
-"""Processor time for all patterns of one adapter."""
+"""Processor seconds of one matching; an adapter needs two, of its modules and of their ranks."""
 _WALL_S = 20.0
-"""Until then the process had its processor time, or the machine is overloaded."""
+"""A process that ran for so long without its processor time: the machine is overloaded."""
 _MATCHER = Path(__file__).with_name("pattern_matcher.py")
 _REMEMBERED = 64
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 _COMPARISONS = 20_000
-"""That many take some milliseconds."""
+"""Comparing this often takes some milliseconds."""
 
 
 class PatternError(ValueError):

@@ -19,6 +19,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 """Bytes per element of the dtypes that can be served."""
 _LENGTH_BYTES = 8
+_PART_BYTES = 4 << 20
 _MAX_DIMENSIONS = 8
 _PICKLES = {
     b"PK\x03\x04": "a zip archive as torch.save writes it",
@@ -43,6 +44,16 @@ class TensorEntry:
 def invalid_weights(text: str) -> InvalidAdapter:
     """The error of a bad weights file."""
     return InvalidAdapter(f"{WEIGHTS_FILE}: {text}", field=WEIGHTS_FILE)
+
+
+def read_parts(file: BinaryIO, entry: TensorEntry) -> Iterator[tuple[int, bytes]]:
+    """A tensor's bytes in parts of bounded size, each with its place in the file.
+
+    Nothing else may move in `file` meanwhile.
+    """
+    file.seek(entry.begin)
+    for begin in range(entry.begin, entry.end, _PART_BYTES):
+        yield begin, file.read(min(_PART_BYTES, entry.end - begin))
 
 
 def read_header(path: Path, limits: Limits) -> dict[str, TensorEntry]:

@@ -18,7 +18,7 @@ class Scratch:
 
     @contextmanager
     def room(self, size_bytes: int) -> Iterator[Path]:
-        """A directory for so many bytes; it goes away, whatever happens. Raises Overloaded."""
+        """A directory with room for these bytes, removed in the end. Raises Overloaded."""
         if self._promised + size_bytes > shutil.disk_usage(self._parent).free:
             raise Overloaded(
                 f"the server's disk has no room for {size_bytes:,} bytes beside the uploads under "

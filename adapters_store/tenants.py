@@ -20,7 +20,7 @@ from granatum.adapters_store.catalog_json import CatalogDamaged, decode, encode
 from granatum.adapters_store.names import check_name, is_digest, is_name
 from granatum.adapters_store.objects import Objects, Stored
 from granatum.adapters_store.strays import Strays, epoch_in
-from granatum.v1.errors import Unavailable
+from granatum.v1.errors import RETRY_AFTER_S, Unavailable
 
 PREFIX = "tenants"
 PUBLISHED_PREFIX = "published"
@@ -81,7 +81,7 @@ class Tenants:
         raise Unavailable(
             "too many changes to this tenant's adapters at once: try again",
             reason="STORE_CONTENTION",
-            retry_after_s=1.0,
+            retry_after_s=RETRY_AFTER_S,
         )
 
     async def publishers(self, digest: str) -> list[str]:
@@ -131,13 +131,13 @@ class Tenants:
 
     async def _swap(self, tenant: str, known: _Known, changed: Catalog, revision: str) -> bool:
         # Hints first: a published digest must never be without one.
-        for digest in changed.published() - known.catalog.published():
+        for digest in changed.published - known.catalog.published:
             hint = f"{PUBLISHED_PREFIX}/{digest}/{tenant}/{self._epoch()}"
             await self._objects.put(hint, b"")
         data = await _encoded(changed, revision)
         stored = await self._objects.swap(_key(tenant), data, known.stored)
         if stored is None:
-            # A write whose answer got lost is tried again by obstore and meets itself.
+            # obstore writes again if the answer is lost; then the second write meets the first.
             stored = await self._objects.get(_key(tenant))
             if stored is None or (await _decoded(stored.data, tenant))[1] != revision:
                 return False

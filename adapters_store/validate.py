@@ -14,12 +14,16 @@ from granatum.adapters_store.limits import RANK_STEP, Fleet, Limits
 from granatum.adapters_store.magnitude import check_magnitudes
 from granatum.adapters_store.names import shown
 from granatum.adapters_store.peft_config import CONFIG_FILE, ModuleSpec, PeftConfig, tensor_name
-from granatum.adapters_store.safetensors_file import TensorEntry, invalid_weights, read_header
+from granatum.adapters_store.safetensors_file import (
+    TensorEntry,
+    invalid_weights,
+    read_header,
+    read_parts,
+)
 from granatum.v1.errors import InvalidAdapter
 
 Modules = Mapping[tuple[int, str], ModuleSpec]
 
-_SCAN_BYTES = 4 << 20
 # A float is NaN or infinite if every bit of its exponent is set.
 _EXPONENTS = {
     "F32": ("<u4", 0x7F800000),
@@ -187,9 +191,7 @@ def _check_finite(weights: Path, entries: Mapping[str, TensorEntry]) -> None:
 
 def _first_not_finite(file: BinaryIO, entry: TensorEntry) -> int | None:
     word, exponent = _EXPONENTS[entry.dtype]
-    file.seek(entry.begin)
-    for begin in range(entry.begin, entry.end, _SCAN_BYTES):
-        data = file.read(min(_SCAN_BYTES, entry.end - begin))
+    for begin, data in read_parts(file, entry):
         words: npt.NDArray[np.unsignedinteger] = np.frombuffer(data, word)
         bad = np.flatnonzero((words & exponent) == exponent)
         if bad.size:

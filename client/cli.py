@@ -18,7 +18,7 @@ from granatum.client.box import ADMIN, Box
 from granatum.client.health import is_serving
 from granatum.client.layout import Layout
 from granatum.v1.errors import GranatumError, InvalidRequest
-from granatum.v1.transport import is_loopback
+from granatum.v1.transport import Tls, is_loopback
 
 app = typer.Typer(
     help="Serve many tenants' LoRA adapters from one base model.",
@@ -31,6 +31,12 @@ app.add_typer(commands.adapters, name="adapters")
 app.add_typer(commands.runners, name="runners")
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
+_Cert = Annotated[Path | None, typer.Option(help="Serve clients with this certificate (PEM).")]
+_CertKey = Annotated[Path | None, typer.Option(help="The key of --tls-cert (PEM).")]
+_ClientsCa = Annotated[
+    Path | None, typer.Option(help="Demand clients' certificates of this CA (PEM).")
+]
+_Insecure = Annotated[bool, typer.Option("--insecure", help="Plaintext beyond this machine.")]
 _FOREIGN = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
@@ -65,16 +71,10 @@ def up(
     store: Annotated[
         str | None, typer.Option(help="Adapters' object store: s3://, gs://, az://, file://")
     ] = None,
-    tls_cert: Annotated[
-        Path | None, typer.Option(help="Serve clients with this certificate (PEM).")
-    ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="The key of --tls-cert (PEM).")] = None,
-    tls_ca: Annotated[
-        Path | None, typer.Option(help="Demand clients' certificates of this CA (PEM).")
-    ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Plaintext beyond this machine.")
-    ] = False,
+    tls_cert: _Cert = None,
+    tls_key: _CertKey = None,
+    tls_ca: _ClientsCa = None,
+    insecure: _Insecure = False,
     redis: Annotated[
         str | None, typer.Option(help="A Redis-protocol server; absent: an embedded Valkey.")
     ] = None,
@@ -88,7 +88,7 @@ def up(
         model=model.expanduser().resolve(),
         state=state.expanduser().resolve(),
         listen=listen,
-        tls=connection.tls_of(tls_ca, tls_cert, tls_key),
+        tls=_served_tls(tls_cert, tls_key, tls_ca),
         insecure=insecure,
         runners=runners,
         redis=redis,
@@ -96,9 +96,14 @@ def up(
         logs=logs and logs.expanduser().resolve(),
         runner_arguments=tuple(runner_arguments or ()),
     )
-    if layout.tls is not None and layout.tls.cert is None:
-        raise InvalidRequest("to demand clients' certificates (--tls-ca) give --tls-cert, too")
     asyncio.run(_serve(layout))
+
+
+def _served_tls(cert: Path | None, key: Path | None, ca: Path | None) -> Tls | None:
+    tls = Tls.given(cert, key, ca)
+    if tls is not None and tls.cert is None:
+        raise InvalidRequest("to demand clients' certificates (--tls-ca) give --tls-cert, too")
+    return tls
 
 
 async def _serve(layout: Layout) -> None:
@@ -167,7 +172,7 @@ def health(
     insecure: connection.Insecure = False,
 ) -> None:
     """Exit with 0 if a router or runner serves, with 1 if not."""
-    tls = connection.tls_of(tls_ca, tls_cert, tls_key)
+    tls = Tls.given(tls_cert, tls_key, tls_ca)
     with connection.named(address):
         serving = asyncio.run(is_serving(address, tls, insecure=insecure))
     typer.echo("serving" if serving else "not serving")

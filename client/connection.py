@@ -60,13 +60,8 @@ Insecure = Annotated[
 ]
 Timeout = Annotated[
     float | None,
-    typer.Option(help="Give up after so many seconds.", rich_help_panel=_PANEL),
+    typer.Option(help="Seconds after which to give up.", rich_help_panel=_PANEL),
 ]
-
-
-def tls_of(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
-    """TLS if any of its files is given."""
-    return Tls(cert=cert, key=key, ca=ca) if ca or cert or key else None
 
 
 def connect(
@@ -79,7 +74,7 @@ def connect(
     timeout: Timeout = None,
 ) -> Client:
     """A client of the router that the command line or the environment names."""
-    tls = tls_of(tls_ca, tls_cert, tls_key)
+    tls = Tls.given(tls_cert, tls_key, tls_ca)
     return Client(address, key=key, tls=tls, insecure=insecure, timeout=timeout)
 
 

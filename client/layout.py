@@ -45,8 +45,8 @@ class Layout:
     def needs_loopback(self) -> bool:
         """Whether the box's runners need an address of their own to reach the router.
 
-        Certificates name what clients call the router, hardly 127.0.0.1; and where it listens on
-        one address of the machine, it does not listen on loopback.
+        A certificate names the router as clients call it, and hardly as 127.0.0.1. A router that
+        listens on another address of the machine does not listen on loopback.
         """
         return self.tls is not None or not is_loopback(self.listen)
 

@@ -13,7 +13,7 @@ from granatum.adapters_store.incoming import FileDeclaration, UploadHeader
 from granatum.adapters_store.manifest import Manifest
 from granatum.adapters_store.store import AdapterStore
 from granatum.router.access import current_tenant
-from granatum.router.uploads import Pace, Rooms, Seats, discard, paced
+from granatum.router.uploads import MAX_HEARD_OUT, Pace, Rooms, Seats, discard, paced
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.adapters_pb2_grpc import AdapterServiceServicer
 from granatum.v1.cluster_pb2 import RunnerStatus
@@ -46,6 +46,7 @@ class Adapters(AdapterServiceServicer):
         self._store = store
         self._rooms = Rooms(runners)
         self._seats = Seats()
+        self._heard_out = asyncio.Semaphore(MAX_HEARD_OUT)
         self._pace = pace
 
     async def UploadAdapter(
@@ -56,7 +57,9 @@ class Adapters(AdapterServiceServicer):
         try:
             manifest, created = await self._upload(current_tenant(), arriving)
         except GranatumError:
-            await discard(arriving)
+            if not self._heard_out.locked():
+                async with self._heard_out:
+                    await discard(arriving)
             raise
         return pb.UploadAdapterResponse(adapter=_adapter(manifest), created=created)
 

@@ -25,6 +25,7 @@ from granatum.router.placement import (
 )
 from granatum.router.registry import Registry
 from granatum.v1.errors import (
+    RETRY_AFTER_S,
     DeadlineExceeded,
     GranatumError,
     Overloaded,
@@ -36,7 +37,6 @@ T = TypeVar("T")
 
 _POLL_S = 0.5
 _RETRY_S = 0.2
-_RETRY_AFTER_S = 1.0
 
 
 class Admission:
@@ -125,8 +125,7 @@ class Admission:
 
     async def _attempt(self, request: PlacementRequest, give_up: float) -> Outcome:
         def place() -> Coroutine[object, object, Outcome]:
-            avoid = {*request.avoid, *self._unreachable()}
-            return self._registry.place(replace(request, avoid=avoid))
+            return self._registry.place(replace(request, avoid=self._unreachable()))
 
         brought = Lease(LeaseKind.SEQUENCE, request.entry or "", request.id)
         return await self._insist(place, brought, give_up)
@@ -208,16 +207,16 @@ def _waiting(request: PlacementRequest, outcome: Outcome) -> Waiting:
     match outcome:
         case Full():
             raise Overloaded(
-                "every runner is busy and the queue is full: try again later",
+                "every runner is busy and the queue is full (--max-queue): try again later",
                 reason="QUEUE_FULL",
-                retry_after_s=_RETRY_AFTER_S,
+                retry_after_s=RETRY_AFTER_S,
             )
         case TenantFull():
             raise Overloaded(
                 f"your tenant has {outcome.limit} requests in the queue, as many as it may "
                 "(--max-queued-per-tenant): wait for some to run",
                 reason="TENANT_QUEUE",
-                retry_after_s=_RETRY_AFTER_S,
+                retry_after_s=RETRY_AFTER_S,
             )
         case Unservable():
             raise _unservable(request, outcome)
@@ -247,16 +246,16 @@ def _too_late(outcome: Waiting) -> GranatumError:
             "your tenant ran as many requests as it may at a time (--max-running-per-tenant) until "
             "the deadline: wait for one to end",
             reason="TENANT_RUNNING",
-            retry_after_s=_RETRY_AFTER_S,
+            retry_after_s=RETRY_AFTER_S,
         )
     if isinstance(outcome, Queued | Limited) and outcome.live_runners:
         return Overloaded(
             "every runner was busy until the deadline: try again later",
             reason="QUEUE_TIMEOUT",
-            retry_after_s=_RETRY_AFTER_S,
+            retry_after_s=RETRY_AFTER_S,
         )
     return Unavailable(
         "no runner is within reach: try again, and see to the runners if it lasts",
         reason="NO_RUNNER",
-        retry_after_s=_RETRY_AFTER_S,
+        retry_after_s=RETRY_AFTER_S,
     )

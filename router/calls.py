@@ -10,9 +10,7 @@ import structlog
 
 from granatum.router.quotas import Quotas
 from granatum.v1.error_interceptor import abort
-from granatum.v1.errors import GranatumError, Overloaded, Unavailable
-
-_RETRY_AFTER_S = 1.0
+from granatum.v1.errors import RETRY_AFTER_S, GranatumError, Overloaded, Unavailable
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -88,7 +86,7 @@ class Call:
                 f"the client read nothing for {self._unread_s:g} s and was cut: read the stream "
                 "as it comes, or ask again with fewer tokens",
                 reason="SLOW_READER",
-                retry_after_s=_RETRY_AFTER_S,
+                retry_after_s=RETRY_AFTER_S,
             )
         )
 
@@ -116,7 +114,7 @@ class Calls:
 
     @contextmanager
     def open(self, tenant: str, size: int, context: Context) -> Iterator[Call]:
-        """A call of a tenant whose request has `size` bytes. Raises Overloaded."""
+        """A tenant's call with a request of `size` bytes. Raises Overloaded."""
         self._quotas.acquire(tenant, size)
 
         def done() -> None:
@@ -137,7 +135,7 @@ class Calls:
                 Unavailable(
                     "this router stops: try again, at another one if there is one",
                     reason="ROUTER_STOPPING",
-                    retry_after_s=_RETRY_AFTER_S,
+                    retry_after_s=RETRY_AFTER_S,
                 )
             )
 

@@ -99,8 +99,8 @@ class RunnerRegistry(RegistryServiceServicer):
         """Take a runner out."""
         _check_id(request.runner_id)
         _check_length("instance", request.instance, _LONGEST["instance"])
-        await self._registry.deregister(request.runner_id, request.instance)
-        log.info("runner gone", runner=request.runner_id)
+        if await self._registry.deregister(request.runner_id, request.instance):
+            log.info("runner gone", runner=request.runner_id)
         return DeregisterResponse()
 
     def _check_model(self, runner: Runner) -> None:

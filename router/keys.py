@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import secrets
 import sys
 import time
@@ -29,14 +28,13 @@ from typing import Any
 
 import structlog
 
-from granatum.adapters_store.names import check_name
+from granatum.adapters_store.names import check_name, is_digest
 from granatum.v1.errors import GranatumError, InvalidRequest, NotFound
 from granatum.v1.validation import MAX_PRIORITY
 
 _CHECK_S = 1.0
 _PREFIX = "gk-"
 _SHORTEST = 8
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 log = structlog.get_logger(__name__)
 
@@ -121,7 +119,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     try:
         records = json.loads(path.read_text(encoding="utf-8"))["keys"]
         for record in records:
-            if _SHA256.fullmatch(record["sha256"]) is None:
+            if not is_digest(record["sha256"]):
                 raise ValueError("sha256 is not 64 hexadecimal digits")
             _identity(record)
     except (OSError, ValueError, KeyError, TypeError, InvalidRequest) as error:

@@ -42,7 +42,8 @@ local releases = {
   entry = function(l) leave(l.member) end,
 }
 
--- Whatever a `place` did whose answer nobody has; one that is still on its way will do nothing.
+-- Undo whatever a `place` did, if its answer was lost. If the call is still on its way, it will do
+-- nothing.
 function releases.sequence(l, lease_ms)
   local record = key('sequence', l.member)
   local s = redis.call('HMGET', record, 'runner', 'pages', 'tenant', 'entry')

@@ -18,8 +18,8 @@ log = structlog.get_logger(__name__)
 class Leases:
     """Renews what is held and lets go in the background, many leases to a call.
 
-    Letting go never waits and never fails: while the registry is away it is tried again, until the
-    lease has lapsed anyway.
+    Letting go never waits and never fails: while the registry is away it is tried again until the
+    lease lapses by itself.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -53,7 +53,7 @@ class Leases:
             self.abandon(lease)
 
     def abandon(self, lease: Lease) -> None:
-        """Let go of what the registry may have granted, by a call whose answer nobody has."""
+        """Let go of what the registry may have granted by a call, if its answer was lost."""
         self._held.discard(lease)
         lapses = asyncio.get_running_loop().time() + self._registry.lease_s
         self._released[lease] = lapses

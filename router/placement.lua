@@ -27,8 +27,8 @@ local function serves(f, r)
     and (f.max_elements == 0 or r.elements <= f.max_elements)
 end
 
--- Nil if a runner could serve a request's adapter, else the fleet's largest rank and size. Asked of
--- newcomers alone: what was admitted before waits for a runner that may come back.
+-- Nil if a runner could serve a request's adapter, else the fleet's largest rank and size. Only
+-- newcomers are refused by it: a sequence that was admitted waits for a runner that may come back.
 local function beyond(fleet, r)
   local rank, elements, any = 0, 0, false
   for _, f in ipairs(fleet) do
@@ -47,7 +47,8 @@ local function has_room(f, tokens)
   return f.size < f.max_batch and (f.size == 0 or f.available >= f.pages)
 end
 
--- Those that just sent the sequence back come last, those that cannot load adapters before them.
+-- Runners that just sent the sequence back come last. Before them come those that cannot load
+-- adapters, if it needs one.
 local function reluctance(f, r, exclude)
   return (exclude[f.id] and 2 or 0) + (r.adapter and f.trouble and 1 or 0)
 end
@@ -86,7 +87,8 @@ local function reserve(runner, member, tenant, lease_ms)
   end
 end
 
--- The same call again, whose answer was lost, gets the same answer while its reservation holds.
+-- The same call may come again, because its answer was lost. It gets the same answer while the
+-- reservation holds.
 local function again(r, asked, runner, asked_before, entry, pages)
   if not runner or asked_before ~= asked then return nil end
   local ends = tonumber(redis.call('ZSCORE', key('reserved', runner), r.id) or '0')

@@ -30,9 +30,9 @@ class PlacementRequest:
     adapter: bool = False
     """Whether it needs an adapter."""
     rank: int = 0
-    """Of its adapter; a runner whose limit is lower is never taken."""
+    """Of its adapter; a runner with a lower limit is never taken."""
     elements: int = 0
-    """Of its adapter; a runner without room for as many is never taken."""
+    """Of its adapter; a runner without room for them is never taken."""
 
 
 class LeaseKind(Enum):
@@ -42,7 +42,7 @@ class LeaseKind(Enum):
     ENTRY = "entry"
     CLAIM = "claim"
     SEQUENCE = "sequence"
-    """Whatever a placement brought whose answer nobody has. It is released and never renewed."""
+    """Whatever a placement brought, if its answer was lost. It is released and never renewed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Lease:
     pages: int = 0
     """Reserved pages, given back with a reservation."""
     tenant: str = ""
-    """Of a reservation: whose bound on running requests it counts against."""
+    """Of a reservation: the tenant that has one running request more by it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from granatum.v1.errors import Overloaded
-
-_RETRY_AFTER_S = 1.0
+from granatum.v1.errors import RETRY_AFTER_S, Overloaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,4 +71,4 @@ class Quotas:
 
 
 def _over(reason: str, message: str) -> Overloaded:
-    return Overloaded(message, reason=reason, retry_after_s=_RETRY_AFTER_S)
+    return Overloaded(message, reason=reason, retry_after_s=RETRY_AFTER_S)

@@ -35,7 +35,7 @@ from granatum.router.placement import (
     Unservable,
 )
 from granatum.v1.cluster_pb2 import Runner, RunnerStatus
-from granatum.v1.errors import InvalidRequest, PreconditionFailed, Unavailable
+from granatum.v1.errors import RETRY_AFTER_S, InvalidRequest, PreconditionFailed, Unavailable
 
 _PARTS = ("registry", "queue", "placement", "leases", "runners")
 _DISPATCH = "return {number, commands[command](unpack(ARGV, 3))}"
@@ -170,9 +170,9 @@ class Registry:
                 raise _duplicate(runner, said.decode())
             return bool(said)
 
-    async def deregister(self, runner_id: str, instance: str = "") -> None:
-        """Forget a runner, and that it was to drain; unless another process has its id now."""
-        await self._run("deregister", runner_id, instance)
+    async def deregister(self, runner_id: str, instance: str = "") -> bool:
+        """Forget a runner, and that it was to drain; False if another process has its id now."""
+        return await self._flag("deregister", runner_id, instance)
 
     async def alive(self, runner_id: str) -> bool:
         """Whether a runner's lease holds."""
@@ -289,7 +289,7 @@ def _translated() -> Iterator[None]:
         raise Unavailable(
             "the registry does not answer: try again, and see to the Redis server if it lasts",
             reason="REGISTRY_UNAVAILABLE",
-            retry_after_s=1.0,
+            retry_after_s=RETRY_AFTER_S,
         ) from error
 
 

@@ -32,10 +32,11 @@ class Unread(Exception):
 class RemoteSequence:
     """A sequence's news pile up here until they are received, by one receiver.
 
-    `cancel` has the runner forget it. `release` gives its room there back, as soon as it needs none
-    and not when the receiver hears of it: a client decides when that is. It may be called twice.
+    `cancel` has the runner forget it. `release` gives its room there back, and may be called twice.
+    It is called when the runner is done with the sequence, not when the receiver hears of that: a
+    client that does not read must hold no room.
 
-    Every token passes here, so waiting takes one future, and its limit one timer every so often.
+    Every token passes here, so a wait costs one future, and one timer watches many waits.
     """
 
     def __init__(self, cancel: Callable[[], None], release: Callable[[], None]) -> None:

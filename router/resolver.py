@@ -8,15 +8,13 @@ import structlog
 
 from granatum.adapters_store.store import AdapterStore
 from granatum.router.deadline import Deadline
-from granatum.v1.errors import DeadlineExceeded, GranatumError, Unavailable
+from granatum.v1.errors import RETRY_AFTER_S, DeadlineExceeded, GranatumError, Unavailable
 
 _KNOWN = 20_000
 _ANSWER_S = 2.0
 """How long the store may take when an older answer would do."""
 _MEMORY_S = 5.0
 """How old an answer may be that serves while the store is away, from when the store gave it."""
-_AWAY_S = 1.0
-"""When to try again while it is."""
 
 log = structlog.get_logger(__name__)
 
@@ -101,7 +99,7 @@ class Resolver:
             raise Unavailable(
                 "the adapter store did not answer in time: try again",
                 reason="STORE_AWAY",
-                retry_after_s=_AWAY_S,
+                retry_after_s=RETRY_AFTER_S,
             ) from error
         log.warning("adapter store is away, an older answer serves", adapter=known.name)
         return known

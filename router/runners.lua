@@ -1,22 +1,24 @@
 -- Which runners there are: the part of registry.lua that hears them.
 
--- Where another process with this id lives. One that came back to its own address is no rival: two
--- cannot listen there.
+local function alive(id)
+  return tonumber(redis.call('ZSCORE', RUNNERS, id) or '0') > now
+end
+
+-- The address of another live process with this id. A process that came back to its own address is
+-- no rival: two cannot listen there.
 local function rival(f)
-  if (tonumber(redis.call('ZSCORE', RUNNERS, f.id) or '0')) <= now or f.instance == '' then
-    return nil
-  end
+  if f.instance == '' or not alive(f.id) then return nil end
   local s = redis.call('HMGET', key('runner', f.id), 'instance', 'address')
   if not s[1] or s[1] == '' or s[1] == f.instance or s[2] == f.address then return nil end
   return s[2]
 end
 
--- A draining runner that nobody knows was drained before the server lost its memory.
+-- A runner that drains and is new here was drained before the server lost its memory.
 function commands.heartbeat(lease_ms, figures, record)
   local f = cjson.decode(figures)
   local other = rival(f)
   if other then return {'duplicate', other} end
-  local known = tonumber(redis.call('ZSCORE', RUNNERS, f.id) or '0') > now
+  local known = alive(f.id)
   local drain = key('drain', f.id)
   if f.draining and not known then redis.call('SET', drain, '1') end
   redis.call('HSET', key('runner', f.id), 'record', record, 'address', f.address, 'beat', now,
@@ -31,16 +33,13 @@ function commands.heartbeat(lease_ms, figures, record)
   return {'registered', redis.call('PEXPIRE', drain, DRAIN_MS)}
 end
 
--- Only by the process that registered, where both say which one they are.
+-- Whether a runner was taken out: only the process that registered may do so, where both say which
+-- one they are.
 function commands.deregister(id, instance)
   local registered = redis.call('HGET', key('runner', id), 'instance') or ''
-  if instance ~= '' and registered ~= '' and instance ~= registered then return end
+  if instance ~= '' and registered ~= '' and instance ~= registered then return 0 end
   redis.call('DEL', key('runner', id), key('drain', id))
-  redis.call('ZREM', RUNNERS, id)
-end
-
-local function alive(id)
-  return tonumber(redis.call('ZSCORE', RUNNERS, id) or '0') > now
+  return redis.call('ZREM', RUNNERS, id)
 end
 
 function commands.alive(id) return alive(id) and 1 or 0 end

@@ -23,6 +23,9 @@ _CONNECT_S = 3.0
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 2.0
 _PINGS_PER_SILENCE = 5
+"""At least."""
+_PING_S = 1.0
+"""At most between two pings: a runner takes a router that says nothing for 10 s for dead."""
 
 Connect = Callable[[str], grpc.aio.Channel]
 
@@ -47,7 +50,8 @@ class Session:
         """It is to close with the last of its sequences."""
         self._channel = channel
         self._cluster_key = cluster_key
-        self._ping_s = silence_s / _PINGS_PER_SILENCE
+        self._ping_s = min(_PING_S, silence_s / _PINGS_PER_SILENCE)
+        self._pings = round(silence_s / self._ping_s)
         self._unanswered = 0
         self._broken = False
         self._commands: asyncio.Queue[SessionRequest | None] = asyncio.Queue()
@@ -118,7 +122,7 @@ class Session:
         Pings are counted instead of seconds: where this process itself stood still, the runner's
         words may lie unread.
         """
-        while self._unanswered < _PINGS_PER_SILENCE:
+        while self._unanswered < self._pings:
             self._unanswered += 1
             self._commands.put_nowait(SessionRequest(ping=Ping()))
             await asyncio.sleep(self._ping_s)

@@ -3,20 +3,26 @@
 from dataclasses import dataclass, field
 
 from granatum.v1 import runner_pb2
-from granatum.v1.errors import GranatumError, Internal, Overloaded, Unavailable, from_code
+from granatum.v1.errors import (
+    RETRY_AFTER_S,
+    GranatumError,
+    Internal,
+    Overloaded,
+    Unavailable,
+    from_code,
+)
 from granatum.v1.runner_pb2 import SequenceFailure, SequenceOutput
 
 _EXCLUDE_S = 2.0
 _LOAD_EXCLUDE_S = 30.0
 _FIRST_DELAY_S = 0.02
 _LONGEST_DELAY_S = 1.0
-_RETRY_AFTER_S = 1.0
 _FATAL_LOSSES = 4
-"""So many runners in a row lost while this sequence ran alone there, and it is the cause."""
+"""Runners lost in a row while this sequence ran alone on them: then it is the cause."""
 _FATAL_BLAMES = 2
-"""So many engines failed in steps that computed this sequence alone, and it is the cause."""
+"""Engines that failed in steps that computed this sequence alone: then it is the cause."""
 _FATAL_LOADS = 3
-"""So many runners in a row could not load the adapter, and the others are not asked."""
+"""Runners in a row that could not load the adapter: then no other one is asked."""
 
 
 class FailedLoads:
@@ -116,5 +122,5 @@ def error_of(failure: SequenceFailure) -> GranatumError:
     """A runner's verdict, as the client gets it."""
     error = from_code(failure.code, failure.message, failure.reason, failure.field)
     if isinstance(error, Unavailable | Overloaded):
-        error.retry_after_s = _RETRY_AFTER_S
+        error.retry_after_s = RETRY_AFTER_S
     return error

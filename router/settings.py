@@ -10,8 +10,8 @@ from granatum.router.quotas import Bounds
 from granatum.router.stream import Patience
 from granatum.v1.transport import Tls
 
-_UNDIVIDED = 16
-"""A queue up to this length may be one tenant's; each other tenant still has a first place."""
+_LEAST_SHARE = 16
+"""Half of a short queue would be too few requests for a tenant that is alone."""
 
 
 class Settings(BaseSettings):
@@ -43,9 +43,17 @@ class Settings(BaseSettings):
         description="the secret that routers and runners share; rather set GRANATUM_CLUSTER_KEY",
     )
 
-    max_queue: int = Field(1024, ge=0, description="the most requests that wait for a runner")
+    max_queue: int = Field(
+        1024,
+        ge=0,
+        description="the most requests that wait for a runner; twice as many, where each more is a "
+        "tenant's only one",
+    )
     max_queued_per_tenant: int = Field(
-        512, ge=0, description="of those the most of one tenant; never over half of a long queue"
+        512,
+        ge=0,
+        description="the most waiting requests of one tenant; never over half of --max-queue or "
+        "16, whichever is more",
     )
     max_running_per_tenant: int = Field(
         0, ge=0, description="the most requests of one tenant that run at a time; 0: no bound"
@@ -54,13 +62,13 @@ class Settings(BaseSettings):
         60.0, gt=0, description="seconds that a request without a deadline waits for a runner"
     )
     stall_s: float = Field(
-        5.0, gt=0, description="seconds without a token after which a runner is looked after"
+        5.0, gt=0, description="seconds without a token until the runner's lease is looked at"
     )
     idle_s: float = Field(
         600.0, gt=0, description="seconds without a token after which a stream is given up"
     )
     silence_s: float = Field(
-        5.0, gt=0, description="seconds without a word after which a link to a runner is dead"
+        5.0, ge=2, description="seconds without a word after which a link to a runner is dead"
     )
     unread_s: float = Field(
         60.0, gt=0, description="seconds after which a client that reads nothing is cut"
@@ -70,7 +78,7 @@ class Settings(BaseSettings):
         1024, gt=0, description="the most open streams of one tenant on this router"
     )
     max_request_bytes_per_tenant: int = Field(
-        64 << 20, gt=0, description="the most bytes of one tenant's requests on this router"
+        64 << 20, gt=0, description="the most bytes of one tenant's open requests on this router"
     )
     heartbeat_s: float = Field(1.0, gt=0, description="seconds between a runner's heartbeats")
     lease_s: float = Field(
@@ -85,7 +93,7 @@ class Settings(BaseSettings):
         DEFAULT_LIMITS.max_bytes, gt=0, description="the largest adapter_model.safetensors to take"
     )
     max_adapter_rank: int = Field(
-        DEFAULT_LIMITS.max_rank, gt=0, le=256, description="the highest rank"
+        DEFAULT_LIMITS.max_rank, gt=0, le=256, description="the highest rank of an adapter to take"
     )
     max_adapter_versions: int = Field(
         DEFAULT_LIMITS.max_versions, gt=0, description="the most versions that one tenant may keep"
@@ -94,7 +102,7 @@ class Settings(BaseSettings):
         DEFAULT_LIMITS.max_aliases, gt=0, description="the most aliases that one tenant may keep"
     )
     max_adapter_bytes_per_tenant: int = Field(
-        DEFAULT_LIMITS.max_tenant_bytes, gt=0, description="the most bytes that one may store"
+        DEFAULT_LIMITS.max_tenant_bytes, gt=0, description="the most bytes that one tenant may keep"
     )
 
     tls_cert: Path | None = Field(None, description="PEM certificate to serve with")
@@ -125,7 +133,7 @@ class Settings(BaseSettings):
     @property
     def tenants_queue(self) -> int:
         """The most requests of one tenant in the queue: a part, so that none fills it alone."""
-        return min(self.max_queued_per_tenant, max(self.max_queue // 2, _UNDIVIDED))
+        return min(self.max_queued_per_tenant, max(self.max_queue // 2, _LEAST_SHARE))
 
     @property
     def limits(self) -> Limits:

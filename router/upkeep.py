@@ -13,7 +13,7 @@ log = structlog.get_logger(__name__)
 async def keep_up(work: Callable[[], Awaitable[None]], name: str) -> None:
     """Do `work` until cancelled; should it fail, say so and begin it again after a second.
 
-    So that one bad answer of a server, or one bad object in a store, does not end a router.
+    One bad answer of a server, or one bad object in a store, must not end a router.
     """
     while True:
         try:

@@ -13,6 +13,8 @@ from granatum.v1.errors import DeadlineExceeded, Overloaded, Unavailable
 
 MAX_OF_TENANT = 4
 MAX_IN_ALL = 64
+MAX_HEARD_OUT = 16
+"""Refused uploads of which the rest is taken at a time: each holds a message."""
 _FRESH_S = 1.0
 _RETRY_AFTER_S = 2.0
 _DISCARD_S = 2.0
@@ -20,12 +22,14 @@ _DISCARD_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast an upload must come: bytes at least every so often, and so many on average."""
+    """How fast an upload must come."""
 
     stall_s: float = 30.0
+    """The longest wait for the next bytes."""
     grace_s: float = 60.0
-    """The average counts from then on."""
+    """From then on the average counts."""
     bytes_per_s: float = 64 << 10
+    """On average."""
 
 
 class Seats:
@@ -56,14 +60,16 @@ class Rooms:
         self._runners = runners
         self._fleet: Fleet = ()
         self._asked = float("-inf")
+        self._asking = asyncio.Lock()
 
     async def fleet(self) -> Fleet:
         """Each runner's room; nothing while no runner lives or the registry is away."""
-        now = asyncio.get_running_loop().time()
-        if now - self._asked > _FRESH_S:
-            self._asked = now
-            self._fleet = await self._ask()
-        return self._fleet
+        async with self._asking:
+            now = asyncio.get_running_loop().time()
+            if now - self._asked > _FRESH_S:
+                self._fleet = await self._ask()
+                self._asked = now
+            return self._fleet
 
     async def _ask(self) -> Fleet:
         try:

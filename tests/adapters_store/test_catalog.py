@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from uploading import BASE, Clock, put
@@ -85,26 +86,26 @@ def test_what_is_just_deleted_is_remembered() -> None:
 
 
 LARGE = _catalog(5_000, 1_000)
-STEPS: dict[str, Callable[[], object]] = {
-    "a page": lambda: [
-        LARGE.aliases_of(name, version.version)
-        for (name, version), _ in zip(LARGE.versions_after("bot", 9), range(1000), strict=False)
+STEPS: dict[str, Callable[[Catalog], object]] = {
+    "a page": lambda c: [
+        c.aliases_of(name, version.version)
+        for (name, version), _ in zip(c.versions_after("bot", 9), range(1000), strict=False)
     ],
-    "an alias": lambda: LARGE.set_alias("a0001", "bot", 77, DEFAULT_LIMITS).aliases_of("bot", 77),
-    "a digest": lambda: LARGE.find_digest(_version(1, 7).digest),
-    "a deletion": lambda: LARGE.delete("bot", None, 1.0),
-    "an upload": lambda: LARGE.add_version("bot", _version(0, 1), DEFAULT_LIMITS),
-    "the published": lambda: LARGE.published(),
+    "an alias": lambda c: c.set_alias("a0001", "bot", 77, DEFAULT_LIMITS).aliases_of("bot", 77),
+    "a digest": lambda c: c.find_digest(_version(1, 7).digest),
+    "a deletion": lambda c: c.delete("bot", None, 1.0),
+    "an upload": lambda c: c.add_version("bot", _version(0, 1), DEFAULT_LIMITS),
+    "the published": lambda c: c.published,
 }
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_on_a_large_catalog_is_short(step: str) -> None:
     """Some milliseconds; seconds where something is looked for once per version."""
-    STEPS[step]()
+    fresh = replace(LARGE)  # nothing is derived of it yet
     begun = time.process_time()
-    STEPS[step]()
-    assert time.process_time() - begun < 0.05
+    STEPS[step](fresh)
+    assert time.process_time() - begun < 0.1
 
 
 async def test_a_large_catalog_is_listed_page_by_page() -> None:

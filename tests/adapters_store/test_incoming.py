@@ -39,8 +39,9 @@ async def test_limits(objects: Objects) -> None:
     store = AdapterStore(objects, BASE, Limits(max_versions=2))
     await put(store, "acme", "a")
     await put(store, "acme", "b")
-    with pytest.raises(Overloaded, match="delete old ones"):
+    with pytest.raises(Overloaded, match=r"--max-adapter-versions.* delete old ones") as refused:
         await put(store, "acme", "c")
+    assert refused.value.reason == "TENANT_VERSIONS"
     await store.delete("acme", "a")
     await put(store, "acme", "c")
 
@@ -52,8 +53,9 @@ async def test_a_tenant_s_bytes_are_bounded(objects: Objects, clock: Clock) -> N
     await put(store, "acme", "a", 1)
     await put(store, "acme", "b", 2)
     await put(store, "acme", "c", 2)  # equal bytes count once
-    with pytest.raises(Overloaded, match=f"{limits.max_tenant_bytes:,} bytes"):
+    with pytest.raises(Overloaded, match=f"{limits.max_tenant_bytes:,} bytes") as refused:
         await put(store, "acme", "d", 4)
+    assert refused.value.reason == "TENANT_STORED_BYTES"
     await put(store, "other", "d", 4)
     await store.delete("acme", "a")
     with pytest.raises(Overloaded, match="count for another hour"):
@@ -70,11 +72,18 @@ async def test_deleting_is_no_way_around_the_limit_of_versions(
     for seed in range(4):
         await put(store, "acme", "a", seed)
         await store.delete("acme", "a")
-    with pytest.raises(Overloaded, match="2 deleted versions"):
+    with pytest.raises(Overloaded, match="4 deleted versions"):
         await put(store, "acme", "a", 4)
     clock.pass_hours(3)
     await store.collect_garbage()
     assert (await put(store, "acme", "a", 4)).version == 5
+
+
+async def test_bytes_that_are_there_may_come_again_whatever_the_limits(objects: Objects) -> None:
+    size = len(good_upload(SHAPE).data)
+    store = AdapterStore(objects, BASE, Limits(max_versions=1, max_tenant_bytes=2 * size))
+    assert (await put(store, "acme", "a", 1)).version == 1
+    assert (await put(store, "acme", "a", 1)).version == 1
 
 
 async def test_a_tenant_s_aliases_are_bounded(objects: Objects) -> None:
@@ -82,8 +91,9 @@ async def test_a_tenant_s_aliases_are_bounded(objects: Objects) -> None:
     await put(store, "acme", "a")
     await store.set_alias("acme", "x", "a")
     await store.set_alias("acme", "y", "a")
-    with pytest.raises(Overloaded, match="2 aliases"):
+    with pytest.raises(Overloaded, match="2 aliases") as refused:
         await store.set_alias("acme", "z", "a")
+    assert refused.value.reason == "TENANT_ALIASES"
     await store.set_alias("acme", "y", "a@1")
     await store.delete_alias("acme", "x")
     await store.set_alias("acme", "z", "a")

@@ -44,6 +44,20 @@ def test_the_makefiles_extra_holds_both_services() -> None:
     assert 'box = ["granatum[router,runner]"' in project
 
 
+def floor(package: str) -> str:
+    """The lowest version of a package that pyproject.toml allows."""
+    found = re.search(rf'"{package}>=([0-9.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert found is not None
+    return found.group(1)
+
+
+def test_the_lowest_versions_allowed_can_import_the_stubs() -> None:
+    for stubs in (ROOT / "protos").rglob("*_pb2_grpc.py"):
+        assert f"GRPC_GENERATED_VERSION = '{floor('grpcio')}'" in stubs.read_text()
+    for stubs in (ROOT / "protos").rglob("*_pb2.py"):
+        assert f"# Protobuf Python Version: {floor('protobuf')}\n" in stubs.read_text()
+
+
 @pytest.fixture(scope="module")
 def compose() -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())

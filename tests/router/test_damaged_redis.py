@@ -114,8 +114,14 @@ async def test_a_router_outlasts_damaged_answers(
         router = await box.router()
         await box.runner("a", max_batch=8)
         for rubbish in DAMAGE.values():
-            wire.damage = lambda _, rubbish=rubbish: rubbish
-            await asyncio.sleep(0.2)
+            met = asyncio.Event()
+
+            def damage(_: bytes, rubbish: bytes = rubbish, met: asyncio.Event = met) -> bytes:
+                met.set()
+                return rubbish
+
+            wire.damage = damage
+            await asyncio.wait_for(met.wait(), 5)
         wire.damage = None
         assert not router.background.done()
         for prompt, answer in (await box.generate_many(4, 20)).items():

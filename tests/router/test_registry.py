@@ -474,11 +474,11 @@ async def test_one_of_two_processes_with_one_id_is_refused_and_told_of_both(
     assert first.address in refused.value.message
     assert second.address in refused.value.message
     assert "--runner-id" in refused.value.message
-    await registry.deregister("a", "2")
+    assert not await registry.deregister("a", "2")
     assert await registry.alive("a")
     await asyncio.sleep(0.06)
     await registry.heartbeat(second)
-    await registry.deregister("a", "2")
+    assert await registry.deregister("a", "2")
     assert not await registry.alive("a")
 
 

@@ -86,6 +86,14 @@ async def test_a_runner_without_news_but_signs_of_life_keeps_its_sequences() -> 
         assert await whole(sequence) == expected_ids("x", 5)
 
 
+async def test_a_router_speaks_every_second_however_patient_it_is() -> None:
+    async with runner(stalled=True) as there, sessions(silence_s=60) as opened:
+        opened.submit("a", there.address, submission(), nothing)
+        async with asyncio.timeout(5):
+            while there.pings < 3:
+                await asyncio.sleep(0.02)
+
+
 @pytest.mark.parametrize(("number", "alone"), [(1, True), (2, False)])
 async def test_only_a_sequence_that_was_alone_is_suspected_of_a_crash(
     number: int, alone: bool

@@ -1,10 +1,14 @@
-"""What settings make of what they are told."""
+"""What settings make of what they are told, and what the README tells of them."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from granatum.router.settings import Settings
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+UNITS = {"": 1, " MiB": 1 << 20, " GiB": 1 << 30, " TiB": 1 << 40, ": no bound": 1}
 
 
 @pytest.mark.parametrize(
@@ -23,3 +27,14 @@ def test_one_tenant_gets_at_most_half_of_a_long_queue(
     places = {"model-config": tmp_path, "cluster-key": "secret", "keys": tmp_path}
     settings = Settings(store="file:///nowhere", **places, **bounds)  # type: ignore[arg-type]
     assert settings.tenants_queue == part
+
+
+def test_the_readme_tells_every_limit_and_its_default() -> None:
+    rows = re.findall(r"^\| `--([a-z-]+)` \| ([\d,]+)([^|]*) \|", README.read_text(), re.MULTILINE)
+    told = {
+        name.replace("-", "_"): int(number.replace(",", "")) * UNITS[unit]
+        for name, number, unit in rows
+    }
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    assert told == {name: defaults[name] for name in told}
+    assert told.keys() >= {name for name in defaults if name.startswith("max_")}

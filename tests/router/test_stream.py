@@ -159,7 +159,9 @@ async def test_the_only_runner_gone_for_good_is_unavailable_with_a_hint(box: Box
 async def test_a_stream_waits_for_a_runner_to_come(box: Box) -> None:
     await box.router()
     stream = asyncio.create_task(box.generate("hello"))
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(5):
+        while not box.routers[0]._admission.waiting:
+            await asyncio.sleep(0.005)
     await box.runner("a")
     whole(box, {"hello": await stream}, 20)
 

@@ -10,16 +10,24 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from router_box import CLUSTER_KEY, Box
+from uploading import BASE
 from wire_adapters import adapter_files, error_of, upload, upload_requests
 
 from granatum.adapters_store.limits import Room
-from granatum.router import uploads
+from granatum.adapters_store.store import AdapterStore
+from granatum.router import access, uploads
 from granatum.router.adapters import Adapters
-from granatum.router.uploads import Pace, Rooms, Seats, paced
+from granatum.router.uploads import MAX_HEARD_OUT, Pace, Rooms, Seats, paced
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.cluster_pb2 import HeartbeatRequest, Runner, RunnerStatus
 from granatum.v1.cluster_pb2_grpc import RegistryServiceStub
-from granatum.v1.errors import DeadlineExceeded, InvalidAdapter, Overloaded, Unavailable
+from granatum.v1.errors import (
+    DeadlineExceeded,
+    InvalidAdapter,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 from granatum.v1.transport import bearer
 
 
@@ -86,11 +94,13 @@ async def test_what_the_fleet_serves_is_asked_once_a_second() -> None:
 
     async def runners() -> list[RunnerStatus]:
         asked.append(1)
+        await asyncio.sleep(0)
         return statuses
 
     rooms = Rooms(runners)
-    assert set(await rooms.fleet()) == {Room(8, 5), Room(0, 5)}
-    await asyncio.gather(*(rooms.fleet() for _ in range(100)))
+    for _ in range(2):  # at once, and a moment later
+        answers = await asyncio.gather(*(rooms.fleet() for _ in range(100)))
+        assert all(set(fleet) == {Room(8, 5), Room(0, 5)} for fleet in answers)
     assert len(asked) == 1
 
 
@@ -190,6 +200,30 @@ async def test_a_server_that_is_slow_itself_blames_nobody() -> None:
         seen += 1
         await asyncio.sleep(0.02)
     assert seen == 10
+
+
+async def test_refused_uploads_are_heard_out_a_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def none() -> list[RunnerStatus]:
+        return []
+
+    went_on = 0
+
+    async def sender() -> AsyncIterator[pb.UploadAdapterRequest]:
+        nonlocal went_on
+        yield _chunk(1)  # which is no header
+        went_on += 1
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(uploads, "_DISCARD_S", 0.1)
+    access._tenant.set("acme")
+    adapters = Adapters(AdapterStore.open("memory://", BASE), none)
+    context: Any = None
+    calls = [adapters.UploadAdapter(sender(), context) for _ in range(3 * MAX_HEARD_OUT)]
+    errors = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(error) for error in errors} <= {InvalidRequest, Overloaded}
+    assert went_on == MAX_HEARD_OUT
 
 
 async def test_a_stalled_upload_is_given_up_over_the_wire(

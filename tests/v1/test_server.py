@@ -7,8 +7,10 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc._cython import cygrpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from granatum.v1.server import _Server
 from granatum.v1.transport import build_server, listen
 
 HEADERS = {
@@ -48,16 +50,27 @@ def call(headers: dict[bytes, bytes]) -> bytes:
     return preface + frame(1, 4, 1, b"".join(fields)) + frame(0, 1, 1, bytes(5))
 
 
-@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
-async def test_hostile_headers_end_no_server(
-    change: dict[bytes, bytes], caplog: pytest.LogCaptureFixture
-) -> None:
+async def started() -> tuple[grpc.aio.Server, int]:
     server = build_server(())
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
     port = listen(server, "127.0.0.1:0")
     await server.start()
+    return server, port
+
+
+async def assert_serves(channel: grpc.aio.Channel) -> None:
+    stub = health_pb2_grpc.HealthStub(channel)
+    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
+async def test_hostile_headers_end_no_server(
+    change: dict[bytes, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    server, port = await started()
     for _ in range(2):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(call(HEADERS | change))
@@ -65,10 +78,29 @@ async def test_hostile_headers_end_no_server(
             assert await reader.read(1)
         writer.close()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        await assert_serves(channel)
         method: Any = channel.unary_unary("/granatum.v1.NoService/Do")
         assert await method(b"", timeout=5).code() is grpc.StatusCode.UNIMPLEMENTED
     await server.stop(None)
     assert not [r for r in caplog.records if r.levelno >= logging.CRITICAL]
+
+
+async def test_the_grpc_that_is_tested_takes_our_server() -> None:
+    assert isinstance(build_server(()), _Server)
+
+
+@pytest.mark.parametrize("name", ["_handle_rpc", "_schedule_rpc_coro", "_MethodResolver"])
+@pytest.mark.parametrize("changed", [True, False], ids=["other arguments", "gone"])
+async def test_another_grpc_serves_with_its_own_server(
+    monkeypatch: pytest.MonkeyPatch, name: str, changed: bool
+) -> None:
+    if changed:
+        monkeypatch.setattr(cygrpc, name, lambda: None)
+    else:
+        monkeypatch.delattr(cygrpc, name)
+    server, port = await started()
+    assert not isinstance(server, _Server)
+    monkeypatch.undo()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        await assert_serves(channel)
+    await server.stop(None)

@@ -84,7 +84,7 @@ class Adapter(_message.Message):
 
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The aliases that point at this version, sorted."""
+        """The aliases that point at this version, sorted; other tenants see none."""
 
     def __init__(
         self,

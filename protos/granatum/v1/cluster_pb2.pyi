@@ -80,9 +80,11 @@ class Runner(_message.Message):
     max_context: _builtins.int
     """The longest sequence, prompt and output together, that it can hold."""
     max_rank: _builtins.int
-    """The largest rank of an adapter that it serves."""
+    """The largest rank of an adapter that it serves; 0: not known."""
     max_adapter_elements: _builtins.int
-    """Elements of the largest adapter that it has room for, on the device and in host memory."""
+    """Elements of the largest adapter that it has room for, on the device and in host memory; 0: not
+    known.
+    """
     instance: _builtins.str
     """This process: another one after each start. Two processes of one id are told apart by it."""
     trouble: _builtins.str

@@ -26,7 +26,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "granatum"
-_RETRY_AFTER_S = 1.0
+RETRY_AFTER_S = 1.0
+"""When to try again where nothing tells a better time."""
 
 D = TypeVar("D", bound=Message)
 
@@ -168,7 +169,7 @@ def _retry_after_s(packed: list[any_pb2.Any], nobody_said: bool) -> float | None
     retry = _unpacked(packed, error_details_pb2.RetryInfo)
     if retry is not None:
         return float(retry.retry_delay.ToMilliseconds()) / 1000
-    return _RETRY_AFTER_S if nobody_said else None
+    return RETRY_AFTER_S if nobody_said else None
 
 
 def _field(packed: list[any_pb2.Any]) -> str | None:

@@ -45,7 +45,7 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
-    """One request to generate."""
+    """One request to generate; at most 6 MiB."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -62,24 +62,28 @@ class GenerateRequest(_message.Message):
     """Names this request among the tenant's own; empty lets the router choose one. While a request
     of the same id runs, a second one is refused with ALREADY_EXISTS. The id also seeds sampling
     when `sampling.seed` is absent, so that a retry of the same request gives the same answer.
+    1 to 128 of letters, digits and `. _ : / + = @ -`.
     """
     adapter: _builtins.str
     """The adapter: `name` (its newest version), `name@version`, an alias, `sha256:<digest>`, or
     `tenant/name[@version]` for an adapter that another tenant published. Empty: the base model.
     """
     prompt: _builtins.str
-    """Text, tokenized by the model's own tokenizer with its special tokens."""
+    """Text, tokenized by the model's own tokenizer with its special tokens. 1 byte to 4 MiB."""
     priority: _builtins.int
-    """A request of higher priority is admitted before those of lower ones; from -1,000 to what the
-    caller's key allows, which is 0 unless its operator said more. 0 is normal.
+    """A request of higher priority is admitted before requests of lower ones. From -1,000 to the
+    highest that the caller's key allows, which is 0 unless the operator chose another (-1,000 to
+    1,000). 0 is normal; where a key allows less, it stands for the highest allowed.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
-        """Token ids, taken as they are."""
+        """Token ids, taken as they are; 1 to 1,048,576."""
 
     @_builtins.property
     def chat(self) -> Global___Chat:
-        """A conversation, rendered by the model's own chat template."""
+        """A conversation, rendered by the model's own chat template. 1 to 4,096 messages, 1 byte to
+        4 MiB of contents in all.
+        """
 
     @_builtins.property
     def sampling(self) -> Global___SamplingParams:
@@ -292,11 +296,15 @@ class StopConditions(_message.Message):
     """Go on past the model's own end-of-sequence tokens."""
     @_builtins.property
     def strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that end generation when they appear; the text returned ends before them."""
+        """Texts that end generation when they appear; the text returned ends before them. At most 16, of
+        1 to 256 characters.
+        """
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token ids that end generation; their text is not returned."""
+        """Token ids that end generation; their text is not returned. At most 64, each below the model's
+        vocabulary size.
+        """
 
     def __init__(
         self,

@@ -7,18 +7,35 @@ and calls wait so long that gRPC cancels them without a word.
 
 Here calls of known methods are taken many at a turn. All other calls are taken without asking for
 their path: whatever it says, it names no method.
+
+This calls private functions of grpcio. Where a version of grpcio has others, gRPC's own server
+serves, with both faults, and the log says so.
 """
 
 import asyncio
+import inspect
 from collections.abc import Iterable
 from typing import Any, cast
 
 import grpc
+import structlog
 from grpc._cython import cygrpc
 from grpc.aio import _server
 
 _AT_A_TURN = 16
 _UNKNOWN = "/unknown/unknown"
+_CALLED = {
+    "AioServer._make_request_call_future": 2,
+    "AioServer._request_call": 1,
+    "AioServer._request_registered_call": 2,
+    "AioServer.add_registered_method_handlers": 2,
+    "AioServer.is_running": 1,
+    "_handle_rpc": 6,
+    "_schedule_rpc_coro": 4,
+}
+"""The private functions that are called or replaced here, and with how many arguments."""
+
+log = structlog.get_logger(__name__)
 
 
 class _Core(cygrpc.AioServer):  # type: ignore[misc] # untyped
@@ -79,4 +96,25 @@ def sturdy_server(
     interceptors: Iterable[grpc.aio.ServerInterceptor], options: Iterable[tuple[str, int]]
 ) -> grpc.aio.Server:
     """A server as `grpc.aio.server` makes it, but no call ends it and no burst drowns it."""
-    return cast(grpc.aio.Server, _Server(tuple(interceptors), tuple(options)))
+    checks, given = tuple(interceptors), tuple(options)
+    try:
+        _check_grpc()
+        return cast(grpc.aio.Server, _Server(checks, given))
+    except (AttributeError, TypeError) as error:
+        log.warning(
+            "this grpcio is not the one that was tested: a hostile call may end the server",
+            version=grpc.__version__,
+            error=str(error),
+        )
+        return grpc.aio.server(interceptors=checks, options=given)
+
+
+def _check_grpc() -> None:
+    """Raise AttributeError or TypeError unless grpcio's private functions are as we know them."""
+    for path, arguments in _CALLED.items():
+        function: Any = cygrpc
+        for name in path.split("."):
+            function = getattr(function, name)
+        inspect.signature(function).bind(*range(arguments))
+    cygrpc._MethodResolver([], {})  # noqa: SLF001
+    cygrpc._RequestCallError  # noqa: B018, SLF001

@@ -27,12 +27,12 @@ or one step of all sequences."""
 MAX_PUBLIC_BYTES = 6 << 20
 """From a stranger."""
 _PENDING_CALLS = 1 << 16
-"""Calls that arrived and whose handlers did not start yet; what is beyond ends as a bare CANCELLED.
+"""Calls that wait for their handlers to start. gRPC ends all others with a bare CANCELLED.
 
-gRPC allows 1,000, from there on drops some at random, and beyond 3,000 all.
+By itself gRPC drops some at random above 1,000 waiting calls, and all above 3,000.
 """
 _PENDING_S = 3600
-"""How long they may wait; gRPC allows 30 s. Their deadlines still hold."""
+"""How long they may wait; by itself gRPC allows 30 s. Their deadlines still hold."""
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),

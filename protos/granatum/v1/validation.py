@@ -42,9 +42,8 @@ class Range:
         """Whether `value` is among them."""
         if not math.isfinite(value):
             return False
-        least = (
-            self.least - abs(self.least) * _FLOAT32_STEP
-        )  # the wire's float for 0.01 lies just below it
+        # The wire's float for 0.01 lies just below it.
+        least = self.least - abs(self.least) * _FLOAT32_STEP
         high_enough = value > least if self.above else value >= least
         return (self.zero and value == 0) or (high_enough and value <= self.most)
 
