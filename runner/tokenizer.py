@@ -203,7 +203,8 @@ class Detokenizer:
             return ""
         self._kept.append(token)
         text = self._text(self._kept)
-        if not text:
+        if not text:  # a model may have more ids than its tokenizer has tokens
+            del self._kept[:-_CHARACTER_TOKENS]
             return ""
         if not text.endswith(REPLACEMENT):
             return self._give(text, len(self._kept))

@@ -150,6 +150,16 @@ def test_special_tokens_have_no_text_and_do_not_pile_up(byte_level: Tokenizer) -
     assert detokenizer.flush() == ""
 
 
+def test_ids_that_the_tokenizer_lacks_have_no_text_and_do_not_pile_up(
+    sentencepiece: Tokenizer,
+) -> None:
+    detokenizer = Detokenizer(sentencepiece, sentencepiece.encode("the"))
+    assert [detokenizer.push(sentencepiece.size + i) for i in range(50)] == [""] * 50
+    assert len(detokenizer._kept) <= 5
+    (cat,) = sentencepiece.encode("cat")[-1:]
+    assert detokenizer.push(cat) == " cat"
+
+
 def test_half_character_at_the_end_is_a_replacement_character(byte_level: Tokenizer) -> None:
     detokenizer = Detokenizer(byte_level, [65])
     assert detokenizer.push(0xE2) == ""
