@@ -15,10 +15,10 @@ is so of the oldest copy alone, and if it is quick; the rest is had when it has 
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import structlog
 
+from granatum.runner.adapter_backoff import Backoff
 from granatum.runner.adapter_entry import Entry, State
 from granatum.runner.adapter_mover import Copied, Event, Failed, Measured, Mover, Read
 from granatum.runner.adapter_trouble import LoadTrouble
@@ -27,30 +27,15 @@ from granatum.runner.pages import PagePool
 from granatum.v1.errors import GranatumError, InvalidRequest
 
 PATIENCE_S = 1.0
-"""After so long a load may displace an adapter that another waiting sequence asks for."""
-BACKOFF_S = 1.0
-"""How long a failed load is not tried again; doubles with each failure in a row."""
-BACKOFF_MAX_S = 30.0
+"""After so long a load may displace an adapter that another waiting sequence asks for. If it finds
+no room even so, it holds up the others no longer.
+"""
 ABANDON_S = 10.0
 """After so long without anybody who waits for it, an adapter is not fetched any further. A sequence
 asks in every step, but not while it stands far back in the queue.
 """
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """A load that failed, and when it may be tried again."""
-
-    error: GranatumError
-    failures: int
-    until: float
-
-    @property
-    def forgotten(self) -> float:
-        """When its failures stop counting."""
-        return self.until + 2 * BACKOFF_MAX_S
 
 
 class AdapterCache:
@@ -222,13 +207,14 @@ class AdapterCache:
         self._drop_host(entry)
         self._forget(entry)
         self._backoffs = {d: b for d, b in self._backoffs.items() if now < b.forgotten}
-        before = self._backoffs.get(digest)
-        failures = before.failures + 1 if before else 1
-        pause = min(BACKOFF_S * 2 ** (failures - 1), BACKOFF_MAX_S)
-        self._backoffs[digest] = Backoff(error, failures, now + pause)
+        self._backoffs[digest] = Backoff.after(self._backoffs.get(digest), error, now)
 
     def _advance(self) -> None:
-        """Begin reads and copies in the order they were asked for; none overtakes another."""
+        """Begin reads and copies in the order they were asked for.
+
+        What finds no room holds up the others, or it would be small ones' turn for ever; but not
+        past its patience, for it may need all pages of a device that is never idle.
+        """
         reads = copies = True
         for entry in tuple(self._pending.values()):
             if entry.state in (State.MEASURED, State.IN_HOST) and not self._is_wanted(entry):
@@ -236,9 +222,9 @@ class AdapterCache:
             elif entry.state is State.MEASURING:
                 self._give_up_if_unwanted(entry)
             elif entry.state is State.MEASURED:
-                reads = reads and self._read(entry)
+                reads = reads and (self._read(entry) or self._is_impatient(entry))
             elif entry.state is State.IN_HOST:
-                copies = copies and self._copy(entry)
+                copies = copies and (self._copy(entry) or self._is_impatient(entry))
 
     def _abandon(self, entry: Entry) -> None:
         """Nobody waits for it any more: it stays where it is."""
@@ -268,7 +254,7 @@ class AdapterCache:
         missing = max(entry.size - self._pool.free_pages, 0)
         slots = 0 if self._free_slots else 1
         if missing or slots:
-            impatient = self._clock() - entry.since > PATIENCE_S
+            impatient = self._is_impatient(entry)
             victims = [e for e in self._idle.values() if impatient or not self._is_wanted(e)]
             if not self._evict(missing, slots, victims):
                 return False
@@ -282,6 +268,9 @@ class AdapterCache:
     def _is_wanted(self, entry: Entry) -> bool:
         """Whether a sequence that waits now, or did a moment ago, asks for it."""
         return entry.asked >= self._round - 1
+
+    def _is_impatient(self, entry: Entry) -> bool:
+        return self._clock() - entry.since > PATIENCE_S
 
     def _evict(self, pages: int, slots: int, victims: list[Entry]) -> int:
         """Take the first of `victims` off the device; pages freed, none if they do not suffice."""
@@ -310,10 +299,10 @@ class AdapterCache:
             self._forget(entry)
 
     def _make_host_room(self, pages: int) -> bool:
-        """Drop the oldest images that nobody reads, writes or waits for until `pages` are free."""
+        """Drop the oldest images that can be spared until `pages` are free."""
         missing = pages - self._host.free_pages
         chosen: list[Entry] = []
-        for entry in self._droppable():
+        for entry in self._droppable(pages):
             if missing <= 0:
                 break
             chosen.append(entry)
@@ -322,14 +311,21 @@ class AdapterCache:
             return False
         for entry in chosen:
             self._drop_host(entry)
-            if entry.state is State.IN_HOST:
+            if entry.digest in self._pending:
+                entry.state = State.MEASURED
+            elif entry.state is State.IN_HOST:
                 self._forget(entry)
         return True
 
-    def _droppable(self) -> Iterator[Entry]:
+    def _droppable(self, pages: int) -> Iterator[Entry]:
+        """Images that nobody reads or writes. One that waits to be copied gives way to a smaller
+        one, when its patience has ended.
+        """
         for entry in self._hosted.values():
-            waits = entry.state is State.IN_HOST and entry.digest in self._pending
-            if entry.state in (State.IN_HOST, State.RESIDENT) and not waits:
+            stays = entry.size <= pages or not self._is_impatient(entry)
+            if entry.state in (State.IN_HOST, State.RESIDENT) and not (
+                stays and entry.digest in self._pending
+            ):
                 yield entry
 
     def _drop_host(self, entry: Entry) -> None:

@@ -32,11 +32,10 @@ from granatum.v1.errors import InvalidAdapter, Unavailable
 MAKING_S = 180.0
 """Longest wait for another runner that makes the same image: what fetching and packing may take."""
 _SHRINKING_S = 5.0
-_STALE_S = 3600.0
 _RETRY_AFTER_S = 5.0
 _IMAGE = re.compile(r"[0-9a-f]{64}\.image")
 _LOCK = re.compile(r"[0-9a-f]{64}\.lock")
-_OURS_HALF_MADE = (".files-*", ".new-*")
+_HALF_MADE = re.compile(r"\.files-([0-9a-f]{64})-.*")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 log = structlog.get_logger(__name__)
@@ -130,11 +129,14 @@ class DiskImages:
             return None
 
     def _make(self, digest: str, path: Path) -> int:
-        """Bring the files and pack them; they are gone afterwards."""
+        """Bring the files and pack them; they are gone afterwards, and what a packer left there."""
         with tempfile.TemporaryDirectory(
-            dir=self._directory, prefix=".files-", ignore_cleanup_errors=True
-        ) as directory:
-            pages = self._pack(self._fetch(digest, Path(directory)), path, digest)
+            dir=self._directory, prefix=f".files-{digest}-", ignore_cleanup_errors=True
+        ) as name:
+            directory = Path(name)
+            packed = directory / path.name
+            pages = self._pack(self._fetch(digest, directory), packed, digest)
+            packed.replace(path)
         _touch(path)
         self._shrink(path)
         return pages
@@ -187,13 +189,12 @@ class DiskImages:
                 self._pages[path.stem] = pages
 
     def _clear_half_made(self) -> None:
-        """Remove what a killed process of ours left half made."""
-        for pattern in _OURS_HALF_MADE:
-            for path in self._directory.glob(pattern):
-                with suppress(OSError):
-                    if path.lstat().st_mtime > time.time() - _STALE_S:
-                        continue
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        """Remove what killed processes left half made: nobody has its lock any more."""
+        for path in self._directory.glob(".files-*"):
+            if named := _HALF_MADE.fullmatch(path.name):
+                lock = self._directory / f"{named[1]}.lock"
+                with suppress(OSError), locked(lock, 0):
+                    shutil.rmtree(path, ignore_errors=True)
         for path in self._directory.glob("*.lock"):
             if _LOCK.fullmatch(path.name):
                 with suppress(OSError), locked(path, 0):

@@ -21,6 +21,8 @@ _SURE_TURNS = 2
 """Turns of our own loop in which it stays silent: it was not this process that stood still."""
 _HUNG_S = 60.0
 """An engine that is silent for so long is ended."""
+_START_S = 120.0
+"""A later engine that takes longer to start hangs, unless an earlier one took a quarter of that."""
 _LASTING_S = 10.0
 """An engine that serves for less was as good as never started."""
 _FIRST_PAUSE_S = 0.5
@@ -59,6 +61,7 @@ class EngineKeeper:
         self._proven = False
         """Whether an engine was ever ready."""
         self._served_s = 0.0
+        self._start_s = _START_S
         self._pause_s = _FIRST_PAUSE_S
 
     async def run(self) -> None:
@@ -107,18 +110,32 @@ class EngineKeeper:
     async def _watch(self) -> None:
         """Have the front give up an engine that is silent; returns once there is no more hope."""
         self._served_s, turns = 0.0, 0
+        if not await self._starts():
+            return
         while turns * _TURN_S < _HUNG_S:
             await asyncio.sleep(_TURN_S)
             if not self._front.is_stale():
                 if turns >= _SURE_TURNS:
                     log.warning("the engine reports again", silent_s=turns * _TURN_S)
                 turns = 0
-                self._served_s += _TURN_S if self._front.loaded.is_set() else 0.0
+                self._served_s += _TURN_S
                 continue
             turns += 1
             if turns == _SURE_TURNS:
                 log.error("the engine is silent: its sequences go elsewhere")
                 self._front.hang()
+
+    async def _starts(self) -> bool:
+        """Wait until the engine is ready; False if a later one takes too long."""
+        turns = 0
+        while not self._front.loaded.is_set():
+            if self._proven and turns * _TURN_S > self._start_s:
+                log.error("the engine does not start", seconds=turns * _TURN_S)
+                return False
+            await asyncio.sleep(_TURN_S)
+            turns += 1
+        self._start_s = max(self._start_s, 4 * turns * _TURN_S)
+        return True
 
     async def _next(self) -> Child:
         """Another engine, after a pause that grows while none of them lasts."""

@@ -150,7 +150,7 @@ def build_engine(
     loader = AdapterLoader(arena.pages, table, source, options.host_bytes)
     pool = PagePool(pages)
     executor = Executor(Model(config, weights, arena, table, limits), limits)
-    largest = min(pages, loader.host_pages) * arena.kv.page_elements
+    largest = min(pages - 1, loader.host_pages) * arena.kv.page_elements
     capacity = Capacity(options.max_rank, largest, executor.measure())
     cache = AdapterCache(pool, loader, options.adapter_slots)
     log.info("engine ready", pages=pages, seconds=round(time.monotonic() - started, 1))

@@ -57,7 +57,7 @@ class Executor:
     def __init__(self, model: Model, limits: Limits, *, graphs: bool = True) -> None:
         self._model = model
         self._shapes = _shapes(limits)
-        self._rows = limits.step_tokens
+        self._rows, self._context = limits.step_tokens, limits.max_context
         device = model.device
         self._cuda = device.type == "cuda"
         self._hosts = [HostInputs(limits, self._cuda) for _ in range(2)]
@@ -122,13 +122,20 @@ class Executor:
         self._sampler.forget(plan)
 
     def measure(self) -> float:
-        """Seconds of a step of the most rows, attention aside; 0 on a GPU, where it is short."""
+        """Seconds of the longest step without adapters; 0 on a GPU, where it is short.
+
+        It has the most rows, at the end of the longest context. Of its attention one layer is timed
+        for all: there it takes several times as long as all the rest.
+        """
         if self._cuda:
             return 0.0
         step = self._inputs.view(mixed_shape(self._rows, 0, 1, 1, lora=False))
         started = time.monotonic()
         self._compute(step)
-        return time.monotonic() - started
+        computed = time.monotonic()
+        self._model.attend_far(self._rows, self._context)
+        attended = time.monotonic()
+        return computed - started + self._model.config.layers * (attended - computed)
 
     def _shape(self, plan: Plan) -> StepShape:
         """The smallest common shape that holds `plan`; on a CPU, what it needs."""

@@ -4,7 +4,7 @@ import torch
 
 from granatum.kernels.activation import silu_mul
 from granatum.kernels.decode_attention import allocate_decode_workspace, decode_attention
-from granatum.kernels.layout import AdapterTable
+from granatum.kernels.layout import AdapterTable, Tiles, make_query_tiles
 from granatum.kernels.linear import allocate_workspace, linear, runs_kernel_of_ours
 from granatum.kernels.lora import (
     add_lora,
@@ -19,7 +19,7 @@ from granatum.kernels.rope import Rotary, rope_and_write_kv
 from granatum.kernels.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
 from granatum.runner.arena import Arena
 from granatum.runner.config import GROUPS, ModelConfig
-from granatum.runner.inputs import FEW_ROWS, Step
+from granatum.runner.inputs import FEW_ROWS, QUERY_TILE_ROWS, Step
 from granatum.runner.plan import Limits
 from granatum.runner.weights import Linear, Weights
 
@@ -71,6 +71,20 @@ class Model:
         sampled = x.new_empty(step.sample_rows.shape[0], x.shape[1])
         add_rms_norm(x, residual, weights.norm, eps, sampled, step.sample_rows)
         return linear(sampled, weights.head, None, self._sums)
+
+    def attend_far(self, rows: int, length: int) -> None:
+        """One layer's attention of a prompt's last `rows` tokens over `length`, for its time alone.
+
+        On a CPU, whose attention keeps nothing of it.
+        """
+        config, arena, most = self.config, self._arena, min(rows, length)
+        q = torch.zeros(most, config.heads * config.head_dim, dtype=arena.pages.dtype)
+        pages = torch.zeros(1, -(-length // arena.kv.page_tokens), dtype=torch.int32)
+        entries = make_query_tiles([(0, 0, most, length - most)], QUERY_TILE_ROWS)
+        tiles = Tiles(torch.tensor(entries), torch.tensor([len(entries)]), QUERY_TILE_ROWS)
+        prefill_attention(
+            q, arena.pages, arena.kv, 0, pages, tiles, config.head_dim**-0.5, torch.empty_like(q)
+        )
 
     def _attend(self, step: Step, index: int, x: torch.Tensor) -> torch.Tensor:
         """Attention's output [rows, heads * head_dim] before the output projection."""

@@ -23,6 +23,8 @@ _CONTEXT_TOKENS = 8
 """So many tokens before the first new one decide how it is written (its leading space)."""
 _CHARACTER_TOKENS = 4
 """A character has at most so many bytes, and so tokens."""
+_MOST_KEPT = 64
+"""Tokens that wait for one another; what they cost grows with their square."""
 _PIECE_CHARACTERS = 1 << 14
 """The smallest piece of a text that is counted alone."""
 _MAX_RENDERED = 2 * MAX_PROMPT_BYTES
@@ -203,7 +205,8 @@ class Detokenizer:
             return ""
         self._kept.append(token)
         text = self._text(self._kept)
-        if not text:
+        if not text:  # a model may have more ids than its tokenizer has tokens
+            del self._kept[:-_CHARACTER_TOKENS]
             return ""
         if not text.endswith(REPLACEMENT):
             return self._give(text, len(self._kept))
@@ -226,7 +229,11 @@ class Detokenizer:
         return text
 
     def _give_garbage(self, text: str) -> str:
-        """Of more tokens than a character can have, those that no further token can repair."""
+        """Of more tokens than a character can have, those that no further token can repair.
+
+        A tokenizer may write a run of any length as garbage for one byte in it: of that, what it is
+        so far is given now and then.
+        """
         count = len(self._kept)
         if count <= _CHARACTER_TOKENS:
             return ""
@@ -234,7 +241,7 @@ class Detokenizer:
             head = self._text(self._kept[:first])
             if head and head + self._decode(self._kept[first:]) == text:
                 return self._give(head, first)
-        return ""
+        return self._give(text, count) if count >= _MOST_KEPT else ""
 
 
 def _end_ids(directory: Path, own: int | None) -> frozenset[int]:

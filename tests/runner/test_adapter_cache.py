@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from granatum.runner.adapter_cache import ABANDON_S, BACKOFF_S, PATIENCE_S, AdapterCache
+from granatum.runner.adapter_backoff import BACKOFF_S
+from granatum.runner.adapter_cache import ABANDON_S, PATIENCE_S, AdapterCache
 from granatum.runner.adapter_mover import Copied, Event, Failed, Measured, Read, abandoned
 from granatum.runner.pages import PagePool
 from granatum.runner.plan import Limits
@@ -268,6 +269,29 @@ def test_a_load_does_not_displace_what_another_waits_for_until_patience_ends() -
     assert cache.figures.resident == ()
     settle(cache, mover)
     assert cache.figures.resident == ("b",)
+
+
+@pytest.mark.parametrize("host_pages", [16, 6])
+def test_an_adapter_for_which_there_is_no_room_holds_up_others_for_a_moment_only(
+    host_pages: int,
+) -> None:
+    """Sequences hold half of the device for good; host memory has room for all, or for the one."""
+    mover, clock, pool = BookMover({"large": 6, "small": 2}, host_pages), Clock(), PagePool(8)
+    cache = AdapterCache(pool, mover, slots=4, clock=clock)
+    kv = pool.allocate(4) or ()
+    slot, waited_s = None, 0.0
+    while slot is None:
+        assert cache.acquire("large") is None
+        slot = cache.acquire("small")
+        clock.now += 0.25
+        waited_s += 0.25
+        settle(cache, mover, rounds=1)
+        assert waited_s <= 2 * PATIENCE_S, "the large one holds up the small one"
+    assert waited_s > PATIENCE_S, "the large one has had no turn"
+    cache.release("small")
+    pool.free(kv)
+    clock.now += 0.25
+    assert bring(cache, mover, "large") >= 0
 
 
 def test_a_load_that_nobody_waits_for_any_more_stays_in_host_memory() -> None:

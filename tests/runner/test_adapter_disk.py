@@ -240,3 +240,30 @@ def test_a_name_that_is_no_digest_touches_no_file(cache: Path, store: Store, dig
     with pytest.raises(InvalidRequest):
         open_disk(cache, store).measure(digest)
     assert store.fetched == []
+
+
+def test_what_killed_processes_left_half_made_goes_at_the_next_start(
+    cache: Path, store: Store
+) -> None:
+    open_disk(cache, store)
+    left, held = (cache / FOLDER / f".files-{digest_of(number)}-x" for number in (1, 2))
+    theirs = cache / FOLDER / ".files-of-others"
+    for path in (left, held, theirs):
+        path.mkdir()
+        (path / "adapter_model.safetensors").write_bytes(b"half")
+    with locked(image_of(cache, 2).with_suffix(".lock"), 0):
+        open_disk(cache, store)
+    assert not left.exists()
+    assert held.exists()
+    assert theirs.exists()
+
+
+def test_what_a_killed_packer_left_goes_with_its_load(cache: Path, store: Store) -> None:
+    def pack(files: Path, target: Path, digest: str) -> int:
+        (target.parent / ".new-half").write_bytes(bytes(1000))
+        raise Unavailable(f"the packer of {digest} was killed")
+
+    disk = DiskImages(cache, 1 << 30, SHAPE, store.fetch, pack)
+    with pytest.raises(Unavailable):
+        disk.measure(digest_of(1))
+    assert list((cache / FOLDER).iterdir()) == []

@@ -89,6 +89,7 @@ class Rig:
 
     front: Front
     children: list[Child]
+    keeper: EngineKeeper
     keeping: "asyncio.Task[None]"
     commands: "asyncio.Queue[SessionRequest]" = field(default_factory=asyncio.Queue)
     heard: "asyncio.Queue[SequenceOutput]" = field(default_factory=asyncio.Queue)
@@ -148,8 +149,9 @@ async def rig(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
         return children[-1]
 
     front = Front(await children[0].connect(), tokenizer, vocabulary=259)
-    keeping = asyncio.create_task(EngineKeeper(front, children[0], start).run())
-    rig = Rig(front, children, keeping)
+    keeper = EngineKeeper(front, children[0], start)
+    keeping = asyncio.create_task(keeper.run())
+    rig = Rig(front, children, keeper, keeping)
     yield rig
     front.end_sessions()
     await cancelled(keeping, *rig.tasks)
@@ -278,4 +280,13 @@ async def test_engine_that_stays_silent_is_replaced(
     monkeypatch.setattr(engine_keeper, "_HUNG_S", 0.3)
     (await ready.another(1)).channel.send(READY)
     assert ready.children[0].killed
+    await until(lambda: ready.front.serving)
+
+
+async def test_later_engine_that_never_gets_ready_is_replaced(ready: Rig) -> None:
+    """The first may take as long as it likes: whoever started the runner sees it."""
+    ready.keeper._start_s = 0.1
+    ready.children[0].dies(EngineEnd(-9))
+    (await ready.another(2)).channel.send(READY)
+    assert ready.children[1].killed
     await until(lambda: ready.front.serving)

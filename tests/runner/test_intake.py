@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from granatum.examples.tokenizer import byte_tokenizer
-from granatum.runner.intake import INLINE_BYTES, LONG_BYTES, Intake
+from granatum.runner.intake import INLINE_BYTES, INLINE_GENERATED, LONG_BYTES, Intake
 from granatum.runner.submission import Bounds, Prepared
 from granatum.runner.tokenizer import Tokenizer
 from granatum.v1.errors import InvalidRequest
@@ -194,3 +194,20 @@ async def test_end_tokens_that_the_model_lacks_end_nothing_and_are_told_once(
 async def test_suspicion_reaches_the_engine(intake: Intake) -> None:
     message = SubmitSequence(request=GenerateRequest(prompt="hi"), suspicion=2)
     assert (await intake.prepare(1, message, WIDE)).submit.suspicion == 2
+
+
+@pytest.mark.parametrize("more", [0, 1])
+async def test_streams_that_come_from_elsewhere_are_prepared_beside_the_loop(
+    more: int, intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost runner's streams come all at once, and each has all its tokens made text again."""
+    threads: list[str] = []
+
+    def prepare(number: int, message: SubmitSequence, *_: object) -> None:
+        threads.append(threading.current_thread().name)
+
+    monkeypatch.setattr("granatum.runner.intake.prepare", prepare)
+    generated = [65] * (INLINE_GENERATED + more)
+    message = SubmitSequence(request=GenerateRequest(prompt="a"), generated=generated)
+    await intake.prepare(1, message, WIDE)
+    assert (threads == [threading.main_thread().name]) == (more == 0)

@@ -150,6 +150,27 @@ def test_special_tokens_have_no_text_and_do_not_pile_up(byte_level: Tokenizer) -
     assert detokenizer.flush() == ""
 
 
+def test_ids_that_the_tokenizer_lacks_have_no_text_and_do_not_pile_up(
+    sentencepiece: Tokenizer,
+) -> None:
+    detokenizer = Detokenizer(sentencepiece, sentencepiece.encode("the"))
+    assert [detokenizer.push(sentencepiece.size + i) for i in range(50)] == [""] * 50
+    assert len(detokenizer._kept) <= 5
+    (cat,) = sentencepiece.encode("cat")[-1:]
+    assert detokenizer.push(cat) == " cat"
+
+
+def test_a_run_that_one_byte_spoils_does_not_pile_up(sentencepiece: Tokenizer) -> None:
+    """Llama 2's decoder writes all bytes of a run as garbage if one of them is."""
+    spoilt, letter = 3 + 0xA0, 3 + ord("s")
+    detokenizer = Detokenizer(sentencepiece, [spoilt])
+    given, kept = "", 0
+    for _ in range(500):
+        given += detokenizer.push(letter)
+        kept = max(kept, len(detokenizer._kept))
+    assert (len(given + detokenizer.flush()), kept) == (500, 63)
+
+
 def test_half_character_at_the_end_is_a_replacement_character(byte_level: Tokenizer) -> None:
     detokenizer = Detokenizer(byte_level, [65])
     assert detokenizer.push(0xE2) == ""
