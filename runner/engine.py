@@ -88,7 +88,6 @@ class Engine:
         self._scheduler = Scheduler(limits, pool, adapters)
         self._flight: Flight | None = None
         self._news: list[SequenceNews] = []
-        self._aloft: tuple[int, ...] = ()  # ids of sequences in steps in flight
         self._unplanned = 0
         self._decoded = _Decoded()
 
@@ -184,7 +183,7 @@ class Engine:
             if not self._scheduler.pin_considered():
                 self._unplanned += 1
             if self._unplanned >= MOST_UNPLANNED:
-                raise EngineLost(self._aloft, str(error)) from error
+                raise EngineLost(self._recorder.read(), str(error)) from error
             return Plan()
         self._unplanned = 0
         return plan
@@ -195,7 +194,7 @@ class Engine:
         fault: Exception | None = None
         if plan.rows:
             try:
-                self._note(*([before.plan] if before else []), plan)
+                self._recorder.begin([span.sequence.id for span in plan.spans])
                 self._adapters.await_copy()
                 self._flight = self._executor.launch(plan)
                 self._decoded.count(plan)
@@ -205,7 +204,6 @@ class Engine:
             self._land(before)
         if fault is not None:
             self._pin(plan, fault)
-        self._note(*([self._flight.plan] if self._flight else []))
 
     def _collect(self) -> None:
         """Collect the step in flight, with none behind it."""
@@ -225,28 +223,23 @@ class Engine:
         try:
             self._news += self._scheduler.collect(flight.plan, *landed)
         except Exception as error:
-            raise EngineLost(self._aloft, f"the books are wrong: {error!r}") from error
+            lost = f"the books are wrong: {error!r}"
+            raise EngineLost(self._recorder.read(), lost) from error
+        self._recorder.end()
 
     def _pin(self, plan: Plan, error: Exception) -> None:
         """A step failed: take it back, and have its sequences answer for it."""
         self._raise_if_lost(error)
-        log.error("a step failed", sequences=_ids(plan), alone=plan.solo, exc_info=error)
+        ids = [span.sequence.id for span in plan.spans]
+        log.error("a step failed", sequences=ids, alone=plan.solo, exc_info=error)
         self._take_back(plan)
         self._scheduler.pin(plan)
 
     def _take_back(self, plan: Plan) -> None:
         self._executor.forget(plan)
         self._scheduler.abandon(plan)
+        self._recorder.end()
 
     def _raise_if_lost(self, error: Exception) -> None:
         if self._executor.is_lost():
-            raise EngineLost(self._aloft, str(error)) from error
-
-    def _note(self, *plans: Plan) -> None:
-        """Keep which sequences are computed, for when the device or the process is lost."""
-        self._aloft = tuple(dict.fromkeys(i for plan in plans for i in _ids(plan)))
-        self._recorder.note(self._aloft)
-
-
-def _ids(plan: Plan) -> tuple[int, ...]:
-    return tuple(span.sequence.id for span in plan.spans)
+            raise EngineLost(self._recorder.read(), str(error)) from error

@@ -53,6 +53,12 @@ class Quarantine:
         self._left.pop(sequence_id, None)
         self._faults.pop(sequence_id, None)
 
+    def company(self, running: list[Sequence]) -> list[Sequence]:
+        """Those of `running` that are under no suspicion."""
+        if not self._left:
+            return running
+        return [sequence for sequence in running if sequence.id not in self._left]
+
     def in_turn(self, running: Iterable[Sequence]) -> list[Sequence]:
         """The suspects among `running`, the one that has waited longest first."""
         if not self._left:
