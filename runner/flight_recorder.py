@@ -34,5 +34,5 @@ class FlightRecorder:
 
     def read(self) -> tuple[int, ...]:
         """The ids of all steps in flight, each once; in any process."""
-        noted = [id for step in self._steps for id in step[1 : 1 + step[0]]]
+        noted = [i for step in self._steps for i in step[1 : 1 + step[0]]]
         return tuple(dict.fromkeys(noted))
