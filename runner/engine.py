@@ -19,7 +19,7 @@ from granatum.runner.records import EngineFigures, SequenceNews, Submit
 from granatum.runner.scheduler import Scheduler
 
 MOST_UNPLANNED = 5
-"""Steps in a row that could not be planned, for no sequence's sake, before the engine gives up."""
+"""The engine gives up after so many failures to plan in a row, if no sequence caused them."""
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 class EngineLost(Exception):
     """The engine cannot go on: its device is gone, or its books are wrong.
 
-    `sequences`: ids of those that the steps in flight computed.
+    `sequences`: ids of the sequences in the steps in flight.
     """
 
     def __init__(self, sequences: tuple[int, ...], message: str) -> None:
@@ -63,11 +63,12 @@ class Engine:
     """Runs sequences to their end, in process; `step` until `busy` is false.
 
     `limits`, `pool` and `adapters` bound and feed the scheduler; `executor` computes; `recorder`
-    learns what is computed before it is.
+    is told of each step before its launch.
 
-    An exception is pinned on the sequences that it concerns, which end or become suspects; the
-    others go on. What concerns none of them and comes again, or comes where the scheduler takes in
-    results, is raised as EngineLost: with wrong books, one tenant's pages might become another's.
+    An exception is pinned on the sequences of its step: they end or become suspects, and the others
+    go on. An exception that belongs to no sequence is raised as EngineLost if it comes again. One
+    that comes while the scheduler takes in results is raised so at once: its books are wrong, and
+    one tenant's pages might become another's.
     """
 
     def __init__(
@@ -172,8 +173,9 @@ class Engine:
     def _plan(self) -> Plan:
         """The next step; an empty one if planning failed.
 
-        The scheduler changes its books one sequence at a time, so the failure is that sequence's
-        alone. If it was at none, the adapters' copies failed: the next step may find them well.
+        The scheduler changes its books one sequence at a time, so the failure belongs to the
+        sequence that it considered. If it considered none, the adapters' copies failed; the next
+        step tries again.
         """
         try:
             plan = self._scheduler.schedule()
