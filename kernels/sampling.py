@@ -260,7 +260,7 @@ def greedy(
 
     logits [T, vocabulary], any float dtype; out, seats int [T]; last int [seats]; of rows with one
     seat, any remains in it. workspace int64, `greedy_workspace_elements` at least. sound int [T],
-    where it is wanted: 1 for rows that are, else 0.
+    or None if nobody asks: 1 for a sound row, else 0.
     """
     rows, vocabulary = _require_logits(logits)
     if not runs_kernel(logits):

@@ -7,9 +7,9 @@ runs a sequence never leaves. Others leave least recently used first: the device
 another adapter, the host pages for another image. Pages are given up only after `release`, which
 the scheduler calls when no launched step uses them, so a copy may overwrite them at once.
 
-The next step may use an adapter whose copy has only begun, for the device can wait for it. Mostly
-it need not: the copy has as long as the step in flight takes. So that others hardly ever wait, this
-is so of the oldest copy alone, and if it is quick; the rest is had when it has landed.
+The next step may use an adapter before its copy has ended: the device waits for the copy. Mostly
+there is no wait, for the copy has as long as the step in flight takes. Only the oldest copy may
+delay a step, and only if it is short. A step uses the other copies once they have landed.
 """
 
 import time
@@ -31,8 +31,8 @@ PATIENCE_S = 1.0
 no room even so, it holds up the others no longer.
 """
 ABANDON_S = 10.0
-"""After so long without anybody who waits for it, an adapter is not fetched any further. A sequence
-asks in every step, but not while it stands far back in the queue.
+"""A fetch ends when no sequence has asked for its adapter for so long. A waiting sequence asks in
+every step, unless it stands far back in the queue.
 """
 
 log = structlog.get_logger(__name__)

@@ -169,7 +169,7 @@ class DiskImages:
         return size - size % self._shape.page_bytes if is_ours else size
 
     def _scan(self) -> None:
-        """Find the images that are there. A disk that cannot be used ends loads, not the start."""
+        """Find the images that are there. With a broken disk loads fail; the engine starts."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._clear_half_made()

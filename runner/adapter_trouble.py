@@ -5,7 +5,7 @@ from collections.abc import Callable
 from granatum.v1.errors import GranatumError, InvalidRequest
 
 TROUBLE_S = 60.0
-"""So long after its last failure a runner that had no other load since says that it is ill."""
+"""A runner says for so long after a failure that it is ill, if no load succeeds."""
 _TELLING = 2
 """One adapter that fails may be the adapter; two that fail in a row are the runner."""
 _AT_ONCE = ("ADAPTER_DISK_FULL",)

@@ -8,7 +8,7 @@ import structlog
 from granatum.runner.records import Departure, Failure
 
 _LARGER = ("ADAPTER_RANK_TOO_HIGH", "ADAPTER_TOO_LARGE")
-"""Reasons for which a larger runner has no cause."""
+"""Errors of this runner's size: a larger runner may serve the adapter."""
 
 log = structlog.get_logger(__name__)
 

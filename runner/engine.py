@@ -19,7 +19,7 @@ from granatum.runner.records import EngineFigures, SequenceNews, Submit
 from granatum.runner.scheduler import Scheduler
 
 MOST_UNPLANNED = 5
-"""Steps in a row that could not be planned, for no sequence's sake, before the engine gives up."""
+"""The engine gives up after so many failures to plan in a row, if no sequence caused them."""
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 class EngineLost(Exception):
     """The engine cannot go on: its device is gone, or its books are wrong.
 
-    `sequences`: ids of those that the steps in flight computed.
+    `sequences`: ids of the sequences in the steps in flight.
     """
 
     def __init__(self, sequences: tuple[int, ...], message: str) -> None:
@@ -63,11 +63,12 @@ class Engine:
     """Runs sequences to their end, in process; `step` until `busy` is false.
 
     `limits`, `pool` and `adapters` bound and feed the scheduler; `executor` computes; `recorder`
-    learns what is computed before it is.
+    is told of each step before its launch.
 
-    An exception is pinned on the sequences that it concerns, which end or become suspects; the
-    others go on. What concerns none of them and comes again, or comes where the scheduler takes in
-    results, is raised as EngineLost: with wrong books, one tenant's pages might become another's.
+    An exception is pinned on the sequences of its step: they end or become suspects, and the others
+    go on. An exception that belongs to no sequence is raised as EngineLost if it comes again. One
+    that comes while the scheduler takes in results is raised so at once: its books are wrong, and
+    one tenant's pages might become another's.
     """
 
     def __init__(
@@ -88,7 +89,6 @@ class Engine:
         self._scheduler = Scheduler(limits, pool, adapters)
         self._flight: Flight | None = None
         self._news: list[SequenceNews] = []
-        self._aloft: tuple[int, ...] = ()  # ids of sequences in steps in flight
         self._unplanned = 0
         self._decoded = _Decoded()
 
@@ -173,8 +173,9 @@ class Engine:
     def _plan(self) -> Plan:
         """The next step; an empty one if planning failed.
 
-        The scheduler changes its books one sequence at a time, so the failure is that sequence's
-        alone. If it was at none, the adapters' copies failed: the next step may find them well.
+        The scheduler changes its books one sequence at a time, so the failure belongs to the
+        sequence that it considered. If it considered none, the adapters' copies failed; the next
+        step tries again.
         """
         try:
             plan = self._scheduler.schedule()
@@ -184,7 +185,7 @@ class Engine:
             if not self._scheduler.pin_considered():
                 self._unplanned += 1
             if self._unplanned >= MOST_UNPLANNED:
-                raise EngineLost(self._aloft, str(error)) from error
+                raise EngineLost(self._recorder.read(), str(error)) from error
             return Plan()
         self._unplanned = 0
         return plan
@@ -195,7 +196,7 @@ class Engine:
         fault: Exception | None = None
         if plan.rows:
             try:
-                self._note(*([before.plan] if before else []), plan)
+                self._recorder.begin([span.sequence.id for span in plan.spans])
                 self._adapters.await_copy()
                 self._flight = self._executor.launch(plan)
                 self._decoded.count(plan)
@@ -205,7 +206,6 @@ class Engine:
             self._land(before)
         if fault is not None:
             self._pin(plan, fault)
-        self._note(*([self._flight.plan] if self._flight else []))
 
     def _collect(self) -> None:
         """Collect the step in flight, with none behind it."""
@@ -225,28 +225,23 @@ class Engine:
         try:
             self._news += self._scheduler.collect(flight.plan, *landed)
         except Exception as error:
-            raise EngineLost(self._aloft, f"the books are wrong: {error!r}") from error
+            lost = f"the books are wrong: {error!r}"
+            raise EngineLost(self._recorder.read(), lost) from error
+        self._recorder.end()
 
     def _pin(self, plan: Plan, error: Exception) -> None:
         """A step failed: take it back, and have its sequences answer for it."""
         self._raise_if_lost(error)
-        log.error("a step failed", sequences=_ids(plan), alone=plan.solo, exc_info=error)
+        ids = [span.sequence.id for span in plan.spans]
+        log.error("a step failed", sequences=ids, alone=plan.solo, exc_info=error)
         self._take_back(plan)
         self._scheduler.pin(plan)
 
     def _take_back(self, plan: Plan) -> None:
         self._executor.forget(plan)
         self._scheduler.abandon(plan)
+        self._recorder.end()
 
     def _raise_if_lost(self, error: Exception) -> None:
         if self._executor.is_lost():
-            raise EngineLost(self._aloft, str(error)) from error
-
-    def _note(self, *plans: Plan) -> None:
-        """Keep which sequences are computed, for when the device or the process is lost."""
-        self._aloft = tuple(dict.fromkeys(i for plan in plans for i in _ids(plan)))
-        self._recorder.note(self._aloft)
-
-
-def _ids(plan: Plan) -> tuple[int, ...]:
-    return tuple(span.sequence.id for span in plan.spans)
+            raise EngineLost(self._recorder.read(), str(error)) from error

@@ -13,7 +13,7 @@ from granatum.runner.engine_end import EngineEnd, cause_of
 from granatum.runner.flight_recorder import FlightRecorder
 from granatum.runner.logs import log_as_json
 from granatum.runner.records import Command, Report
-from granatum.runner.settings import Settings
+from granatum.runner.settings import MAX_BATCH, Settings
 from granatum.runner.torchless import import_transformers
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class EngineChild:
     def __init__(self, settings: Settings) -> None:
         ours, theirs = socket_pair()
         self._end = ours
-        self._recorder = FlightRecorder()
+        self._recorder = FlightRecorder(MAX_BATCH)
         self._words = LastWords()
         self._process = multiprocessing.get_context("spawn").Process(
             target=_main,

@@ -33,9 +33,9 @@ class Flight:
     _done: torch.cuda.Event | None
 
     def wait(self) -> tuple[list[int], dict[int, TokenLogprobs], frozenset[int]]:
-        """Its tokens, one per sampling span, log probabilities by sequence id, and the unsound.
+        """Its tokens, one per sampling span; log probabilities by sequence id; unsound sequences.
 
-        Those are the ids of sequences whose logits are not finite, so that no token was chosen.
+        A sequence is unsound, named by its id, if its logits are not finite: it got no token.
         """
         if self._done is not None:
             self._done.synchronize()
@@ -118,7 +118,7 @@ class Executor:
         return False
 
     def forget(self, plan: Plan) -> None:
-        """Undo what the device remembers of a step that was in vain."""
+        """Undo what the device remembers of a failed step."""
         self._sampler.forget(plan)
 
     def measure(self) -> float:

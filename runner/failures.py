@@ -42,7 +42,7 @@ def too_large(tokens: int, pages: int, page_tokens: int) -> Failure:
 
 
 def not_finite(submit: Submit, generated: int) -> Failure:
-    """No token can be chosen after so many generated ones."""
+    """The logits after `generated` tokens are not finite, so that no token can be chosen."""
     return Failure(
         FAILED_PRECONDITION,
         f"the logits of generated token {generated + 1} are not finite, so that no token can be "

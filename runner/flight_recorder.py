@@ -1,34 +1,38 @@
 """Which sequences the device computes, for whoever finds the engine's process dead. No torch.
 
-    shared memory:  [number of ids][id][id]...
+    shared memory, for each of two steps:  [number of ids][id][id]...
 
-The front makes the recorder and hands it to the engine's process, which writes before each launch.
+The front makes the recorder and hands it to the engine's process. The engine begins a step in it
+before the launch and ends it when the results are there, in the order of the launches.
 """
 
-from collections.abc import Iterable
 from multiprocessing import RawArray
 
-MOST = 1024
-"""The largest batch that a runner can be given."""
+_STEPS = 2
+"""The most that are in flight at a time."""
 
 
 class FlightRecorder:
-    """Ids of the sequences of the steps in flight, of up to two steps of `max_batch` sequences."""
+    """Ids of the sequences of the steps in flight, of up to `max_batch` sequences each."""
 
-    def __init__(self, max_batch: int = MOST) -> None:
-        self._cells = RawArray("q", 1 + 2 * max_batch)
+    def __init__(self, max_batch: int) -> None:
+        self._steps = [RawArray("q", 1 + max_batch) for _ in range(_STEPS)]
+        self._begun = 0
+        self._ended = 0
 
-    def note(self, ids: Iterable[int]) -> None:
-        """These are computed from now on, and no others."""
-        noted = [*ids][: len(self._cells) - 1]
-        self._cells[0] = 0  # whoever dies while the ids are written leaves none, not wrong ones
-        self._cells[1 : 1 + len(noted)] = noted
-        self._cells[0] = len(noted)
+    def begin(self, ids: list[int]) -> None:
+        """A step that computes these is launched next."""
+        step = self._steps[self._begun % _STEPS]
+        self._begun += 1
+        step[1 : 1 + len(ids)] = ids
+        step[0] = len(ids)  # last: whoever dies while the ids are written leaves no wrong ones
 
-    def clear(self) -> None:
-        """Nothing is computed."""
-        self._cells[0] = 0
+    def end(self) -> None:
+        """The oldest step computes nothing any more."""
+        self._steps[self._ended % _STEPS][0] = 0
+        self._ended += 1
 
     def read(self) -> tuple[int, ...]:
-        """What was noted last."""
-        return tuple(self._cells[1 : 1 + self._cells[0]])
+        """The ids of all steps in flight, each once; in any process."""
+        noted = [i for step in self._steps for i in step[1 : 1 + step[0]]]
+        return tuple(dict.fromkeys(noted))

@@ -95,14 +95,12 @@ class Front:
         """The engine's latest."""
         return self._figures or self.ready.figures
 
-    def age_s(self) -> float | None:
-        """Seconds since the engine's last sign of life; None before the first."""
-        return None if self._reported is None else time.monotonic() - self._reported
-
     def is_stale(self) -> bool:
         """Whether the engine is ready and has not reported for longer than any step takes."""
-        age_s = self.age_s() if self.loaded.is_set() else None
-        return age_s is not None and age_s > max(_STALE_S, _STALE_STEPS * self.ready.step_s)
+        if self._reported is None or not self.loaded.is_set():
+            return False
+        silent_s = time.monotonic() - self._reported
+        return silent_s > max(_STALE_S, _STALE_STEPS * self.ready.step_s)
 
     def attach(self, channel: AsyncChannel[Command, Report]) -> None:
         """Serve with a new engine, in place of one that was lost."""
@@ -122,7 +120,7 @@ class Front:
             self._take(report)
 
     def lose(self, departure_of: Callable[[int], Departure]) -> None:
-        """The engine is gone: each of its sequences departs as its engine's id tells."""
+        """The engine is gone: each sequence departs as `departure_of` says of its engine's id."""
         self.loaded.clear()
         self._reported, self._hung, self.resident = None, False, ()
         self._channel.close()

@@ -1,5 +1,6 @@
 """What a session has yet to tell its router, in messages that any router takes."""
 
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,8 +27,8 @@ class Outbox:
     """Outputs by sequence, oldest first. What is not taken is merged, a sequence's into one."""
 
     def __init__(self) -> None:
-        self._full: list[_Part] = []
-        self._last: dict[int, _Part] = {}  # by sequence
+        self._full: deque[_Part] = deque()
+        self._last: OrderedDict[int, _Part] = OrderedDict()  # by sequence
         self.size = 0
         """About how many bytes are in it."""
 
@@ -50,19 +51,19 @@ class Outbox:
 
     def take(self) -> SessionResponse:
         """The next message, and out of here."""
-        size, response = 0, SessionResponse()
-        while self and size < MESSAGE_BYTES:
-            part = self._full.pop(0) if self._full else self._last.pop(next(iter(self._last)))
-            response.outputs.append(part.output)
+        outputs, size = [], 0
+        while (self._full or self._last) and size < MESSAGE_BYTES:
+            part = self._full.popleft() if self._full else self._last.popitem(last=False)[1]
+            outputs.append(part.output)
             size += part.size
         self.size -= size
-        return response
+        return SessionResponse(outputs=outputs)
 
     def discard(self, sequence_id: int) -> None:
         """Forget what there is of a sequence."""
         last = self._last.pop(sequence_id, None)
         gone = [part for part in self._full if part.output.sequence_id == sequence_id]
-        self._full = [part for part in self._full if part.output.sequence_id != sequence_id]
+        self._full = deque(part for part in self._full if part.output.sequence_id != sequence_id)
         self.size -= sum(part.size for part in (gone if last is None else [*gone, last]))
 
     def _begin(self, sequence_id: int) -> _Part:

@@ -11,9 +11,13 @@ from collections.abc import Iterable
 from granatum.runner.sequence import Sequence
 
 TRIALS = (0, 16)
-"""Steps of its own after so many suspicions by other engines; after more, all of its steps."""
+"""Steps of its own that a sequence must pass, by how often other engines suspected it. Beyond the
+table, all of its steps are its own.
+"""
 LOCAL_TRIALS = (0, 1, 16)
-"""The same after so many failed steps here: the first suspects every sequence of a batch."""
+"""The same by how many steps failed here. The first failure asks for one step only, because it
+suspects every sequence of a batch.
+"""
 
 
 class Quarantine:
@@ -25,14 +29,14 @@ class Quarantine:
 
     def __init__(self) -> None:
         self.has_turn = True
-        self._left: dict[int, float] = {}  # who comes first has waited longest
+        self._left: dict[int, float] = {}  # the first has waited longest
         self._faults: dict[int, int] = {}
 
     def __contains__(self, sequence_id: int) -> bool:
         return sequence_id in self._left
 
     def admit(self, sequence_id: int, suspicion: int) -> None:
-        """Take in a sequence that other engines suspected so often."""
+        """Take in a sequence; `suspicion`: how often other engines suspected it."""
         if suspicion > 0:
             self._left[sequence_id] = _trials(TRIALS, suspicion)
 
@@ -52,6 +56,12 @@ class Quarantine:
         """It is gone."""
         self._left.pop(sequence_id, None)
         self._faults.pop(sequence_id, None)
+
+    def company(self, running: list[Sequence]) -> list[Sequence]:
+        """Those of `running` that are under no suspicion."""
+        if not self._left:
+            return running
+        return [sequence for sequence in running if sequence.id not in self._left]
 
     def in_turn(self, running: Iterable[Sequence]) -> list[Sequence]:
         """The suspects among `running`, the one that has waited longest first."""

@@ -81,7 +81,7 @@ class Sampler:
         return _logprobs(spans, logits, tokens)
 
     def forget(self, plan: Plan) -> None:
-        """Count anew what the sequences of a step have generated: it may be counted, and was vain.
+        """Count the tokens of a step's sequences anew: the counts may hold tokens that never were.
 
         The host must know all their tokens when the next step with them is launched.
         """

@@ -108,7 +108,8 @@ class Scheduler:
 
     def _company(self) -> Plan:
         """A step of all who are under no suspicion."""
-        active = sorted((s for s in self.running if self._is_in_company(s)), key=_rank)
+        company = self._quarantine.company(self.running)
+        active = sorted((s for s in company if s.schedulable), key=_rank)
         decodes = [span_of(s, 1) for s in active if s.remaining == 1 and self._grow(s)]
         chunks: list[Span] = []
         budget = self.limits.step_tokens - len(decodes)
@@ -134,15 +135,15 @@ class Scheduler:
         `unsound`: ids of sequences whose logits are not finite; their tokens mean nothing.
         """
         drawn = iter(tokens)
+        if plan.solo:
+            self._quarantine.acquit(plan.spans[0].sequence.id)
         for span in plan.spans:
             sequence = span.sequence
             sequence.in_flight -= 1
-            if plan.solo:
-                self._quarantine.acquit(sequence.id)
             if span.samples:
                 sequence.pending -= 1
                 token = next(drawn)
-                if sequence.id in unsound:
+                if unsound and sequence.id in unsound:
                     made = len(sequence.tokens) - len(sequence.submit.prompt)
                     self._end(sequence, failures.not_finite(sequence.submit, made))
                 else:
@@ -202,9 +203,6 @@ class Scheduler:
     def _too_large(self, sequence: Sequence) -> Failure:
         return failures.too_large(len(sequence.tokens), self.pool.total, self.limits.page_tokens)
 
-    def _is_in_company(self, sequence: Sequence) -> bool:
-        return sequence.schedulable and sequence.id not in self._quarantine
-
     def _admit(self, budget: int) -> list[Sequence]:
         """Move waiting sequences into the batch, and bring the adapters of those that come next.
 
@@ -222,7 +220,7 @@ class Scheduler:
                 sequence.slot, sequence.seat = slot, self._seats.pop()
                 self.running.append(sequence)
                 self.waiting.remove(sequence)
-                if self._is_in_company(sequence):
+                if sequence.id not in self._quarantine:
                     budget -= sequence.remaining
                     admitted.append(sequence)
                 continue

@@ -103,7 +103,7 @@ class Session:
         self._engine = engine
         self._running: dict[int, _Running] = {}  # by the engine's id
         self._preparing: dict[int, asyncio.Task[None]] = {}  # by the router's id
-        self._tasks: set[asyncio.Task[None]] = set()  # those, and cancelled ones until they end
+        self._tasks: set[asyncio.Task[None]] = set()  # preparing, or cancelled and not yet over
         self._outbox = Outbox()
         self._news = asyncio.Event()
         self._patience = _Patience()

@@ -9,6 +9,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from granatum.v1.transport import Tls
 
+MAX_BATCH = 1024
+"""The largest batch that a runner can be given."""
 _ANY_HOST = ("", "0.0.0.0", "::", "*")  # noqa: S104 - recognised, not bound
 
 
@@ -46,7 +48,7 @@ class Settings(BaseSettings):
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<n>"
     )
     max_batch: int | None = Field(
-        None, ge=1, le=1024, description="sequences at a time; absent: 64, on a CPU 8"
+        None, ge=1, le=MAX_BATCH, description="sequences at a time; absent: 64, on a CPU 8"
     )
     max_rank: int = Field(64, ge=1, le=256, description="the largest rank of an adapter")
     max_context: int | None = Field(

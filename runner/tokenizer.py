@@ -1,12 +1,11 @@
 """The model's own tokenizer: text to ids, chats to ids, and ids to text as they come."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import structlog
 from jinja2.exceptions import TemplateError
@@ -33,6 +32,24 @@ _MAX_REFUSAL = 500
 """Characters of a chat template's own message that a client gets."""
 
 log = structlog.get_logger(__name__)
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _without_panic(call: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A panic of the tokenizers library is no Exception; as it leaves `call`, it is one."""
+
+    @wraps(call)
+    def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return call(*args, **kwargs)
+        except BaseException as error:
+            if type(error).__module__ != "pyo3_runtime":
+                raise
+            raise RuntimeError("the tokenizers library panicked") from error
+
+    return guarded
 
 
 class TooManyTokens(Exception):
@@ -92,9 +109,11 @@ class Tokenizer:
         """
         return self._ids(self._rendered(messages), most, special=False)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens."""
-        return self._decoded(ids, skip_special_tokens=True)
+    @_without_panic
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of `ids`; special tokens are left out unless `special`."""
+        text: str = self._fast.decode(ids, skip_special_tokens=not special)
+        return text
 
     def _ids(self, text: str, most: int | None, *, special: bool) -> list[int]:
         if most is not None:
@@ -119,16 +138,11 @@ class Tokenizer:
             if count > 2 * most:
                 raise TooManyTokens(f"over {2 * most}")
 
+    @_without_panic
     def _encoded(self, text: str, *, special: bool) -> Encoding:
         """Unlike `encode`, a batch is encoded without the interpreter's lock."""
-        with _no_panic():
-            (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=special)
+        (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=special)
         return encoding
-
-    def _decoded(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        with _no_panic():
-            text: str = self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
-        return text
 
     def _rendered(self, messages: Sequence[tuple[str, str]]) -> str:
         if not self._chat.chat_template:
@@ -149,20 +163,9 @@ class Tokenizer:
 
     def _token_text(self, token: int) -> str:
         """The text of one token alone, a leading space included; special tokens by name."""
-        before = self._decoded(self._anchor, skip_special_tokens=False)
-        after = self._decoded([*self._anchor, token], skip_special_tokens=False)
+        before = self.decode(self._anchor, special=True)
+        after = self.decode([*self._anchor, token], special=True)
         return after[len(before) :]
-
-
-@contextmanager
-def _no_panic() -> Iterator[None]:
-    """A panic of the tokenizers library is no Exception; as it leaves, it is one."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__module__ != "pyo3_runtime":
-            raise
-        raise RuntimeError("the tokenizers library panicked") from error
 
 
 def _refused(message: str) -> InvalidRequest:

@@ -25,12 +25,17 @@ ARROWS = {
     "client": {"v1"},
     "examples": set[str](),
 }
+COMPUTING = {
+    *("adapter_loader", "arena", "config", "engine_child", "engine_process", "executor", "graphs"),
+    *("inputs", "model", "sampler", "tokenizer", "torchless", "weights"),
+}
+"""Modules of the runner that may import torch or transformers; no other module may."""
 TORCHLESS = (
-    *(f"runner/adapter_{noun}.py" for noun in ("cache", "entry", "mover", "trouble", "layout")),
-    *(f"runner/adapter_{noun}.py" for noun in ("image", "file", "packing", "disk", "fetching")),
-    *(f"runner/{noun}.py" for noun in ("failures", "flight_recorder", "pages", "plan")),
-    *(f"runner/{noun}.py" for noun in ("quarantine", "records")),
-    *(f"runner/{noun}.py" for noun in ("scheduler", "sequence")),
+    *(
+        f"runner/{p.name}"
+        for p in sorted((ROOT / "runner").glob("*.py"))
+        if p.stem not in COMPUTING
+    ),
     *("router", "adapters_store", "client", "protos/granatum/v1"),
 )
 HEAVY = ("torch", "triton", "transformers")

@@ -16,6 +16,11 @@ TOLERANCE = {torch.bfloat16: BFLOAT16, torch.float16: 6e-4, torch.float32: 2e-5}
 QKV, OUT, GATE_UP, DOWN = range(4)
 
 
+HOSTILE_SLOTS = [None, None, 1, 1, 1, 0, 0, None, 2]
+"""The adapters' slots of rows, of which some are broken; of slot 1, rows of either kind."""
+HOSTILE_ROWS, INNOCENT_ROWS = [1, 3, 5, 6, 8], [0, 2, 4, 7]
+
+
 @dataclass
 class Adapter:
     """Per projection of the group: A [r, K], B [N, r], scale; a rank of 0 is no projection."""
@@ -132,8 +137,15 @@ def activations(group: Group, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-def break_slot(group: Group, slot: int, value: float) -> None:
-    """Make every number of a slot's matrices `value`, which is what its rows may become."""
+def break_rows(group: Group, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Make the hostile rows, and the adapters that none but them use, what must stay there."""
+    _break_slot(group, 0, torch.nan)
+    _break_slot(group, 2, 1e30)
+    for rows, value in ((HOSTILE_ROWS[::2], torch.nan), (HOSTILE_ROWS[1::2], 1e30)):
+        x[rows], y[rows] = value, value
+
+
+def _break_slot(group: Group, slot: int, value: float) -> None:
     for p, (a, b) in enumerate(zip(group.adapters[slot].a, group.adapters[slot].b, strict=True)):
         first = FIRST_PROJECTION[group.group] + p
         rank = int(group.table.rank[slot, LAYER, first])
