@@ -31,6 +31,8 @@ from granatum.v1.errors import InvalidRequest, NotFound, PreconditionFailed, Una
 MAX_PAGE = 1000
 _UPLOAD_WITHIN_S = 86_400.0
 _VALIDATIONS = 2
+_AT_ONCE = 25
+"""Versions of a page to collect before others have their turn; one page at a time is made."""
 
 log = structlog.get_logger(__name__)
 
@@ -57,6 +59,7 @@ class AdapterStore:
         self._scratch = Scratch(objects.scratch)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._validations = asyncio.Semaphore(_VALIDATIONS)
+        self._listing = asyncio.Lock()
         self._tenants = Tenants(objects, lambda: epoch_of(now()))
 
     @classmethod
@@ -178,10 +181,15 @@ class AdapterStore:
         """The tenant's own adapters, every version, by name and version."""
         size = min(page_size or MAX_PAGE, MAX_PAGE)
         catalog = await self._tenants.read(tenant)
-        rest = list(islice(catalog.versions_after(*_position(page_token)), size + 1))
-        page = tuple(Manifest.of(catalog, tenant, name, version) for name, version in rest[:size])
+        after, page = _position(page_token), list[Manifest]()
+        async with self._listing:
+            rest = list(islice(catalog.versions_after(*after), size + 1))
+            for begin in range(0, min(size, len(rest)), _AT_ONCE):
+                await asyncio.sleep(0)
+                batch = rest[begin : min(begin + _AT_ONCE, size)]
+                page += (Manifest.of(catalog, tenant, name, version) for name, version in batch)
         more = len(rest) > size
-        return Page(page, f"{page[-1].name}@{page[-1].version}" if more else "")
+        return Page(tuple(page), f"{page[-1].name}@{page[-1].version}" if more else "")
 
     async def set_alias(self, tenant: str, alias: str, ref: str) -> Manifest:
         """Point `alias` at a version of the tenant's: `name` (its newest now), `name@version`."""

@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from granatum.router.keys import Keys
+from granatum.router.turns import Turns
 from granatum.v1 import adapters_pb2, cluster_pb2, inference_pb2
 from granatum.v1.errors import GranatumError, PermissionDenied, Unauthenticated
 from granatum.v1.transport import bearer_of
@@ -49,6 +50,7 @@ class Access(grpc.aio.ServerInterceptor):
     def __init__(self, keys: Keys, cluster_key: str) -> None:
         self._keys = keys
         self._cluster_key = cluster_key.encode()
+        self._turns = Turns()
 
     async def intercept_service(
         self,
@@ -56,30 +58,35 @@ class Access(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler | None":
         """Check the call's key. Raises Unauthenticated or PermissionDenied."""
-        service = handler_call_details.method.strip("/").partition("/")[0]
+        method = handler_call_details.method
+        service = method.strip("/").partition("/")[0]
+        trusted, tenant = False, None
         if service not in _OPEN:
             key = bearer_of(handler_call_details.invocation_metadata)
             if key is None:
                 raise Unauthenticated("give a key in the metadata: authorization: Bearer KEY")
-            self._admit(service, key)
-        return await continuation(handler_call_details)
+            tenant = self._admit(service, key)
+            trusted = tenant is None
+        handler = await continuation(handler_call_details)
+        return handler if handler is None or trusted else self._turns.wrap(handler, method, tenant)
 
-    def _admit(self, service: str, key: str) -> None:
+    def _admit(self, service: str, key: str) -> str | None:
+        """The tenant that calls, or None: our own processes and operators."""
         if service == REGISTRY:
             if not hmac.compare_digest(key.encode(), self._cluster_key):
                 raise Unauthenticated(
                     "this is not the cluster key: set the same GRANATUM_CLUSTER_KEY everywhere"
                 )
-            return
+            return None
         identity = self._keys.identify(key)
         if identity is None:
             raise Unauthenticated("the key is unknown or was revoked: ask for a new one")
         if service == CLUSTER and identity.tenant is None:
-            return
+            return None
         if service in (INFERENCE, ADAPTERS) and identity.tenant is not None:
             _tenant.set(identity.tenant)
             _max_priority.set(identity.max_priority)
-            return
+            return identity.tenant
         raise _forbidden(service)
 
 

@@ -4,6 +4,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -13,18 +14,18 @@ from granatum.adapters_store.incoming import FileDeclaration, UploadHeader
 from granatum.adapters_store.manifest import Manifest
 from granatum.adapters_store.store import AdapterStore
 from granatum.router.access import current_tenant
-from granatum.router.uploads import MAX_HEARD_OUT, Pace, Rooms, Seats, discard, paced
+from granatum.router.uploads import Pace, Rooms, Seats, discard, paced
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.adapters_pb2_grpc import AdapterServiceServicer
 from granatum.v1.cluster_pb2 import RunnerStatus
-from granatum.v1.errors import GranatumError, InvalidRequest
+from granatum.v1.errors import GranatumError, InvalidRequest, Overloaded
 
 MAX_CHUNK_BYTES = 1 << 20
 MAX_PAGE = 1000
 USUAL_PACE = Pace()
 _MAX_FILES = 16
-_AT_ONCE = 100
-"""Adapters to describe before others have their turn."""
+_AT_ONCE = 25
+"""Adapters to describe before others have their turn; one page at a time is described."""
 _VISIBILITY = {
     Visibility.PRIVATE: pb.VISIBILITY_PRIVATE,
     Visibility.PUBLISHED: pb.VISIBILITY_PUBLISHED,
@@ -46,20 +47,20 @@ class Adapters(AdapterServiceServicer):
         self._store = store
         self._rooms = Rooms(runners)
         self._seats = Seats()
-        self._heard_out = asyncio.Semaphore(MAX_HEARD_OUT)
+        self._hearings = Seats()
+        self._listing = asyncio.Lock()
         self._pace = pace
 
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], _: Context
     ) -> pb.UploadAdapterResponse:
         """Store an adapter as the next version of its name."""
-        arriving = aiter(request_iterator)
+        arriving, tenant = aiter(request_iterator), current_tenant()
         try:
-            manifest, created = await self._upload(current_tenant(), arriving)
+            manifest, created = await self._upload(tenant, arriving)
         except GranatumError:
-            if not self._heard_out.locked():
-                async with self._heard_out:
-                    await discard(arriving)
+            with suppress(Overloaded), self._hearings.taken(tenant):
+                await discard(arriving)
             raise
         return pb.UploadAdapterResponse(adapter=_adapter(manifest), created=created)
 
@@ -86,10 +87,11 @@ class Adapters(AdapterServiceServicer):
             raise InvalidRequest(f"page_size: give at most {MAX_PAGE:,}", field="page_size")
         page = await self._store.list(current_tenant(), request.page_size, request.page_token)
         response = pb.ListAdaptersResponse(next_page_token=page.next_page_token)
-        for begin in range(0, len(page.adapters), _AT_ONCE):
-            batch = page.adapters[begin : begin + _AT_ONCE]
-            response.adapters.extend(_adapter(manifest) for manifest in batch)
-            await asyncio.sleep(0)  # others' tokens come between
+        async with self._listing:
+            for begin in range(0, len(page.adapters), _AT_ONCE):
+                batch = page.adapters[begin : begin + _AT_ONCE]
+                response.adapters.extend(_adapter(manifest) for manifest in batch)
+                await asyncio.sleep(0)  # others' tokens come between
         return response
 
     async def DeleteAdapter(

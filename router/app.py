@@ -85,7 +85,7 @@ class Router:
 
     async def __aexit__(self, *_: object) -> None:
         log.info("stopping", grace_s=self._settings.grace_s)
-        await self._health.stop()
+        self._health.stop()
         await self._end_calls()
         await self._sessions.close()
         self.background.cancel()

@@ -3,13 +3,12 @@
 import asyncio
 
 import structlog
-from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import OVERALL_HEALTH
-from grpc_health.v1.health import aio as health_aio
 
 from granatum.router.access import CLUSTER, INFERENCE, REGISTRY, SERVICES
 from granatum.router.registry import Registry
 from granatum.v1.errors import Unavailable
+from granatum.v1.health import HealthBoard
 
 _CHECK_S = 1.0
 _NEED_REGISTRY = (INFERENCE, CLUSTER, REGISTRY)
@@ -25,13 +24,13 @@ class Health:
     """
 
     def __init__(self, registry: Registry) -> None:
-        self.servicer = health_aio.HealthServicer()
+        self.servicer = HealthBoard()
         self._registry = registry
         self._serving = True
 
     async def start(self) -> None:
         """Find out what is served, before anybody asks."""
-        await self._set((OVERALL_HEALTH, *SERVICES), serving=True)
+        self.servicer.set((OVERALL_HEALTH, *SERVICES), serving=True)
         await self._check()
 
     async def run(self) -> None:
@@ -40,15 +39,15 @@ class Health:
             await asyncio.sleep(_CHECK_S)
             await self._check()
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """Say for good that nothing is served any more."""
-        await self.servicer.enter_graceful_shutdown()
+        self.servicer.close()
 
     async def _check(self) -> None:
         serving = await self._registry_answers()
         if serving != self._serving:
             log.warning("registry answers again" if serving else "registry is away")
-            await self._set(_NEED_REGISTRY, serving=serving)
+            self.servicer.set(_NEED_REGISTRY, serving=serving)
         self._serving = serving
 
     async def _registry_answers(self) -> bool:
@@ -57,8 +56,3 @@ class Health:
         except Unavailable:
             return False
         return True
-
-    async def _set(self, services: tuple[str, ...], *, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse
-        for service in services:
-            await self.servicer.set(service, status.SERVING if serving else status.NOT_SERVING)

@@ -149,12 +149,12 @@ function commands.place(request)
   local entry, fleet = asked, nil
   if asked == '' then
     entry, fleet = s[4] or new_entry(r), live_figures()
-    local largest = beyond(fleet, r)
+    local largest = not r.admitted and beyond(fleet, r)
     if largest then return {'unservable', entry, largest[1], largest[2]} end
   end
   local placed, aside = try(r, asked, entry, fleet)
   if placed then return placed end
-  local newcomer = asked == '' and not redis.call('ZSCORE', WAITING, entry)
+  local newcomer = asked == '' and not r.admitted and not redis.call('ZSCORE', WAITING, entry)
   local refused = newcomer and bound(r)
   if refused then return {refused, entry, live()} end
   wait(entry, r.entry_ms, aside)

@@ -17,8 +17,10 @@ class PlacementRequest:
     entry: str | None = None
     """Its place in the queue's order, given by the first attempt and kept for life.
 
-    Whoever comes with one was admitted before, and the queue's bound no longer applies to it.
+    Whoever left its runner by its client's own doing comes without one, behind all who wait.
     """
+    admitted: bool = False
+    """Whether it was placed before: the bounds of the queue no longer apply to it."""
     exclude: Collection[str] = ()
     """Runners that just sent this sequence back: taken only if no other has room."""
     avoid: Collection[str] = ()

@@ -218,6 +218,7 @@ class Registry:
         return {
             "id": request.id,
             "entry": request.entry,
+            "admitted": request.admitted,
             "priority": request.priority,
             "tokens": request.tokens,
             "exclude": list(request.exclude),

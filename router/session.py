@@ -54,7 +54,9 @@ class Session:
         self._pings = round(silence_s / self._ping_s)
         self._unanswered = 0
         self._broken = False
-        self._commands: asyncio.Queue[SessionRequest | None] = asyncio.Queue()
+        self._commands: asyncio.Queue[SessionRequest | int | None] = asyncio.Queue()
+        self._unsent: dict[int, SubmitSequence] = {}
+        """What the queue names by number, so that nothing is kept of what is cancelled there."""
         self._sequences: dict[int, RemoteSequence] = {}
         self._next_id = 1
 
@@ -66,14 +68,16 @@ class Session:
         self._next_id += 1
         sequence = RemoteSequence(lambda: self.cancel(number), release)
         self._sequences[number] = sequence
-        self._commands.put_nowait(SessionRequest(submit=submission))
+        self._unsent[number] = submission
+        self._commands.put_nowait(number)
         return sequence
 
     def cancel(self, sequence_id: int) -> None:
         """End a sequence on the runner, if it is not over."""
         if self._sequences.pop(sequence_id, None) is not None:
-            cancel = CancelSequence(sequence_id=sequence_id)
-            self._commands.put_nowait(SessionRequest(cancel=cancel))
+            if self._unsent.pop(sequence_id, None) is None:
+                cancel = CancelSequence(sequence_id=sequence_id)
+                self._commands.put_nowait(SessionRequest(cancel=cancel))
             self._close_if_done()
 
     def retire(self) -> None:
@@ -130,7 +134,10 @@ class Session:
 
     async def _outgoing(self) -> AsyncIterator[SessionRequest]:
         while (command := await self._commands.get()) is not None:
-            yield command
+            if isinstance(command, SessionRequest):
+                yield command
+            elif (submission := self._unsent.pop(command, None)) is not None:
+                yield SessionRequest(submit=submission)
 
     def _deliver(self, output: SequenceOutput) -> None:
         over = output.WhichOneof("outcome") is not None
@@ -147,6 +154,7 @@ class Session:
             self._commands.put_nowait(None)
 
     def _lose_all(self) -> None:
+        self._unsent.clear()
         sequences, self._sequences = self._sequences, {}
         alone = self._broken and len(sequences) == 1
         for sequence in sequences.values():

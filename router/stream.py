@@ -116,6 +116,7 @@ class Stream:
             tokens=self._progress.tokens_to_hold,
             priority=self._request.message.priority,
             entry=self._entry,
+            admitted=self._progress.placements > 0,
             exclude=sorted(ill | self._setbacks.excluded(now)),
             tenant=self._request.tenant,
             adapter=bool(self._request.adapter_digest),
@@ -143,6 +144,8 @@ class Stream:
             self._setbacks.lost(runner_id, self._clock(), alone=lost.alone)
             self._note(runner_id, "lost")
         except Unread:
+            # It waits anew: a client that reads now and then must not pass all others each time.
+            self._entry = None
             self._note(runner_id, "unread")
         finally:
             release()

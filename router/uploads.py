@@ -13,8 +13,6 @@ from granatum.v1.errors import DeadlineExceeded, Overloaded, Unavailable
 
 MAX_OF_TENANT = 4
 MAX_IN_ALL = 64
-MAX_HEARD_OUT = 16
-"""Refused uploads of which the rest is taken at a time: each holds a message."""
 _FRESH_S = 1.0
 _RETRY_AFTER_S = 2.0
 _DISCARD_S = 2.0

@@ -69,7 +69,7 @@ class Runner:
         """Out of sight first, then the streams, then the engine."""
         log.info("stopping", grace_s=self._settings.grace_s)
         await cancelled(self._checks, self._reports)
-        await self._health.stop()
+        self._health.stop()
         await self._heartbeat.deregister()
         if not self._engines.done():
             await self._front.drain(self._settings.grace_s)

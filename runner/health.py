@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import Callable
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
+
+from granatum.v1.health import HealthBoard
 
 _CHECK_S = 0.25
 SERVICES = ("", "granatum.v1.RunnerService")
@@ -15,23 +17,18 @@ class Health:
 
     def __init__(self, serving: Callable[[], bool]) -> None:
         self._serving = serving
-        self._servicer = health.aio.HealthServicer()
+        self._board = HealthBoard()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve it."""
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._board, server)
 
     async def run(self) -> None:
         """Keep the answer true."""
         while True:
-            await self._set(self._serving())
+            self._board.set(SERVICES, serving=self._serving())
             await asyncio.sleep(_CHECK_S)
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """Say NOT_SERVING, for good."""
-        await self._servicer.enter_graceful_shutdown()
-
-    async def _set(self, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse
-        for service in SERVICES:
-            await self._servicer.set(service, status.SERVING if serving else status.NOT_SERVING)
+        self._board.close()

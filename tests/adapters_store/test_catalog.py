@@ -1,5 +1,7 @@
 """A catalog's memory of what was deleted, and how quickly a large one answers."""
 
+import asyncio
+import gc
 import hashlib
 import time
 from collections.abc import Callable
@@ -126,3 +128,19 @@ async def test_a_large_catalog_is_listed_page_by_page() -> None:
         (pointed[m.name, m.version],) if (m.name, m.version) in pointed else () for m in seen
     ]
     assert seen[0].elements == 640
+
+
+async def test_many_listings_at_once_leave_turns_to_others() -> None:
+    store = AdapterStore.open("memory://", BASE)
+    await store._objects.put("tenants/acme.json", encode(LARGE, "r"))
+    await store.list("acme", 1)  # reads the catalog
+    listings = asyncio.gather(*(store.list("acme", 1000) for _ in range(20)))
+    longest = 0.0
+    gc.freeze()  # else a collection is the longest turn
+    while not listings.done():
+        begun = time.thread_time()
+        await asyncio.sleep(0)
+        longest = max(longest, time.thread_time() - begun)
+    gc.unfreeze()
+    assert longest < 0.01
+    assert {len(page.adapters) for page in listings.result()} == {1000}

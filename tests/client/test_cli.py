@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from doubles import KEY, Service
-from grpc_health.v1 import health_pb2
 
 
 async def granatum(*arguments: str, **env: str) -> tuple[int, str, str]:
@@ -74,7 +73,7 @@ async def test_an_error_is_one_clear_line(
 
 async def test_health_is_an_exit_status(service: Service) -> None:
     assert (await granatum("health", service.address))[:2] == (0, "serving\n")
-    await service.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    service.health.set([""], serving=False)
     assert (await granatum("health", service.address))[:2] == (1, "not serving\n")
     assert (await granatum("health", "127.0.0.1:1"))[0] == 1
 

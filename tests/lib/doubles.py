@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from granatum.v1 import (
     adapters_pb2,
@@ -17,6 +17,7 @@ from granatum.v1 import (
     inference_pb2_grpc,
 )
 from granatum.v1.errors import NotFound, Overloaded, Unauthenticated
+from granatum.v1.health import HealthBoard
 from granatum.v1.transport import bearer_of, build_server, listen
 
 KEY = "gk-acme"
@@ -32,7 +33,7 @@ class Service(
 
     def __init__(self) -> None:
         self.address = ""
-        self.health = health.aio.HealthServicer()
+        self.health = HealthBoard()
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.deadlines: list[float | None] = []
         self.ended = asyncio.Event()
@@ -189,7 +190,7 @@ async def serve() -> AsyncIterator[Service]:
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(service, server)
     cluster_pb2_grpc.add_ClusterServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(service.health, server)
-    await service.health.set("", health_pb2.HealthCheckResponse.SERVING)
+    service.health.set([""], serving=True)
     service.address = f"127.0.0.1:{listen(server, '127.0.0.1:0')}"
     await server.start()
     try:

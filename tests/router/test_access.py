@@ -1,7 +1,9 @@
 """Every RPC of every service against every kind of key, taken from the descriptors."""
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
@@ -9,9 +11,11 @@ import pytest
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from raw_http2 import deaf_watcher
 from router_box import CLUSTER_KEY, Box
 
 from granatum.router.access import ADAPTERS, CLUSTER, INFERENCE, REGISTRY, SERVICES
+from granatum.router.app import Router
 from granatum.v1 import adapters_pb2, cluster_pb2, inference_pb2
 from granatum.v1.transport import bearer
 
@@ -84,3 +88,10 @@ async def test_health_and_reflection_are_open(box: Box) -> None:
     request = reflection_pb2.ServerReflectionRequest(list_services="")
     answer = await reflected.ServerReflectionInfo(iter([request]), timeout=5).read()
     assert {s.name for s in answer.list_services_response.service} >= set(SERVICES)
+
+
+async def test_a_stranger_that_watches_and_reads_nothing_does_not_keep_a_router(box: Box) -> None:
+    async with AsyncExitStack() as strangers, asyncio.timeout(3), Router(box.settings()) as router:
+        watcher = deaf_watcher(router.port, b"/grpc.health.v1.Health/Watch")
+        await strangers.enter_async_context(watcher)
+        await asyncio.sleep(0.2)  # until gRPC has taken the call

@@ -73,6 +73,35 @@ async def test_streams_that_nobody_reads_hold_no_seat(box: Box, narrow: grpc.aio
         call.cancel()
 
 
+async def test_who_reads_late_comes_back_behind_those_who_wait(box: Box) -> None:
+    router = await box.router()
+    runner = await box.runner("a", max_batch=1, script=Script(step_s=0.001, burst=200))
+    address = f"127.0.0.1:{router.port}"
+    globex = bearer(box.tenant("globex"))
+    await asyncio.sleep(1.1)  # until the key is known
+    async with grpc.aio.insecure_channel(address, options=NARROW) as channel, asyncio.timeout(15):
+        late = ask(box, channel, 30_000, "late")
+        while not runner.cancelled:
+            await asyncio.sleep(0.01)
+        runner.script.stalled = True
+        seated = asyncio.create_task(box.generate("seated"))
+        while len(runner.submissions) < 2:
+            await asyncio.sleep(0.01)
+        request = GenerateRequest(prompt="waiting", stop=StopConditions(max_tokens=1))
+        waiting = asyncio.create_task(drained(box.inference().Generate(request, metadata=globex)))
+        await waiting_at(router, 1)
+        reading = asyncio.create_task(drained(late))
+        await waiting_at(router, 2)
+        runner.script.stalled = False
+        await asyncio.gather(seated, waiting, reading)
+    assert [s.request.prompt for s in runner.submissions[1:4]] == ["seated", "waiting", "late"]
+
+
+async def waiting_at(router: Router, number: int) -> None:
+    while router._admission.waiting < number:
+        await asyncio.sleep(0.01)
+
+
 async def test_a_backlog_is_read_on_from_where_the_stream_goes_on_elsewhere(box: Box) -> None:
     router = await box.router()
     runner = await box.runner("a", script=GREEDY)

@@ -359,6 +359,16 @@ async def test_a_tenants_five_hundred_do_not_hold_up_anothers_one(
     assert "b" in order
 
 
+async def test_who_was_placed_before_waits_anew_though_the_queue_is_full(
+    registry: Registry,
+) -> None:
+    await seated(registry, "a")
+    await queue_up(registry, *((f"a{n}", {"tenant": "a"}) for n in range(4)))
+    assert isinstance(await registry.place(want("a4", tenant="a")), Full)
+    again = await registry.place(want("a5", tenant="a", admitted=True))
+    assert isinstance(again, Queued)
+
+
 async def test_tenants_take_turns_by_weight_and_each_in_its_own_order(long: Registry) -> None:
     held = await seated(long)
     waiting = await queue_up(

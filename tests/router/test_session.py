@@ -171,3 +171,13 @@ async def test_streams_over_a_broken_link_are_elsewhere_soon(
         assert answer.ids == expected_ids(prompt, 100)
         assert answer.resumptions == 1
         assert answer.responses[-1].end.runner_id == "a"
+
+
+async def test_what_is_cancelled_before_it_was_sent_is_neither_sent_nor_kept() -> None:
+    async with runner() as there, sessions() as opened:
+        for _ in range(50):
+            opened.submit("a", there.address, submission("cancelled"), nothing).cancel()
+        ids = await whole(opened.submit("a", there.address, submission("kept", 3), nothing))
+        assert ids == expected_ids("kept", 3)
+        assert [s.request.prompt for s in there.submissions] == ["kept"]
+        assert there.cancelled == 0

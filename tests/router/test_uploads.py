@@ -17,7 +17,7 @@ from granatum.adapters_store.limits import Room
 from granatum.adapters_store.store import AdapterStore
 from granatum.router import access, uploads
 from granatum.router.adapters import Adapters
-from granatum.router.uploads import MAX_HEARD_OUT, Pace, Rooms, Seats, paced
+from granatum.router.uploads import Pace, Rooms, Seats, paced
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.cluster_pb2 import HeartbeatRequest, Runner, RunnerStatus
 from granatum.v1.cluster_pb2_grpc import RegistryServiceStub
@@ -220,10 +220,10 @@ async def test_refused_uploads_are_heard_out_a_few_at_a_time(
     access._tenant.set("acme")
     adapters = Adapters(AdapterStore.open("memory://", BASE), none)
     context: Any = None
-    calls = [adapters.UploadAdapter(sender(), context) for _ in range(3 * MAX_HEARD_OUT)]
+    calls = [adapters.UploadAdapter(sender(), context) for _ in range(3 * uploads.MAX_OF_TENANT)]
     errors = await asyncio.gather(*calls, return_exceptions=True)
     assert {type(error) for error in errors} <= {InvalidRequest, Overloaded}
-    assert went_on == MAX_HEARD_OUT
+    assert went_on == uploads.MAX_OF_TENANT
 
 
 async def test_a_stalled_upload_is_given_up_over_the_wire(

@@ -52,7 +52,7 @@ class Bed:
     def engine(self, max_rank: int = 256, **changes: int) -> TinyEngine:
         """With the adapters of up to `max_rank`, on which the size of a page depends."""
         names = SMALL if max_rank == 8 else ADAPTERS
-        return TinyEngine(self.base, self.adapters, names, max_rank=max_rank, **changes)
+        return TinyEngine(self.base, self.adapters, names, (), max_rank=max_rank, **changes)
 
     def assert_right(self, submit: Submit, told: Told) -> None:
         """Every token was the likeliest, and its log probabilities are PEFT's within 1e-3."""

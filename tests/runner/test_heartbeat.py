@@ -209,5 +209,5 @@ async def follow_health(health: Health, port: int, serving: list[bool]) -> None:
             expected = status.SERVING if value else status.NOT_SERVING
             while not seen or seen[-1] != expected:
                 seen.append((await watch.read()).status)
-        await health.stop()
+        health.stop()
         assert (await watch.read()).status == status.NOT_SERVING

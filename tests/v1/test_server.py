@@ -2,25 +2,20 @@
 
 import asyncio
 import logging
-import struct
 from typing import Any
 
 import grpc
 import pytest
+import raw_http2 as http2
 from grpc._cython import cygrpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from raw_http2 import frame, grpc_headers
 
+from granatum.v1.health import HealthBoard
 from granatum.v1.server import _Server
 from granatum.v1.transport import build_server, listen
 
-HEADERS = {
-    b":method": b"POST",
-    b":scheme": b"http",
-    b":path": b"/grpc.health.v1.Health/Check",
-    b":authority": b"x",
-    b"te": b"trailers",
-    b"content-type": b"application/grpc",
-}
+HEADERS = grpc_headers(b"/grpc.health.v1.Health/Check")
 HOSTILE = {
     "no UTF-8": {b":path": b"/\xff\xfe"},
     "half a character": {b":path": b"/a\xc3(/x"},
@@ -35,26 +30,18 @@ HOSTILE = {
 }
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    size = struct.pack(">I", len(payload))[1:]
-    return size + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-
 def call(headers: dict[bytes, bytes]) -> bytes:
     """A whole connection with one call of an empty message, as HTTP/2."""
-    fields = [
-        bytes([0, len(name)]) + name + bytes([len(value)]) + value
-        for name, value in headers.items()
-    ]
-    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
-    return preface + frame(1, 4, 1, b"".join(fields)) + frame(0, 1, 1, bytes(5))
+    begun = http2.PREFACE + frame(http2.SETTINGS, 0, 0, b"")
+    begun += frame(http2.HEADERS, http2.END_HEADERS, 1, http2.block(headers))
+    return begun + frame(http2.DATA, http2.END_STREAM, 1, http2.message(b""))
 
 
 async def started() -> tuple[grpc.aio.Server, int]:
     server = build_server(())
-    servicer = health.aio.HealthServicer()
+    servicer = HealthBoard()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    servicer.set([""], serving=True)
     port = listen(server, "127.0.0.1:0")
     await server.start()
     return server, port

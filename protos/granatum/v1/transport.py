@@ -49,6 +49,9 @@ _SERVER_OPTIONS = (
     ("grpc.server.max_pending_requests", _PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", _PENDING_CALLS),
     ("grpc.server_max_unrequested_time_in_server", _PENDING_S),
+    # Else a fast link may fill megabytes of every stream that nobody reads. What is read still
+    # comes fast: gRPC makes room for the whole of a message that somebody waits for.
+    ("grpc.http2.bdp_probe", 0),
 )
 _CHANNEL_OPTIONS = (
     *_OPTIONS,
