@@ -203,6 +203,8 @@ class Stream:
         log.info(
             "sequence left its runner",
             sequence=self._id,
+            tenant=self._request.tenant,
+            request=self._request.request_id,
             runner=runner_id,
             cause=cause,
             tokens=len(self._progress.tokens),
