@@ -9,7 +9,7 @@ from wire_adapters import error_of, generated, upload
 
 from granatum.adapters_store.base_model import BaseModel
 from granatum.adapters_store.store import AdapterStore
-from granatum.router import resolver, upkeep
+from granatum.router import upkeep
 from granatum.router.collection import Collection
 from granatum.router.placement import Lease, LeaseKind
 from granatum.router.registry import Registry
@@ -30,9 +30,8 @@ def mend_store(box: Box, away: Path) -> None:
 
 
 async def test_while_the_store_is_away_known_adapters_serve_and_others_are_unavailable(
-    box: Box, monkeypatch: pytest.MonkeyPatch
+    box: Box,
 ) -> None:
-    monkeypatch.setattr(resolver, "_AWAY_S", 0.0)
     await box.router()
     await box.runner("a")
     for name in ("known", "unknown"):

@@ -23,7 +23,7 @@ from granatum.runner.engine_process import EngineOptions, build_engine, serve
 from granatum.runner.front import Front, RunnerService
 from granatum.runner.records import Command, Report
 from granatum.runner.tokenizer import Tokenizer
-from granatum.v1 import inference_pb2
+from granatum.v1 import inference_pb2, runner_pb2
 from granatum.v1.inference_pb2 import GenerateRequest, LogprobOptions, StopConditions
 from granatum.v1.runner_pb2 import Ping, SequenceOutput, SessionRequest, SubmitSequence
 from granatum.v1.runner_pb2_grpc import RunnerServiceStub, add_RunnerServiceServicer_to_server
@@ -231,11 +231,12 @@ async def test_log_probabilities_come_with_their_texts(session: Session) -> None
     assert output.tokens[0].logprob.top[0].text == "g"
 
 
-async def test_adapter_that_the_store_lacks_fails_alone(session: Session) -> None:
+async def test_adapter_that_the_store_lacks_leaves_alone(session: Session) -> None:
     missing, base = await asyncio.gather(
         session.run(asks("granite>", "\n"), "0" * 64), session.run(asks("granite>", "\n"))
     )
-    assert missing.failed.code == grpc.StatusCode.NOT_FOUND.value[0]
+    assert missing.departed == runner_pb2.DEPARTURE_LOAD_FAILED
+    assert missing.cause.code == grpc.StatusCode.NOT_FOUND.value[0]
     assert missing.prompt_tokens
     assert text(base) == "granite"
 
