@@ -50,6 +50,9 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        sys.stderr.write(f"granatum: what it was given is not UTF-8 text ({error.reason})\n")
+        sys.exit(1)
     except GranatumError as error:
         hint = f" (retry in {error.retry_after_s:.0f} s)" if error.retry_after_s else ""
         sys.stderr.write(f"granatum: {error.message}{hint}\n")
@@ -131,7 +134,8 @@ def _introduce(box: Box) -> None:
     console.print(f"logs      are in {box.layout.log_directory}")
     if not box.keys:
         console.print(
-            f"keys      are those of {box.layout.keys_file} (granatum keys add makes more)"
+            f"keys      are those of {box.layout.keys_file}, one more is made by\n"
+            f"          granatum keys add --tenant default --file {box.layout.keys_file}"
         )
         key = "<key>"
     else:

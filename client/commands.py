@@ -15,7 +15,8 @@ from granatum.client.connection import connected
 from granatum.client.records import Adapter, Runner
 from granatum.client.requests import Message, Options, Prompt
 
-console = Console(markup=False)
+console = Console(markup=False, width=10_000)
+"""It cuts and wraps nothing, however narrow the terminal: half a name names nothing."""
 adapters = typer.Typer(help="Upload and manage LoRA adapters.", no_args_is_help=True)
 
 
@@ -36,6 +37,7 @@ runners = typer.Typer(
 AdapterName = Annotated[
     str, typer.Argument(help="name, name@version, an alias or sha256:...", show_default=False)
 ]
+RunnerId = Annotated[str, typer.Argument(help="Its id, as granatum runners lists it.")]
 
 
 @connected
@@ -46,11 +48,14 @@ async def generate(
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: float = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
-    seed: int | None = None,
+    top_k: Annotated[int, typer.Option(min=0, help="0 keeps all.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Absent: drawn anew.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the text; repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     system: Annotated[str, typer.Option(help="A system message, with --chat.")] = "",
+    priority: Annotated[
+        int, typer.Option(help="Higher goes first; as high as the key allows.")
+    ] = 0,
     stats: Annotated[bool, typer.Option("--stats", help="Say what it took, on stderr.")] = False,
 ) -> None:
     """Continue a prompt and stream the text to standard output."""
@@ -61,7 +66,10 @@ async def generate(
         top_p=top_p,
         top_k=top_k,
         stop=stop or (),
+        priority=priority,
     )
+    if system and not chat:
+        raise typer.BadParameter("--system takes --chat")
     if seed is not None:
         options["seed"] = seed
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -94,7 +102,7 @@ async def upload_adapter(
     """Store a PEFT adapter as the next version of NAME."""
     upload = await client.upload(name, directory)
     news = "uploaded" if upload.created else "unchanged, the newest version holds these bytes:"
-    console.print(f"{news} {upload.adapter.full_name}  {upload.adapter.digest}", soft_wrap=True)
+    console.print(f"{news} {upload.adapter.full_name}  {upload.adapter.digest}")
 
 
 @adapters.command("list")
@@ -164,7 +172,8 @@ async def delete_adapter(
     adapter: Annotated[str, typer.Argument(help="name for all versions, name@version for one.")],
 ) -> None:
     """Delete an adapter; streams in flight finish on what they have."""
-    console.print(f"{await client.delete(adapter)} versions deleted")
+    deleted = await client.delete(adapter)
+    console.print(f"{deleted} {'version' if deleted == 1 else 'versions'} deleted")
 
 
 @adapters.command("publish")
@@ -202,12 +211,12 @@ async def list_runners(client: Client) -> None:
     console.print(table)
     for runner in alive:
         if runner.trouble:
-            console.print(f"{runner.id} cannot load adapters: {runner.trouble}", markup=False)
+            console.print(f"{runner.id} cannot load adapters: {runner.trouble}")
 
 
 @runners.command("drain")
 @connected
-async def drain_runner(client: Client, runner: Annotated[str, typer.Argument()]) -> None:
+async def drain_runner(client: Client, runner: RunnerId) -> None:
     """Place nothing more on a runner and move its streams to others."""
     await client.drain(runner)
     console.print(f"{runner} drains")
@@ -215,7 +224,7 @@ async def drain_runner(client: Client, runner: Annotated[str, typer.Argument()])
 
 @runners.command("resume")
 @connected
-async def resume_runner(client: Client, runner: Annotated[str, typer.Argument()]) -> None:
+async def resume_runner(client: Client, runner: RunnerId) -> None:
     """Place on a drained runner again."""
     await client.resume(runner)
     console.print(f"{runner} is in use")

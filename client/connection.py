@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from granatum.client.client import Client
-from granatum.v1.errors import Unavailable
+from granatum.v1.errors import DeadlineExceeded, InvalidRequest, Unauthenticated, Unavailable
 from granatum.v1.transport import Tls
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
+_OUT_OF_TIME = "Deadline Exceeded"
+"""What gRPC itself says; a service would say what it was that took so long."""
 
 _PANEL = "Connection"
 Address = Annotated[
@@ -91,7 +93,7 @@ def connected(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
             async with connect(**where) as client:
                 await command(client, **given)
 
-        with named(where["address"]):
+        with named(where["address"]), _options_named(where["key"]):
             asyncio.run(talk())
 
     # What Typer reads to make the command's options.
@@ -109,7 +111,33 @@ def named(address: str) -> Iterator[None]:
     except Unavailable as error:
         if not error.message.startswith("failed to connect"):
             raise
+        if ":" not in address:
+            raise InvalidRequest(
+                f"{address!r} is no host:port: give one such as {DEFAULT_ADDRESS}"
+            ) from None
         raise Unavailable(
             f"nothing answers on {address}: start it with granatum up, "
             "or name the router with --address or GRANATUM_ADDRESS"
         ) from None
+    except DeadlineExceeded as error:
+        if error.message != _OUT_OF_TIME:
+            raise
+        raise DeadlineExceeded(f"{address} gave no full answer in time") from None
+
+
+@contextmanager
+def _options_named(key: str) -> Iterator[None]:
+    """Says which option would help where a service, or gRPC, cannot know of our options."""
+    try:
+        yield
+    except Unauthenticated:
+        if key:
+            raise
+        raise Unauthenticated(
+            "there is no key: give the one that granatum up or granatum keys add printed, "
+            "with --key or GRANATUM_KEY"
+        ) from None
+    except DeadlineExceeded as error:
+        if error.message != _OUT_OF_TIME:
+            raise
+        raise DeadlineExceeded("no full answer within --timeout: give it longer") from None

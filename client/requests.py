@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from granatum.v1 import inference_pb2
+from granatum.v1.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,21 @@ class Options(TypedDict, total=False):
 
 
 def generate_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
-    """The message for one request; TypeError names an option that does not exist."""
+    """The message for one request; TypeError names an option that does not exist.
+
+    Raises InvalidRequest for a value that no message can carry, so that no service sees it.
+    """
     if unknown := set(options) - Options.__optional_keys__:
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+    try:
+        return _message(prompt, options)
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"a text of the request is not Unicode ({error.reason})") from None
+    except ValueError as error:  # protobuf's own, which names the value and not its field
+        raise InvalidRequest(f"a number of the request cannot be sent: {error}") from None
+
+
+def _message(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
     request = inference_pb2.GenerateRequest(
         adapter=options.get("adapter", ""),
         request_id=options.get("request_id", ""),

@@ -122,10 +122,15 @@ def _records(path: Path) -> list[dict[str, Any]]:
             if not is_digest(record["sha256"]):
                 raise ValueError("sha256 is not 64 hexadecimal digits")
             _identity(record)
-    except (OSError, ValueError, KeyError, TypeError, InvalidRequest) as error:
+    except OSError as error:
         raise InvalidRequest(
-            f"{path} is not a keys file ({type(error).__name__}: {error}): make one with "
-            f"`python -m granatum.router.keys add --tenant NAME --file {path}`"
+            f"the keys file {path} cannot be read ({error.strerror}): make one with "
+            f"`granatum keys add --tenant NAME --file {path}`"
+        ) from error
+    except (ValueError, KeyError, TypeError, InvalidRequest) as error:
+        raise InvalidRequest(
+            f"{path} is not a keys file ({type(error).__name__}: {error}): repair it, or move it "
+            f"away and make new keys with `granatum keys add --tenant NAME --file {path}`"
         ) from error
     return list(records)
 
@@ -178,14 +183,19 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m granatum.router.keys")
+    parser = argparse.ArgumentParser(prog="granatum keys")
     commands = parser.add_subparsers(dest="command", required=True)
     adding = commands.add_parser("add", help="make a key and print it, once")
     whose = adding.add_mutually_exclusive_group(required=True)
     whose.add_argument("--tenant", help="the tenant that it names")
-    whose.add_argument("--admin", action="store_true", help="a key for ClusterService")
+    whose.add_argument(
+        "--admin", action="store_true", help="a key for who runs the fleet: see and drain runners"
+    )
     adding.add_argument(
-        "--max-priority", type=int, default=0, help="the highest that the tenant's requests may ask"
+        "--max-priority",
+        type=int,
+        default=0,
+        help="the highest priority that requests with this key may ask for (default: 0)",
     )
     listing = commands.add_parser("list", help="print digests and whom they name")
     revoking = commands.add_parser("revoke", help="remove a key")
@@ -208,6 +218,7 @@ def main() -> int:
                     print(digest[:16], identity)
             case _:
                 revoke(given.file, given.digest)
+                print(given.digest, "is revoked")
     except GranatumError as error:
         print(error.message, file=sys.stderr)
         return 1

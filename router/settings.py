@@ -15,7 +15,7 @@ _LEAST_SHARE = 16
 
 
 class Settings(BaseSettings):
-    """A router's settings, validated once."""
+    """A router's settings; in the environment --max-queue is GRANATUM_ROUTER_MAX_QUEUE."""
 
     model_config = SettingsConfigDict(
         env_prefix="GRANATUM_ROUTER_",
@@ -46,8 +46,8 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         1024,
         ge=0,
-        description="the most requests that wait for a runner; twice as many, where each more is a "
-        "tenant's only one",
+        description="the most requests that wait for a runner; as many again of tenants that have "
+        "none waiting",
     )
     max_queued_per_tenant: int = Field(
         512,

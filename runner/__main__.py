@@ -39,7 +39,8 @@ def read_settings() -> Settings:
     try:
         return Settings(_cli_parse_args=True)  # type: ignore[call-arg]
     except ValidationError as error:
-        wrong = [f"--{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        flags = ((".".join(map(str, e["loc"])).replace("_", "-"), e) for e in error.errors())
+        wrong = [f"--{flag}: {e['msg']}" for flag, e in flags]
         log.error("the settings are not right", wrong=wrong)
         sys.exit(2)
 

@@ -134,6 +134,10 @@ def build_engine(
     if device.type == "cpu":
         torch.set_num_threads(1)  # tiny models, several runners on a machine
     else:
+        if (device.index or 0) >= (count := torch.cuda.device_count()):
+            raise InvalidRequest(
+                f"there is no {device} here, where PyTorch sees {count} GPUs: give another --device"
+            )
         torch.cuda.set_device(device.index or 0)
     config = read_config(options.model)
     weights = _weights(options, config, device)

@@ -15,7 +15,7 @@ _ANY_HOST = ("", "0.0.0.0", "::", "*")  # noqa: S104 - recognised, not bound
 
 
 class Settings(BaseSettings):
-    """A runner's settings, validated once."""
+    """A runner's settings; in the environment --max-batch is GRANATUM_RUNNER_MAX_BATCH."""
 
     model_config = SettingsConfigDict(
         env_prefix="GRANATUM_RUNNER_",
@@ -73,7 +73,9 @@ class Settings(BaseSettings):
         "largest adapters and at least 64 MiB",
     )
     disk_cache_bytes: int = Field(
-        64 << 30, gt=0, description="the most that --cache-dir holds; the oldest use goes first"
+        64 << 30,
+        gt=0,
+        description="the most that --cache-dir holds; what was used longest ago goes first",
     )
     grace_s: float = Field(10.0, ge=0, description="seconds to hand streams back at a stop")
 

@@ -9,7 +9,7 @@ import pytest
 from doubles import KEY, Service
 
 
-async def granatum(*arguments: str, **env: str) -> tuple[int, str, str]:
+async def granatum(*arguments: str | bytes, **env: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of a command."""
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "granatum.client", *arguments),
@@ -44,7 +44,7 @@ async def test_address_and_key_come_from_the_environment(service: Service) -> No
     status, output, _ = await granatum("adapters", "list", **env)
     assert status == 0
     assert [line.split()[0] for line in output.splitlines()[1:]] == ["a0", "a1", "a2"]
-    status, output, _ = await granatum("runners", **env)
+    status, output, _ = await granatum("runners", **env, COLUMNS="20")
     assert status == 0
     assert "runner-0" in output
     assert "runner-0 cannot load adapters: ADAPTER_DISK_FULL: [full]" in output
@@ -54,7 +54,13 @@ async def test_address_and_key_come_from_the_environment(service: Service) -> No
     ("arguments", "complaint"),
     [
         (("generate", "--key", KEY, "busy"), "the queue is full: try again (retry in 2 s)"),
-        (("generate", "x"), "no such key"),
+        (("generate", "x"), "with --key or GRANATUM_KEY"),
+        (("generate", "--key", "another", "x"), "no such key"),
+        (("generate", "--key", KEY, "--max-tokens", "-1", "x"), "out of range: -1"),
+        (("generate", "--key", KEY, b"\xff"), "not Unicode"),
+        (("adapters", "show", "--key", KEY, b"\xff"), "not UTF-8"),
+        (("generate", "--key", KEY, "--timeout", "0", "x"), "--timeout: give it longer"),
+        (("generate", "--address", "127.0.0.1", "x"), "'127.0.0.1' is no host:port"),
         (("adapters", "show", "--key", KEY, "nobody"), "no adapter nobody"),
         (("adapters", "upload", "--key", KEY, "x", "/nowhere"), "save_pretrained"),
         (("generate", "--address", "127.0.0.1:1", "x"), "nothing answers on 127.0.0.1:1: start it"),
@@ -62,9 +68,10 @@ async def test_address_and_key_come_from_the_environment(service: Service) -> No
     ],
 )
 async def test_an_error_is_one_clear_line(
-    service: Service, arguments: tuple[str, ...], complaint: str
+    service: Service, arguments: tuple[str | bytes, ...], complaint: str
 ) -> None:
-    status, _, errors = await granatum(*arguments, GRANATUM_ADDRESS=service.address)
+    env = {"GRANATUM_ADDRESS": service.address, "GRANATUM_KEY": ""}
+    status, _, errors = await granatum(*arguments, **env)
     assert status == 1
     (line,) = errors.splitlines()
     assert line.startswith("granatum: ")

@@ -100,6 +100,14 @@ def test_a_key_is_either_a_tenants_or_an_operators(file: Path, record: dict[str,
         keys.read(file)
 
 
+def test_a_broken_file_is_not_told_to_be_made_by_what_refuses_it(file: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"No such file.*: make one with"):
+        keys.read(file)
+    file.write_text("{")
+    with pytest.raises(InvalidRequest, match="repair it, or move it away"):
+        keys.add(file, Identity("acme"))
+
+
 def test_revoking_takes_a_digest_of_one_key(file: Path) -> None:
     keys.add(file, Identity("acme"))
     for digest in ("", "0" * 64):
@@ -116,7 +124,7 @@ def test_the_command_adds_lists_and_revokes(file: Path) -> None:
     key = run("add", "--tenant", "acme").stdout.strip()
     assert Keys(file).identify(key) == Identity("acme")
     assert run("list").stdout == f"{keys.digest_of(key)[:16]} tenant acme\n"
-    assert run("revoke", keys.digest_of(key)[:16]).returncode == 0
+    assert run("revoke", keys.digest_of(key)[:16]).stdout.endswith(" is revoked\n")
     assert run("list").stdout == ""
     assert file.stat().st_mode & 0o777 == 0o600
     refused = run("add", "--tenant", "../etc")

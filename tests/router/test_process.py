@@ -120,7 +120,7 @@ async def test_streams_that_outlast_the_grace_end_and_free_their_place(box: Box)
         (["--store", "what://ever"], "store"),
         (["--listen", "0.0.0.0:0"], "--insecure"),
         (["--tls-cert", "/nowhere/cert"], "certificate and its key"),
-        (["--max-queue", "-1"], "max_queue"),
+        (["--max-queue", "-1"], "--max-queue:"),
         (["--runner-ca", "/nowhere/ca.pem"], "/nowhere/ca.pem"),
         (["--cluster-key", " "], "GRANATUM_CLUSTER_KEY"),
     ],

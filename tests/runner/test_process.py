@@ -201,7 +201,7 @@ async def departure(stream: Stream) -> int:
     ("flags", "why"),
     [
         (("--device", "cpu", "--arena-bytes", "1000"), "give it more memory"),
-        (("--device", "cuda:63"), "cuda"),
+        (("--device", "cuda:63"), "there is no cuda:63 here"),
     ],
 )
 async def test_last_log_line_says_why_the_engine_cannot_start(
