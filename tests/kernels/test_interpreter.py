@@ -13,7 +13,7 @@ FILES = ("attention", "layer_ops", "linear", "lora", "lora_fused", "sampling")
 
 
 @pytest.mark.skipif(INTERPRETING or not HAS_TRITON, reason="no Triton, or already interpreting")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_under_the_interpreter(name: str) -> None:
     file = Path(__file__).with_name(f"test_{name}.py")
