@@ -52,4 +52,5 @@ class Collection:
         finally:
             collecting.cancel()
             await asyncio.wait({collecting})
-            await self._registry.release([self._turn])
+            # A router that stops here must not keep the turn from others for a lease.
+            await asyncio.shield(self._registry.release([self._turn]))
