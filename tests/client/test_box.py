@@ -183,7 +183,7 @@ async def test_a_runner_that_cannot_start_ends_up_with_its_cause(tmp_path: Path)
             pass
     first, *_, cause = caught.value.message.splitlines()
     assert str(layout.log_directory / "runner-0.log") in first
-    assert cause.startswith("--max_batch: ")
+    assert cause.startswith("--max-batch: ")
     assert not layout.keys_file.exists()
 
 
