@@ -6,8 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 NAMESPACE := build/namespace
-CODE := adapters_store benchmarks client deploy examples kernels router runner tests
-PACKAGES := adapters_store client examples kernels router runner v1
+CODE := adapters_store benchmarks cli client deploy examples kernels models router runner tests
+PACKAGES := adapters_store cli client examples kernels models router runner v1
 PROTOS := $(wildcard protos/granatum/v1/*.proto)
 
 ifeq ($(origin PY),undefined)
@@ -25,7 +25,7 @@ help:  ## list the targets
 
 .PHONY: demo
 demo: $(BOX)  ## start a router and two runners, serve every example adapter at once, check the answers
-	$(PY) -m granatum.client demo
+	$(PY) -m granatum.cli demo
 
 .PHONY: test
 test: $(DEV)  ## run every test that needs no GPU
@@ -33,11 +33,11 @@ test: $(DEV)  ## run every test that needs no GPU
 
 .PHONY: gpu-test
 gpu-test: $(DEV) $(NAMESPACE)  ## run the tests that need a GPU
-	PYTHONPATH=$(NAMESPACE) $(PY) -m pytest -m gpu tests/kernels tests/runner/test_engine_gpu.py tests/runner/test_hostile_gpu.py tests/runner/test_model_gpu.py
+	PYTHONPATH=$(NAMESPACE) $(PY) -m pytest -m gpu tests/kernels tests/runner/engine/test_engine_gpu.py tests/runner/engine/test_hostile_gpu.py tests/runner/model/test_model_gpu.py
 
 .PHONY: sanitize
 sanitize: $(DEV) $(NAMESPACE)  ## look for bad accesses and races in kernels on a GPU, hostile numbers among them
-	$(SANITIZE) --tool memcheck $(PY) -m pytest -m gpu -k $(SANITIZED) tests/kernels tests/runner/test_hostile_gpu.py
+	$(SANITIZE) --tool memcheck $(PY) -m pytest -m gpu -k $(SANITIZED) tests/kernels tests/runner/engine/test_hostile_gpu.py
 	$(SANITIZE) --tool racecheck $(PY) -m pytest -m gpu -k $(SANITIZED) tests/kernels
 
 # Of the engine's tests only memory is checked: racecheck cannot follow the library's products.

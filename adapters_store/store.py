@@ -10,22 +10,22 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from granatum.adapters_store.base_model import BaseModel
-from granatum.adapters_store.blobs import AdapterFiles, Blobs, epoch_of
-from granatum.adapters_store.catalog import Catalog, Version, Visibility
-from granatum.adapters_store.catalog_json import CatalogDamaged
-from granatum.adapters_store.garbage import COMMIT_WITHIN_S, Collected, collect
-from granatum.adapters_store.incoming import UploadHeader, receive
+from granatum.adapters_store.blobs.blobs import AdapterFiles, Blobs, epoch_of
+from granatum.adapters_store.blobs.garbage import COMMIT_WITHIN_S, Collected, collect
+from granatum.adapters_store.blobs.incoming import UploadHeader, receive
+from granatum.adapters_store.blobs.scratch import Scratch
+from granatum.adapters_store.catalog.catalog import Catalog, Version, Visibility
+from granatum.adapters_store.catalog.catalog_json import CatalogDamaged
+from granatum.adapters_store.catalog.manifest import Manifest, Page
+from granatum.adapters_store.catalog.tenants import Tenants
+from granatum.adapters_store.format.validate import Summary, validate
 from granatum.adapters_store.limits import DEFAULT_LIMITS, Fleet, Limits
-from granatum.adapters_store.location import open_objects
-from granatum.adapters_store.manifest import Manifest, Page
-from granatum.adapters_store.model_identity import differences
 from granatum.adapters_store.names import AdapterRef, check_name, shown
-from granatum.adapters_store.objects import Objects
-from granatum.adapters_store.scratch import Scratch
-from granatum.adapters_store.tenants import Tenants
+from granatum.adapters_store.objects.location import open_objects
+from granatum.adapters_store.objects.objects import Objects
 from granatum.adapters_store.threads import until_done
-from granatum.adapters_store.validate import Summary, validate
+from granatum.models.base_model import BaseModel
+from granatum.models.identity import differences
 from granatum.v1.errors import InvalidRequest, NotFound, PreconditionFailed, Unavailable
 
 MAX_PAGE = 1000

@@ -12,16 +12,16 @@ from collections.abc import Iterator
 
 import lora_ops_cases as cases
 import torch
+from lora_harness import tile_batch
 from results import Results, add_options
 
-from granatum.kernels import lora
-from granatum.kernels.activation import silu_mul
-from granatum.kernels.bench import tile_batch
-from granatum.kernels.decode_attention import allocate_decode_workspace, decode_attention
+from granatum.kernels.attention.decode import allocate_decode_workspace, decode_attention
+from granatum.kernels.attention.prefill import prefill_attention
+from granatum.kernels.layer.activation import silu_mul
+from granatum.kernels.layer.norm import add_rms_norm
+from granatum.kernels.layer.rope import Rotary, rope_and_write_kv
 from granatum.kernels.layout import GROUPS, KvLayout, Tiles, make_query_tiles
-from granatum.kernels.norm import add_rms_norm
-from granatum.kernels.prefill_attention import prefill_attention
-from granatum.kernels.rope import Rotary, rope_and_write_kv
+from granatum.kernels.lora import ops as lora
 
 HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 32, 128, 4096, 11008
 PAGE_TOKENS = 16

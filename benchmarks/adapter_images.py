@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from granatum.runner.adapter_file import read_image, write_image
-from granatum.runner.adapter_image import AdapterImage, ImageShape, random_image
-from granatum.runner.adapter_layout import TableRow
+from granatum.runner.adapters.images.file import read_image, write_image
+from granatum.runner.adapters.images.image import AdapterImage, ImageShape, random_image
+from granatum.runner.adapters.images.layout import TableRow
 
 
 def digest_of(adapter: int) -> str:

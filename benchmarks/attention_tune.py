@@ -5,7 +5,7 @@
 Times decode attention over scattered pages, in a CUDA graph over enough layers that the L2 cache
 does not serve them, for heads with keys of their own (7B) and grouped ones (8B): once with
 sequences that are all of one length, once with lengths as text generation has them at any moment.
-Each configuration is checked against float32 first. `kernels/decode_attention.py` names the best.
+Each configuration is checked against float32 first. `kernels/attention/decode.py` names the best.
 """
 
 import argparse
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from workload import MAX_LENGTH, SEED, SHAPES, textgen_lengths
 
-from granatum.kernels.decode_attention import DecodeConfig, allocate_decode_workspace, launch_decode
+from granatum.kernels.attention.decode import DecodeConfig, allocate_decode_workspace, launch_decode
+from granatum.kernels.attention.reference import decode_attention
+from granatum.kernels.layer.rope import Rotary
 from granatum.kernels.layout import KvLayout
-from granatum.kernels.reference_attention import decode_attention
-from granatum.kernels.rope import Rotary
 
 PAGE_TOKENS = 16
 POOL_BYTES = 300e6

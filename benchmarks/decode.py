@@ -34,15 +34,15 @@ from workload import (
 )
 
 from granatum.kernels.layout import AdapterTable
-from granatum.runner.arena import Arena, allocate_arena, page_tokens, pages_that_fit
-from granatum.runner.config import ModelConfig
-from granatum.runner.engine import Engine
-from granatum.runner.executor import Executor
-from granatum.runner.model import Model
-from granatum.runner.pages import PagePool
-from granatum.runner.plan import Limits
+from granatum.models.config import ModelConfig
+from granatum.runner.engine.engine import Engine
+from granatum.runner.engine.execution.executor import Executor
+from granatum.runner.engine.scheduling.pages import PagePool
+from granatum.runner.engine.scheduling.plan import Limits
+from granatum.runner.model.arena import Arena, allocate_arena, page_tokens, pages_that_fit
+from granatum.runner.model.decoder import Model
+from granatum.runner.model.weights import Weights, random_weights
 from granatum.runner.records import Submit
-from granatum.runner.weights import Weights, random_weights
 
 Adapters = list[str | None]
 WINDOW = 128

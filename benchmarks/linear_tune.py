@@ -25,9 +25,9 @@ import lora_ops_cases as cases
 import torch
 from workload import SHAPES
 
-from granatum.kernels.activation import silu_mul
-from granatum.kernels.linear import Config, Workspace, launch_linear, shape_key
-from granatum.runner.config import GROUPS
+from granatum.kernels.layer.activation import silu_mul
+from granatum.kernels.linear.linear import Config, Workspace, launch_linear, shape_key
+from granatum.models.config import GROUPS
 
 TILES = [
     Config(64, 64, 1, 4, 5),
@@ -195,7 +195,7 @@ def write(out: Path, found: list[Search]) -> None:
 
 
 def write_table(path: Path, table: Mapping[str, Config | None]) -> None:
-    """As `kernels/linear.py` reads it, a line for each shape."""
+    """As `kernels/linear/linear.py` reads it, a line for each shape."""
     rows = (f"  {json.dumps(k)}: {json.dumps(asdict(c) if c else None)}" for k, c in table.items())
     gpu, lines = torch.cuda.get_device_name(), ",\n".join(rows)
     path.write_text(f'{{"gpu": "{gpu}", "configs": {{\n{lines}\n}}}}\n')

@@ -39,8 +39,8 @@ from structlog.testing import capture_logs
 from traffic import Request
 from workload import SHAPES
 
-from granatum.runner.adapter_image import ImageShape
-from granatum.runner.engine import Engine
+from granatum.runner.adapters.images.image import ImageShape
+from granatum.runner.engine.engine import Engine
 
 KEY = ("scenario", "model", "batch", "tier", "popularity", "adapters")
 COLUMNS = (

@@ -24,11 +24,11 @@ from types import MappingProxyType
 import lora_ops_cases as cases
 import lora_ops_prompts as prompts
 import torch
+from lora_harness import setup, tile_batch
 from results import Results, Row, add_options
 
-from granatum.kernels import lora
-from granatum.kernels.bench import setup, tile_batch
 from granatum.kernels.layout import GROUPS, AdapterTable
+from granatum.kernels.lora import ops as lora
 
 KEY = ("model", "group", "rank", "rows", "popularity")
 POOL_BYTES = 250e6
@@ -52,7 +52,7 @@ MIXED_ROWS = 8 * len(MIXED_RANKS)
 
 @dataclass(frozen=True)
 class Case:
-    """A batch on a linear, as `granatum.kernels.bench.setup` wants it."""
+    """A batch on a linear, as `lora_harness.setup` wants it."""
 
     linear: cases.Linear
     batch: cases.Batch

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from lora_harness import Packed, pack
 from workload import SHAPES, adapter_ids
 
-from granatum.kernels.bench import Packed, pack
 from granatum.kernels.layout import GROUPS
 
 SCALE = 0.5

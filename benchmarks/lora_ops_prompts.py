@@ -13,11 +13,13 @@ import torch
 from torch.nn.functional import linear
 from workload import SHAPES
 
-from granatum.kernels import lora, reference_layer, tuning
-from granatum.kernels.activation import silu_mul
+from granatum.kernels.layer import reference as reference_layer
+from granatum.kernels.layer.activation import silu_mul
+from granatum.kernels.layer.rope import Rotary, rope_and_write_kv
 from granatum.kernels.layout import AdapterTable, KvLayout, Tiles
-from granatum.kernels.rope import Rotary, rope_and_write_kv
-from granatum.kernels.tuning import Config, Shape
+from granatum.kernels.lora import ops as lora
+from granatum.kernels.lora import tuning
+from granatum.kernels.lora.tuning import Config, Shape
 
 LAYERS = 4
 TIMES = ("linear_us", "without_lora_us", "with_lora_us")

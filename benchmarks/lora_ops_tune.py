@@ -27,11 +27,11 @@ from typing import Any
 import lora_ops_cases as cases
 import lora_ops_prompts as prompts
 import torch
+from lora_harness import Packed, tile_batch
 
-from granatum.kernels.bench import Packed, tile_batch
-from granatum.kernels.expand import launch_expand
-from granatum.kernels.shrink import launch_shrink
-from granatum.kernels.tuning import (
+from granatum.kernels.lora.expand import launch_expand
+from granatum.kernels.lora.shrink import launch_shrink
+from granatum.kernels.lora.tuning import (
     DECODE_BLOCK_M,
     PREFILL_BLOCK_M,
     Config,

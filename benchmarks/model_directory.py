@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from granatum.adapters_store.base_model import PROJECTIONS, BaseModel
-from granatum.runner.config import ModelConfig
+from granatum.models.base_model import PROJECTIONS, BaseModel
+from granatum.models.config import ModelConfig
 
 _SPECIAL = ("<s>", "</s>")
 _SPACE = "\u0120"

@@ -26,9 +26,9 @@ import results
 from attacks import QUEUED, QUEUED_TOKENS, run
 from results import Results, Row
 
-from granatum.client.box import Box
+from granatum.cli.box.box import Box
+from granatum.cli.box.layout import Layout
 from granatum.client.client import Client
-from granatum.client.layout import Layout
 from granatum.examples.tasks import BASE_MODEL
 from granatum.v1.errors import GranatumError
 

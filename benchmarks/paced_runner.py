@@ -11,18 +11,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from granatum.client.box import Box
-from granatum.client.process import Process
-from granatum.runner import __main__, engine_child
-from granatum.runner.adapters import AdapterFigures
+from granatum.cli.box.box import Box
+from granatum.cli.box.process import Process
+from granatum.models.config import read_config
+from granatum.runner import __main__
+from granatum.runner.adapters.residency import AdapterFigures
 from granatum.runner.channel import Channel
-from granatum.runner.config import read_config
-from granatum.runner.engine import Engine
-from granatum.runner.engine_child import LastWords
-from granatum.runner.engine_process import serve
-from granatum.runner.flight_recorder import FlightRecorder
-from granatum.runner.pages import PagePool
-from granatum.runner.plan import Limits, Plan
+from granatum.runner.engine import child as engine_child
+from granatum.runner.engine.child import LastWords
+from granatum.runner.engine.engine import Engine
+from granatum.runner.engine.flight_recorder import FlightRecorder
+from granatum.runner.engine.process import serve
+from granatum.runner.engine.scheduling.pages import PagePool
+from granatum.runner.engine.scheduling.plan import Limits, Plan
 from granatum.runner.records import Command, Report, TokenLogprobs
 from granatum.runner.settings import Settings
 

@@ -3,10 +3,10 @@
 import torch
 
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable
-from granatum.runner.adapters import AdapterFigures
-from granatum.runner.arena import Arena
-from granatum.runner.config import GROUPS, ModelConfig
-from granatum.runner.pages import PagePool
+from granatum.models.config import GROUPS, ModelConfig
+from granatum.runner.adapters.residency import AdapterFigures
+from granatum.runner.engine.scheduling.pages import PagePool
+from granatum.runner.model.arena import Arena
 
 
 class RandomAdapters:

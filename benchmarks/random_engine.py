@@ -12,8 +12,8 @@ from adapter_images import digest_of
 from latencies import Record
 from traffic import Request, Users
 
-from granatum.runner.engine import Engine
-from granatum.runner.engine_process import POLL_S, SWITCH_S, EngineOptions, OpenSource, build_engine
+from granatum.runner.engine.engine import Engine
+from granatum.runner.engine.process import POLL_S, SWITCH_S, EngineOptions, OpenSource, build_engine
 from granatum.runner.records import Departure, Failure, SequenceNews, Submit
 
 

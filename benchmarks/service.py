@@ -14,10 +14,10 @@ from model_directory import write_adapter
 from stream_users import PastRouter, ThroughRouter, Work, drive
 from traffic import Request, Users
 
-from granatum.adapters_store.base_model import BaseModel
-from granatum.client.box import ADMIN, Box
+from granatum.cli.box.box import ADMIN, Box
+from granatum.cli.box.layout import Layout
 from granatum.client.client import Client
-from granatum.client.layout import Layout
+from granatum.models.base_model import BaseModel
 
 _TENANT = "bench"
 _UPLOADS = 4

@@ -56,7 +56,7 @@ from service import ServiceSize, running_service
 from traffic import BACKBONE
 from workload import POPULARITIES, SHAPES
 
-from granatum.client.box import Box
+from granatum.cli.box.box import Box
 
 KEY = ("mode", "scenario", "model", "popularity", "batch", "rate", "prefills")
 COLUMNS = (

@@ -24,12 +24,12 @@ from decode import Rig, adapters_of, step_ms
 from linear_tune import compile_tile, fits, write_table
 from workload import SHAPES
 
-from granatum.kernels import linear
-from granatum.kernels.linear import Config, block_rows, shape_key
-from granatum.runner import executor
-from granatum.runner.config import GROUPS
-from granatum.runner.inputs import StepShape, decode_shape, mixed_shape
-from granatum.runner.plan import Limits
+from granatum.kernels.linear import linear
+from granatum.kernels.linear.linear import Config, block_rows, shape_key
+from granatum.models.config import GROUPS
+from granatum.runner.engine.execution import executor
+from granatum.runner.engine.scheduling.plan import Limits
+from granatum.runner.model.inputs import StepShape, decode_shape, mixed_shape
 
 Table = dict[str, Config | None]
 POPULARITIES = ("distinct", "identical")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from granatum.runner.config import ModelConfig, Rope
+from granatum.models.config import ModelConfig, Rope
 
 Ints = npt.NDArray[np.int32]
 

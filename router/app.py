@@ -8,24 +8,24 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2_grpc
 
-from granatum.adapters_store.base_model import BaseModel
 from granatum.adapters_store.store import AdapterStore
-from granatum.router.access import SERVICES, Access
-from granatum.router.adapters import Adapters
-from granatum.router.admission import Admission
-from granatum.router.calls import Calls
-from granatum.router.cluster import Cluster, RunnerRegistry
+from granatum.models.base_model import BaseModel
 from granatum.router.collection import Collection
-from granatum.router.health import Health
-from granatum.router.inference import Inference
-from granatum.router.keys import Keys
-from granatum.router.leases import Leases
-from granatum.router.quotas import Quotas
-from granatum.router.registry import Registry
-from granatum.router.resolver import Resolver
-from granatum.router.session import Sessions
+from granatum.router.placement.admission import Admission
+from granatum.router.placement.leases import Leases
+from granatum.router.placement.registry import Registry
+from granatum.router.services.access import SERVICES, Access
+from granatum.router.services.adapters import Adapters
+from granatum.router.services.calls import Calls
+from granatum.router.services.cluster import Cluster, RunnerRegistry
+from granatum.router.services.health import Health
+from granatum.router.services.inference import Inference
+from granatum.router.services.keys import Keys
+from granatum.router.services.quotas import Quotas
+from granatum.router.services.resolver import Resolver
 from granatum.router.settings import Settings
-from granatum.router.stream import Streams
+from granatum.router.streams.session import Sessions
+from granatum.router.streams.stream import Streams
 from granatum.router.upkeep import keep_up
 from granatum.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server
 from granatum.v1.cluster_pb2_grpc import (

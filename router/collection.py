@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from granatum.router.placement import Lease, LeaseKind
-from granatum.router.registry import Registry
+from granatum.router.placement.placement import Lease, LeaseKind
+from granatum.router.placement.registry import Registry
 from granatum.v1.errors import GranatumError
 
 log = structlog.get_logger(__name__)

@@ -6,8 +6,8 @@ from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from granatum.adapters_store.limits import DEFAULT_LIMITS, Limits
-from granatum.router.quotas import Bounds
-from granatum.router.stream import Patience
+from granatum.router.services.quotas import Bounds
+from granatum.router.streams.stream import Patience
 from granatum.v1.transport import Tls
 
 _LEAST_SHARE = 16

@@ -7,12 +7,12 @@ import sys
 import structlog
 from pydantic import ValidationError
 
-from granatum.runner.engine_child import EngineChild
-from granatum.runner.engine_end import cause_of
+from granatum.runner.engine.child import EngineChild
+from granatum.runner.front.engine_end import cause_of
 from granatum.runner.logs import log_as_json
 from granatum.runner.settings import Settings
 from granatum.runner.tasks import cancelled
-from granatum.runner.torchless import import_transformers
+from granatum.runner.text.torchless import import_transformers
 from granatum.v1.errors import GranatumError
 
 SWITCH_S = 0.001

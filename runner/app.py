@@ -8,16 +8,16 @@ from typing import Self
 import grpc
 import structlog
 
-from granatum.adapters_store.base_model import BaseModel
-from granatum.runner.config import read_config
-from granatum.runner.engine_child import EngineChild
-from granatum.runner.engine_keeper import EngineKeeper
-from granatum.runner.front import Front, RunnerService
-from granatum.runner.health import Health
-from granatum.runner.heartbeat import Heartbeat
+from granatum.models.base_model import BaseModel
+from granatum.models.config import read_config
+from granatum.runner.engine.child import EngineChild
+from granatum.runner.front.engine_keeper import EngineKeeper
+from granatum.runner.front.front import Front, RunnerService
+from granatum.runner.front.health import Health
+from granatum.runner.front.heartbeat import Heartbeat
 from granatum.runner.settings import Settings
 from granatum.runner.tasks import cancelled
-from granatum.runner.tokenizer import Tokenizer
+from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1.cluster_pb2 import Runner as Figures
 from granatum.v1.runner_pb2_grpc import add_RunnerServiceServicer_to_server
 from granatum.v1.transport import build_server, listen, open_channel

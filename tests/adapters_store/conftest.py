@@ -7,8 +7,8 @@ import pytest
 from s3_server import S3Server
 from uploading import BASE, Clock
 
-from granatum.adapters_store.location import open_objects
-from granatum.adapters_store.objects import Objects
+from granatum.adapters_store.objects.location import open_objects
+from granatum.adapters_store.objects.objects import Objects
 from granatum.adapters_store.store import AdapterStore
 
 

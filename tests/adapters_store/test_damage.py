@@ -10,9 +10,9 @@ import pytest
 from structlog.testing import capture_logs
 from uploading import BASE, Clock, put
 
-from granatum.adapters_store.catalog import Visibility
-from granatum.adapters_store.catalog_json import decode
-from granatum.adapters_store.objects import Objects
+from granatum.adapters_store.catalog.catalog import Visibility
+from granatum.adapters_store.catalog.catalog_json import decode
+from granatum.adapters_store.objects.objects import Objects
 from granatum.adapters_store.store import AdapterStore
 from granatum.v1.errors import Internal, Unavailable
 

@@ -9,8 +9,8 @@ import pytest
 from adapter_files import good_upload
 from uploading import BASE, SHAPE, files_under, put, send
 
-from granatum.adapters_store.catalog import Visibility
-from granatum.adapters_store.objects import Objects, Stored
+from granatum.adapters_store.catalog.catalog import Visibility
+from granatum.adapters_store.objects.objects import Objects, Stored
 from granatum.adapters_store.store import AdapterStore
 from granatum.v1.errors import (
     AlreadyExists,

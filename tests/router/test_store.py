@@ -7,12 +7,12 @@ import pytest
 from router_box import Box
 from wire_adapters import error_of, generated, upload
 
-from granatum.adapters_store.base_model import BaseModel
 from granatum.adapters_store.store import AdapterStore
+from granatum.models.base_model import BaseModel
 from granatum.router import upkeep
 from granatum.router.collection import Collection
-from granatum.router.placement import Lease, LeaseKind
-from granatum.router.registry import Registry
+from granatum.router.placement.placement import Lease, LeaseKind
+from granatum.router.placement.registry import Registry
 from granatum.v1.errors import Unavailable
 
 

@@ -9,8 +9,8 @@ from router_box import CLUSTER_KEY, Box
 from scripted_runner import Script
 from wire_adapters import adapter_files, error_of, generated, upload, upload_requests
 
-from granatum.router import keys
-from granatum.router.keys import Identity
+from granatum.router.services import keys
+from granatum.router.services.keys import Identity
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.cluster_pb2 import (
     DrainRunnerRequest,

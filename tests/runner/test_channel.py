@@ -101,7 +101,7 @@ def test_torch_stays_out() -> None:
     """The records and the channel are the front's; importing them must be cheap."""
     code = (
         "import sys, granatum.runner.channel, granatum.runner.records, "
-        "granatum.runner.adapter_cache, granatum.runner.adapter_layout; "
+        "granatum.runner.adapters.cache, granatum.runner.adapters.images.layout; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,18 +11,18 @@ from threading import Thread
 import grpc
 import pytest
 
-from granatum.adapters_store.base_model import BaseModel
-from granatum.adapters_store.incoming import FileDeclaration, UploadHeader
+from granatum.adapters_store.blobs.incoming import FileDeclaration, UploadHeader
 from granatum.adapters_store.store import AdapterStore
 from granatum.examples.tasks import ADAPTER_TASKS, BASE, BASE_MODEL, Task, held_out_words
-from granatum.runner.adapter_source import AdapterSource
+from granatum.models.base_model import BaseModel
+from granatum.models.config import read_config
+from granatum.runner.adapters.disk.source import AdapterSource
 from granatum.runner.channel import AsyncChannel, Channel, ChannelClosed, socket_pair
-from granatum.runner.config import read_config
-from granatum.runner.engine import Engine
-from granatum.runner.engine_process import EngineOptions, build_engine, serve
-from granatum.runner.front import Front, RunnerService
+from granatum.runner.engine.engine import Engine
+from granatum.runner.engine.process import EngineOptions, build_engine, serve
+from granatum.runner.front.front import Front, RunnerService
 from granatum.runner.records import Command, Report
-from granatum.runner.tokenizer import Tokenizer
+from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1 import inference_pb2, runner_pb2
 from granatum.v1.inference_pb2 import GenerateRequest, LogprobOptions, StopConditions
 from granatum.v1.runner_pb2 import Ping, SequenceOutput, SessionRequest, SubmitSequence

@@ -6,14 +6,14 @@ import pytest
 from pydantic import ValidationError
 from transformers import LlamaConfig
 
-from granatum.adapters_store.base_model import PROJECTIONS, BaseModel
-from granatum.adapters_store.peft_config import ModuleSpec
+from granatum.adapters_store.format.peft_config import ModuleSpec
 from granatum.examples.tasks import BASE_MODEL
-from granatum.runner.adapter_image import ImageShape
-from granatum.runner.adapter_layout import lay_out
-from granatum.runner.arena import page_tokens
-from granatum.runner.config import read_config
-from granatum.runner.engine_child import _options
+from granatum.models.base_model import PROJECTIONS, BaseModel
+from granatum.models.config import read_config
+from granatum.runner.adapters.images.image import ImageShape
+from granatum.runner.adapters.images.layout import lay_out
+from granatum.runner.engine.child import _options
+from granatum.runner.model.arena import page_tokens
 from granatum.runner.settings import Settings
 from granatum.v1.errors import InvalidRequest
 

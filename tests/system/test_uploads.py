@@ -11,10 +11,10 @@ from bad_uploads import BAD_UPLOADS
 from cluster import Cluster
 from s3_server import S3Server
 
-from granatum.adapters_store.base_model import BaseModel
 from granatum.client.client import Client
 from granatum.client.requests import Options
 from granatum.examples.tasks import ADAPTER_TASKS, BASE_MODEL
+from granatum.models.base_model import BaseModel
 from granatum.v1 import adapters_pb2, adapters_pb2_grpc
 from granatum.v1.errors import InvalidRequest, NotFound, Unavailable, from_rpc_error
 from granatum.v1.transport import bearer, open_channel

@@ -1,0 +1,149 @@
+"""How a catalog is written in the store: JSON that ends with a SHA-256 of everything before.
+
+A version is a short row, and what many versions share stands once in "kinds": thousands of versions
+are read and written in some milliseconds, for which everything else in the process waits.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from granatum.adapters_store.catalog.catalog import (
+    Adapter,
+    Alias,
+    Catalog,
+    Retired,
+    Version,
+    Visibility,
+)
+from granatum.v1.errors import Internal
+
+_FORMAT = 2
+_OLD_FORMAT = 1
+_AT_ONCE = 500
+"""Versions to write in one go: the interpreter is held by a millisecond's work at most."""
+_END = re.compile(rb',"sha256":"([0-9a-f]{64})"}')
+_Kind = tuple[tuple[str, ...], str]
+"""The projections that a version adapts, and its base model's fingerprint."""
+_END_BYTES = len(b',"sha256":""}') + 64
+
+
+class CatalogDamaged(Internal):
+    """A tenant's catalog cannot be read."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the catalog of this tenant's adapters is damaged: the operator must restore it from "
+            "a backup",
+            reason="CATALOG_DAMAGED",
+        )
+
+
+def encode(catalog: Catalog, revision: str) -> bytes:
+    """The catalog as JSON; `revision` tells this writing from any other."""
+    body = b"".join(part.encode() for part in _parts(catalog, revision))
+    return body + b',"sha256":"%s"}' % hashlib.sha256(body).hexdigest().encode()
+
+
+def decode(data: bytes) -> tuple[Catalog, str]:
+    """The catalog and its revision. Raises CatalogDamaged if `data` is not what was written."""
+    try:
+        fields = json.loads(data)
+        if fields["format"] == _OLD_FORMAT:
+            return _old_catalog(fields), fields["revision"]
+        if fields["format"] != _FORMAT:
+            raise ValueError(f"format {fields['format']}")
+        _check_sum(data)
+        return _catalog(fields), fields["revision"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CatalogDamaged from error
+
+
+def _check_sum(data: bytes) -> None:
+    end = _END.fullmatch(data, len(data) - _END_BYTES)
+    if end is None or hashlib.sha256(data[: end.start()]).hexdigest().encode() != end[1]:
+        raise ValueError("the checksum is another one")
+
+
+def _parts(catalog: Catalog, revision: str) -> Iterator[str]:
+    """The JSON in pieces, without its checksum and last brace."""
+    kinds: dict[_Kind, int] = {}
+    yield f'{{"format":{_FORMAT},"revision":{_json(revision)},"adapters":{{'
+    for place, (name, adapter) in enumerate(catalog.adapters.items()):
+        head = [adapter.next_version, adapter.visibility.value, adapter.emptied]
+        yield f"{',' if place else ''}{_json(name)}:{_json(head)[:-1]},["
+        yield from _rows(adapter, kinds)
+        yield "]]"
+    aliases = {alias: [at.name, at.version] for alias, at in catalog.aliases.items()}
+    retired = {digest: [gone.at, gone.size_bytes] for digest, gone in catalog.retired.items()}
+    yield f'}},"kinds":{_json(list(kinds))},"aliases":{_json(aliases)},'
+    yield f'"retired":{_json(retired)},"floors":{_json(catalog.floors)}'
+
+
+def _rows(adapter: Adapter, kinds: dict[_Kind, int]) -> Iterator[str]:
+    left = iter(adapter.versions)
+    separator = ""
+    while batch := [_row(version, kinds) for version in islice(left, _AT_ONCE)]:
+        yield separator + _json(batch)[1:-1]
+        separator = ","
+
+
+def _row(version: Version, kinds: dict[_Kind, int]) -> list[object]:
+    kind = version.target_modules, version.base_fingerprint
+    return [
+        version.version,
+        version.digest,
+        version.size_bytes,
+        version.max_rank,
+        version.create_time,
+        version.elements,
+        kinds.setdefault(kind, len(kinds)),
+    ]
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _catalog(fields: dict[str, Any]) -> Catalog:
+    kinds = [(tuple(targets), base) for targets, base in fields["kinds"]]
+    return Catalog(
+        adapters={name: _adapter(row, kinds) for name, row in fields["adapters"].items()},
+        aliases={alias: Alias(*at) for alias, at in fields["aliases"].items()},
+        retired={digest: Retired(*gone) for digest, gone in fields["retired"].items()},
+        floors=fields["floors"],
+    )
+
+
+def _adapter(row: list[Any], kinds: list[_Kind]) -> Adapter:
+    next_version, visibility, emptied, rows = row
+    versions = tuple(_version(row, kinds) for row in rows)
+    return Adapter(next_version, Visibility(visibility), versions, emptied)
+
+
+def _version(row: list[Any], kinds: list[_Kind]) -> Version:
+    number, digest, size_bytes, max_rank, create_time, elements, kind = row
+    targets, base = kinds[kind]
+    return Version(number, digest, size_bytes, max_rank, targets, create_time, base, elements)
+
+
+def _old_catalog(fields: dict[str, Any]) -> Catalog:
+    """As it was written before there was a checksum."""
+    return Catalog(
+        adapters={
+            name: Adapter(
+                next_version=adapter["next_version"],
+                visibility=Visibility(adapter["visibility"]),
+                versions=tuple(
+                    Version(**{**version, "target_modules": tuple(version["target_modules"])})
+                    for version in adapter["versions"]
+                ),
+            )
+            for name, adapter in fields["adapters"].items()
+        },
+        aliases={alias: Alias(**at) for alias, at in fields["aliases"].items()},
+        retired={digest: Retired(at) for digest, at in fields["retired"].items()},
+    )

@@ -1,0 +1,131 @@
+"""RMS normalisation with what precedes it: the sum of the residual, or the embedding."""
+
+import torch
+
+from granatum.kernels.backend import (
+    jit,
+    overlap_options,
+    require,
+    require_rows,
+    runs_kernel,
+    tl,
+    triton,
+)
+from granatum.kernels.layer import reference
+
+_WARP_ELEMENTS = 1024
+"""Columns that one warp of a row's block takes."""
+
+
+@jit()
+def _rms_norm_kernel(
+    x, residual, indices, last, weight, out, x_stride, residual_stride, out_stride, eps,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One block: a row of `out`. ADD: with the residual's row. KEEP: the sum is the residual's."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK_N)
+    inside = n < N
+    weights = tl.load(weight + n, mask=inside, other=0.0).to(tl.float32)
+    source = row
+    if indices is not None:
+        source = tl.load(indices + row).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if last is not None:
+        drawn = tl.load(last - 1 - source, mask=source < 0, other=0).to(tl.int64)
+        source = tl.where(source < 0, drawn, source)
+    values = tl.load(x + source * x_stride + n, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        at = residual + source * residual_stride + n
+        values += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        values = values.to(residual.dtype.element_ty).to(tl.float32)
+    if KEEP:
+        tl.store(residual + row * residual_stride + n, values, mask=inside)
+    scale = tl.rsqrt(tl.sum(values * values) / N + eps)
+    tl.store(out + row * out_stride + n, values * scale * weights, mask=inside)
+
+
+def embed_rms_norm(
+    tokens: torch.Tensor,
+    last: torch.Tensor,
+    embedding: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """residual = embedding[tokens], out = residual / sqrt(mean(residual^2) + eps) * weight.
+
+    tokens int [T]: where one is negative, last[-1 - token] stands for it; last int [seats];
+    embedding [vocabulary, N]; weight [N]; residual, out [T, N]. Rows have adjacent elements and lie
+    evenly apart; the norm is taken in float32.
+    """
+    if not runs_kernel(embedding):
+        reference.embed_rms_norm(tokens, last, embedding, weight, eps, residual, out)
+        return
+    require(embedding.dtype == residual.dtype, "embedding and residual must be of one dtype")
+    _launch(embedding, residual, tokens, last, weight, eps, out, add=False)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+) -> None:
+    """residual += x, then out = residual / sqrt(mean(residual^2) + eps) * weight, in float32.
+
+    x, residual, out [T, N], weight [N]; `out` is x unless given; the norm is that of the rounded
+    residual. With rows int [S], out [S, N] is of these rows alone and residual is left as it is.
+    """
+    out = x if out is None else out
+    if not runs_kernel(x):
+        reference.add_rms_norm(x, residual, weight, eps, out, rows)
+        return
+    require_rows("residual", residual, tuple(x.shape))
+    _launch(x, residual, rows, None, weight, eps, out, add=True)
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    indices: torch.Tensor | None,
+    last: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    *,
+    add: bool,
+) -> None:
+    n = x.shape[1]
+    rows = (x if indices is None else indices).shape[0]
+    keep = indices is None or not add
+    require_rows("x", x, tuple(x.shape))
+    require_rows("out", out, (rows, n))
+    if keep:
+        require_rows("residual", residual, (rows, n))
+    require(weight.shape == (n,) and weight.is_contiguous(), f"weight must be [{n}], contiguous")
+    block = triton.next_power_of_2(n)
+    _rms_norm_kernel[(rows,)](
+        x,
+        residual,
+        indices,
+        last,
+        weight,
+        out,
+        x.stride(0),
+        residual.stride(0),
+        out.stride(0),
+        eps,
+        N=n,
+        BLOCK_N=block,
+        ADD=add,
+        KEEP=keep,
+        num_warps=min(8, max(1, block // _WARP_ELEMENTS)),
+        **overlap_options(x),
+    )

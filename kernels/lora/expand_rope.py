@@ -1,0 +1,209 @@
+"""SGMV-expand of prompts' q, k and v within the positions: it never travels through y."""
+
+from math import gcd
+
+import torch
+
+from granatum.kernels.backend import require, runs_kernel
+from granatum.kernels.gluon import gl, jit, launch_dependents, wait
+from granatum.kernels.layer.rope import Rotary, rope_and_write_kv
+from granatum.kernels.layout import FIRST_PROJECTION, GROUPS, AdapterTable, KvLayout, Tiles
+from granatum.kernels.lora import expand_fragments as fragments
+from granatum.kernels.lora.expand import check_expand, expand, fitting_span
+from granatum.kernels.lora.shrink import tile_programs
+
+QKV = GROUPS.index("qkv")
+_BLOCK_HEADS = 8
+"""That a block goes through at most."""
+
+
+@jit()
+def _store_rotated(finished, turn, _at, low, high, ROWS: gl.constexpr):
+    """Norm a head's two halves, if there is a norm, rotate them and write them."""
+    out_rows, head, head_stride, present, c, s, p, norms = finished
+    q_norm, k_norm, sum_d, eps = norms
+    dtype: gl.constexpr = out_rows.dtype.element_ty
+    if q_norm is not None:
+        square = gl.sum(low * low, axis=0) + gl.sum(high * high, axis=0)
+        factor = gl.where(p < 2, 1 / gl.sqrt(square / 128 + eps), 1.0)[None, :]
+        weight = gl.where(p == 0, q_norm, k_norm) + sum_d
+        rotates = (sum_d >= 0) & (p < 2)
+        low_weight = gl.load(weight, mask=rotates, other=1.0).to(gl.float32)
+        high_weight = gl.load(weight + 64, mask=rotates, other=1.0).to(gl.float32)
+        low *= factor * low_weight[:, None]
+        high *= factor * high_weight[:, None]
+    out_at = out_rows + (head + turn) * head_stride
+    new_low = (low * c - high * s).to(dtype)
+    gl.store(out_at, fragments.to_rows(new_low, ROWS), mask=present)
+    new_high = (high * c + low * s).to(dtype)
+    gl.store(out_at + 64, fragments.to_rows(new_high, ROWS), mask=present)
+
+
+@jit("rows_total", "workspace_width", "layers", "layer")
+def _expand_rope_kernel(
+    qkv,
+    positions,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    kv_slots,
+    arena,
+    b_offsets,
+    ranks,
+    scales,
+    entries,
+    count,
+    order,
+    partials,
+    y_stride,
+    page_elements,
+    rows_total,
+    workspace_width,
+    layers,
+    layer,
+    eps,
+    PROJECTION: gl.constexpr,
+    HEADS: gl.constexpr,
+    KV_HEADS: gl.constexpr,
+    BLOCK_HEADS: gl.constexpr,
+    PAGE_TOKENS: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    PDL: gl.constexpr,
+    ROWS: gl.constexpr,
+    RANKS: gl.constexpr,
+    COPIED: gl.constexpr,
+    SUMS: gl.constexpr,
+    HELD: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One block: some heads of q, k or v, in turn, of every so many-th tile."""
+    head = gl.program_id(0) * BLOCK_HEADS
+    p = (head >= HEADS).to(gl.int32) + (head >= HEADS + KV_HEADS).to(gl.int32)
+    before = gl.where(p == 0, 0, gl.where(p == 1, HEADS, HEADS + KV_HEADS))
+    width = gl.where(p == 0, HEADS, KV_HEADS) * 128
+    m = gl.arange(0, 64, gl.SliceLayout(1, ROWS))
+    d = gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
+    at_row = gl.arange(0, 64, gl.SliceLayout(1, SUMS))
+    sum_d = at_row % 8 * 8 + at_row // 8
+    y_ring, b_ring = fragments.make_rings(qkv, STAGES)
+    held = fragments.make_held(1, HELD)
+    chunk_stride = rows_total.to(gl.int64) * workspace_width
+    for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
+        slot, first, rows = fragments.load_tile(entries, count, tile)
+        place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
+        rank, stacked_row = fragments.rank_before(ranks + place, p, 3)
+        rank = gl.where(slot < 0, 0, rank)
+        start = arena + gl.multiple_of(gl.load(b_offsets + place + p), 32)
+        scale = gl.load(scales + place + p)
+        row = fragments.source_rows(order, first + m, m < rows)
+        kv_slot = gl.load(kv_slots + row, mask=m < rows, other=-1).to(gl.int64)
+        position = gl.load(positions + row, mask=kv_slot >= 0, other=0).to(gl.int64)
+        present = (kv_slot >= 0)[:, None]
+        turned = present & (p < 2)
+        angle = position[:, None] * 64 + d
+        c = fragments.to_sums(gl.load(cos + angle, mask=turned, other=1.0), SUMS)
+        s = fragments.to_sums(gl.load(sin + angle, mask=turned, other=0.0), SUMS)
+        y_rows = qkv + row[:, None] * y_stride + before * 128 + d
+        plane = (layer * 2 + gl.maximum(p - 1, 0)) * (KV_HEADS * PAGE_TOKENS)
+        in_page = (plane + kv_slot % PAGE_TOKENS) * 128
+        kv_rows = arena + (kv_slot // PAGE_TOKENS * page_elements + in_page)[:, None] + d
+        out_rows = gl.where(p == 0, y_rows, kv_rows)
+        head_stride = gl.where(p == 0, 128, PAGE_TOKENS * 128)
+        if PDL:
+            wait()
+            launch_dependents()
+        own_head = head - before
+        room = (y_ring, b_ring, held)
+        norms = (q_norm, k_norm, sum_d, eps)
+        finished = (out_rows, own_head, head_stride, present, c, s, p, norms)
+        source = (partials, first, rows, chunk_stride, workspace_width)
+        side = (start, stacked_row, rank, scale)
+        if rank <= 16:
+            fragments.go_through(
+                _store_rotated, finished, y_rows, 64, present, room, source, side, None,
+                own_head * 128, BLOCK_HEADS * 128, width, 128, True, CHUNKS, ROWS, RANKS, COPIED,
+                SUMS, HELD, STAGES, False,
+            )  # fmt: skip
+        if HELD > 1 and rank > 16:
+            fragments.go_through(
+                _store_rotated, finished, y_rows, 64, present, room, source, side, None,
+                own_head * 128, BLOCK_HEADS * 128, width, 128, True, CHUNKS, ROWS, RANKS, COPIED,
+                SUMS, HELD, STAGES, True,
+            )  # fmt: skip
+    if PDL and gl.program_id(0) + gl.program_id(1) == 0:
+        wait()  # one block that waits keeps the next kernel from overtaking
+
+
+def expand_rope_and_write_kv(
+    qkv: torch.Tensor,
+    in_features: int,
+    positions: torch.Tensor,
+    rotary: Rotary,
+    kv: KvLayout,
+    kv_slots: torch.Tensor,
+    arena: torch.Tensor,
+    table: AdapterTable,
+    layer: int,
+    tiles: Tiles,
+    workspace: torch.Tensor,
+) -> None:
+    """What tiles' adapters add to q, k and v, then `rope.rope_and_write_kv` of tiles' rows.
+
+    After a `shrink` of the group. qkv [T, (heads + 2 kv_heads) * head_dim]: q is rotated in place,
+    k and v may change. arena: of the adapters and of the pages. Rows of a negative kv_slot may take
+    what adapters add, and no more; tiles hold all others. The rest as in `expand.expand` and
+    `rope.rope_and_write_kv`.
+
+    Raises:
+        ValueError: a shape, stride or dtype that the op cannot take.
+    """
+    rows, d, kv_heads = qkv.shape[0], kv.head_dim, kv.kv_heads
+    heads = qkv.shape[1] // d - 2 * kv_heads
+    outs = (heads * d, kv_heads * d, kv_heads * d)
+    shape, config = check_expand(qkv, in_features, table, QKV, outs, tiles, workspace)
+    rotary.require(d)
+    require(positions.shape == kv_slots.shape == (rows,), "positions and kv_slots must be [T]")
+    served = d == fragments.PAIR and kv.page_elements % 8 == 0
+    served &= fragments.serves(qkv, shape, fragments.PAIR)
+    if not (served and runs_kernel(qkv)):
+        expand(qkv, in_features, arena, table, layer, QKV, outs, tiles, workspace)
+        q, k, v = torch.split(qkv, list(outs), dim=1)
+        rope_and_write_kv(q, k, v, positions, rotary, arena, kv, layer, kv_slots)
+        return
+    across, most = tile_programs(tiles, rows), gcd(heads, kv_heads, _BLOCK_HEADS)
+    block_heads = fitting_span(most, 1, (heads + 2 * kv_heads,), across)
+    _expand_rope_kernel[((heads + 2 * kv_heads) // block_heads, across)](
+        qkv,
+        positions,
+        rotary.cos,
+        rotary.sin,
+        rotary.q_norm,
+        rotary.k_norm,
+        kv_slots,
+        arena,
+        table.b,
+        table.rank,
+        table.scale,
+        tiles.entries,
+        tiles.count,
+        tiles.order,
+        workspace,
+        qkv.stride(0),
+        kv.page_elements,
+        rows,
+        3 * shape.max_rank,
+        table.layers,
+        layer,
+        rotary.eps,
+        PROJECTION=FIRST_PROJECTION[QKV],
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        BLOCK_HEADS=block_heads,
+        PAGE_TOKENS=kv.page_tokens,
+        CHUNKS=config.chunks(shape),
+        PDL=config.pdl,
+        num_stages=1,
+        **fragments.options(shape.max_rank),
+        **config.launch_options,
+    )

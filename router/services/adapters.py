@@ -1,0 +1,181 @@
+"""AdapterService: the tenants' adapters over the wire, from and to the store."""
+
+# ruff: noqa: N802 - methods are named by the service
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import grpc
+
+from granatum.adapters_store.blobs.incoming import FileDeclaration, UploadHeader
+from granatum.adapters_store.catalog.catalog import Visibility
+from granatum.adapters_store.catalog.manifest import Manifest
+from granatum.adapters_store.store import AdapterStore
+from granatum.router.services.access import current_tenant
+from granatum.router.services.uploads import Pace, Rooms, Seats, discard, paced
+from granatum.v1 import adapters_pb2 as pb
+from granatum.v1.adapters_pb2_grpc import AdapterServiceServicer
+from granatum.v1.cluster_pb2 import RunnerStatus
+from granatum.v1.errors import GranatumError, InvalidRequest, Overloaded
+
+MAX_CHUNK_BYTES = 1 << 20
+MAX_PAGE = 1000
+USUAL_PACE = Pace()
+_MAX_FILES = 16
+_AT_ONCE = 25
+"""Adapters to describe before others have their turn; one page at a time is described."""
+_VISIBILITY = {
+    Visibility.PRIVATE: pb.VISIBILITY_PRIVATE,
+    Visibility.PUBLISHED: pb.VISIBILITY_PUBLISHED,
+}
+_FROM_WIRE = {wire: visibility for visibility, wire in _VISIBILITY.items()}
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Adapters(AdapterServiceServicer):
+    """Upload, show and change the calling tenant's adapters."""
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        runners: Callable[[], Awaitable[list[RunnerStatus]]],
+        pace: Pace = USUAL_PACE,
+    ) -> None:
+        self._store = store
+        self._rooms = Rooms(runners)
+        self._seats = Seats()
+        self._hearings = Seats()
+        self._listing = asyncio.Lock()
+        self._pace = pace
+
+    async def UploadAdapter(
+        self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], _: Context
+    ) -> pb.UploadAdapterResponse:
+        """Store an adapter as the next version of its name."""
+        arriving, tenant = aiter(request_iterator), current_tenant()
+        try:
+            manifest, created = await self._upload(tenant, arriving)
+        except GranatumError:
+            with suppress(Overloaded), self._hearings.taken(tenant):
+                await discard(arriving)
+            raise
+        return pb.UploadAdapterResponse(adapter=_adapter(manifest), created=created)
+
+    async def _upload(
+        self, tenant: str, arriving: AsyncIterator[pb.UploadAdapterRequest]
+    ) -> tuple[Manifest, bool]:
+        with self._seats.taken(tenant):
+            requests = paced(arriving, self._pace)
+            header, chunks = await _header(requests), _chunks(requests)
+            fleet = await self._rooms.fleet()
+            return await self._store.upload(tenant, header, chunks, fleet)
+
+    async def GetAdapter(self, request: pb.GetAdapterRequest, _: Context) -> pb.GetAdapterResponse:
+        """Describe one version."""
+        _given(request.adapter, "adapter")
+        manifest = await self._store.get(current_tenant(), request.adapter)
+        return pb.GetAdapterResponse(adapter=_adapter(manifest))
+
+    async def ListAdapters(
+        self, request: pb.ListAdaptersRequest, _: Context
+    ) -> pb.ListAdaptersResponse:
+        """List the tenant's own adapters."""
+        if request.page_size > MAX_PAGE:
+            raise InvalidRequest(f"page_size: give at most {MAX_PAGE:,}", field="page_size")
+        page = await self._store.list(current_tenant(), request.page_size, request.page_token)
+        response = pb.ListAdaptersResponse(next_page_token=page.next_page_token)
+        async with self._listing:
+            for begin in range(0, len(page.adapters), _AT_ONCE):
+                batch = page.adapters[begin : begin + _AT_ONCE]
+                response.adapters.extend(_adapter(manifest) for manifest in batch)
+                await asyncio.sleep(0)  # others' tokens come between
+        return response
+
+    async def DeleteAdapter(
+        self, request: pb.DeleteAdapterRequest, _: Context
+    ) -> pb.DeleteAdapterResponse:
+        """Remove a version or a whole name."""
+        _given(request.adapter, "adapter")
+        deleted = await self._store.delete(current_tenant(), request.adapter)
+        return pb.DeleteAdapterResponse(versions_deleted=deleted)
+
+    async def SetAlias(self, request: pb.SetAliasRequest, _: Context) -> pb.SetAliasResponse:
+        """Point an alias at a version."""
+        _given(request.alias, "alias")
+        _given(request.adapter, "adapter")
+        manifest = await self._store.set_alias(current_tenant(), request.alias, request.adapter)
+        return pb.SetAliasResponse(adapter=_adapter(manifest))
+
+    async def DeleteAlias(
+        self, request: pb.DeleteAliasRequest, _: Context
+    ) -> pb.DeleteAliasResponse:
+        """Remove an alias."""
+        _given(request.alias, "alias")
+        await self._store.delete_alias(current_tenant(), request.alias)
+        return pb.DeleteAliasResponse()
+
+    async def SetVisibility(
+        self, request: pb.SetVisibilityRequest, _: Context
+    ) -> pb.SetVisibilityResponse:
+        """Publish an adapter, or make it private again."""
+        _given(request.name, "name")
+        visibility = _FROM_WIRE.get(request.visibility)
+        if visibility is None:
+            raise InvalidRequest(
+                "visibility: give VISIBILITY_PRIVATE or VISIBILITY_PUBLISHED", field="visibility"
+            )
+        await self._store.set_visibility(current_tenant(), request.name, visibility)
+        return pb.SetVisibilityResponse()
+
+
+async def _header(requests: AsyncIterator[pb.UploadAdapterRequest]) -> UploadHeader:
+    async for request in requests:
+        if request.HasField("header"):
+            if len(request.header.files) > _MAX_FILES:
+                raise InvalidRequest(
+                    f"header.files: {len(request.header.files):,} files are declared: declare the "
+                    "two of an adapter",
+                    field="header.files",
+                )
+            files = tuple(
+                FileDeclaration(file.name, file.size_bytes, file.sha256)
+                for file in request.header.files
+            )
+            return UploadHeader(request.header.name, files)
+        break
+    raise InvalidRequest("an upload begins with its header: send that first", field="header")
+
+
+async def _chunks(requests: AsyncIterator[pb.UploadAdapterRequest]) -> AsyncIterator[bytes]:
+    async for request in requests:
+        if not request.HasField("chunk"):
+            raise InvalidRequest("after the header an upload has chunks alone", field="chunk")
+        if len(request.chunk) > MAX_CHUNK_BYTES:
+            raise InvalidRequest(
+                f"chunk: send at most {MAX_CHUNK_BYTES:,} bytes at a time", field="chunk"
+            )
+        yield request.chunk
+
+
+def _given(value: str, field: str) -> None:
+    if not value:
+        raise InvalidRequest(f"{field}: it is missing", field=field)
+
+
+def _adapter(manifest: Manifest) -> pb.Adapter:
+    adapter = pb.Adapter(
+        tenant=manifest.tenant,
+        name=manifest.name,
+        version=manifest.version,
+        digest=f"sha256:{manifest.digest}",
+        size_bytes=manifest.size_bytes,
+        max_rank=manifest.max_rank,
+        target_modules=manifest.target_modules,
+        visibility=_VISIBILITY[manifest.visibility],
+        aliases=manifest.aliases,
+    )
+    adapter.create_time.FromMicroseconds(round(manifest.create_time * 1e6))
+    return adapter

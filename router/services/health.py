@@ -1,0 +1,58 @@
+"""Whether this router serves, in the standard health service."""
+
+import asyncio
+
+import structlog
+from grpc_health.v1.health import OVERALL_HEALTH
+
+from granatum.router.placement.registry import Registry
+from granatum.router.services.access import CLUSTER, INFERENCE, REGISTRY, SERVICES
+from granatum.v1.errors import Unavailable
+from granatum.v1.health import HealthBoard
+
+_CHECK_S = 1.0
+_NEED_REGISTRY = (INFERENCE, CLUSTER, REGISTRY)
+
+log = structlog.get_logger(__name__)
+
+
+class Health:
+    """The process as a whole serves until it stops; services as long as what they need answers.
+
+    So a liveness probe of the whole does not kill streams that outlast the registry's absence,
+    while a readiness probe of a service sends new requests elsewhere.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self.servicer = HealthBoard()
+        self._registry = registry
+        self._serving = True
+
+    async def start(self) -> None:
+        """Find out what is served, before anybody asks."""
+        self.servicer.set((OVERALL_HEALTH, *SERVICES), serving=True)
+        await self._check()
+
+    async def run(self) -> None:
+        """Watch the registry until cancelled."""
+        while True:
+            await asyncio.sleep(_CHECK_S)
+            await self._check()
+
+    def stop(self) -> None:
+        """Say for good that nothing is served any more."""
+        self.servicer.close()
+
+    async def _check(self) -> None:
+        serving = await self._registry_answers()
+        if serving != self._serving:
+            log.warning("registry answers again" if serving else "registry is away")
+            self.servicer.set(_NEED_REGISTRY, serving=serving)
+        self._serving = serving
+
+    async def _registry_answers(self) -> bool:
+        try:
+            await self._registry.ping()
+        except Unavailable:
+            return False
+        return True

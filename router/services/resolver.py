@@ -1,0 +1,111 @@
+"""Which adapter a request means; while the store is away, what it meant a moment ago."""
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import structlog
+
+from granatum.adapters_store.store import AdapterStore
+from granatum.router.streams.deadline import Deadline
+from granatum.v1.errors import RETRY_AFTER_S, DeadlineExceeded, GranatumError, Unavailable
+
+_KNOWN = 20_000
+_ANSWER_S = 2.0
+"""How long the store may take when an older answer would do."""
+_MEMORY_S = 5.0
+"""How old an answer may be that serves while the store is away, from when the store gave it."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """An adapter's version: `sha256:...` and `tenant/name@version`; both empty: the base model."""
+
+    digest: str = ""
+    name: str = ""
+    rank: int = 0
+    elements: int = 0
+    """0: not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the store said, and when on the event loop's clock."""
+
+    resolved: Resolved
+    told: float
+
+
+class Resolver:
+    """Asks the store each time, so that versions, aliases and deletions count at once.
+
+    Only the store's own failure lets memory answer, and only with what the store told this tenant
+    within the last few seconds: whatever a caller does, no other caller's answer changes.
+    """
+
+    def __init__(self, store: AdapterStore, patience_s: float) -> None:
+        self._store = store
+        self._patience_s = patience_s
+        self._known: OrderedDict[tuple[str, str], _Known] = OrderedDict()
+
+    async def resolve(self, tenant: str, reference: str, deadline: Deadline) -> Resolved:
+        """The version that `reference` (as in GenerateRequest.adapter) means to this tenant.
+
+        Raises NotFound, InvalidRequest, DeadlineExceeded, or Unavailable if the store is away and
+        did not tell of late.
+        """
+        if not reference:
+            return Resolved()
+        key = (tenant, reference)
+        give_up = deadline.give_up(self._patience_s)
+        known = self._remembered(key)
+        asked = asyncio.get_running_loop().time()
+        until = min(give_up, asked + _ANSWER_S) if known else give_up
+        try:
+            async with asyncio.timeout_at(until):
+                resolved = await self._ask(tenant, reference)
+        except Unavailable as away:
+            return self._fall_back(key, away)
+        except TimeoutError as late:
+            if deadline.give_up_at == until:
+                raise DeadlineExceeded(
+                    "the deadline came before the adapter was found: give a later one"
+                ) from late
+            return self._fall_back(key, late)
+        except GranatumError:
+            self._known.pop(key, None)
+            raise
+        self._remember(key, _Known(resolved, asked))
+        return resolved
+
+    def _remembered(self, key: tuple[str, str]) -> Resolved | None:
+        """What the store told, if it is not too old to serve."""
+        known = self._known.get(key)
+        if known is None or asyncio.get_running_loop().time() - known.told > _MEMORY_S:
+            return None
+        return known.resolved
+
+    async def _ask(self, tenant: str, reference: str) -> Resolved:
+        found = await self._store.resolve(tenant, reference)
+        return Resolved(f"sha256:{found.digest}", found.full_name, found.max_rank, found.elements)
+
+    def _fall_back(self, key: tuple[str, str], error: Exception) -> Resolved:
+        known = self._remembered(key)
+        if known is None:
+            if isinstance(error, Unavailable):
+                raise error
+            raise Unavailable(
+                "the adapter store did not answer in time: try again",
+                reason="STORE_AWAY",
+                retry_after_s=RETRY_AFTER_S,
+            ) from error
+        log.warning("adapter store is away, an older answer serves", adapter=known.name)
+        return known
+
+    def _remember(self, key: tuple[str, str], known: _Known) -> None:
+        self._known[key] = known
+        self._known.move_to_end(key)
+        if len(self._known) > _KNOWN:
+            self._known.popitem(last=False)

@@ -1,0 +1,123 @@
+"""The engine as a child process of the front. Here, in the front, it needs no torch."""
+
+import asyncio
+import ctypes
+import dataclasses
+import multiprocessing
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from granatum.runner.channel import AsyncChannel, socket_pair
+from granatum.runner.engine.flight_recorder import FlightRecorder
+from granatum.runner.front.engine_end import EngineEnd, cause_of
+from granatum.runner.logs import log_as_json
+from granatum.runner.records import Command, Report
+from granatum.runner.settings import MAX_BATCH, Settings
+from granatum.runner.text.torchless import import_transformers
+
+if TYPE_CHECKING:
+    from granatum.runner.engine.process import EngineOptions
+
+_CPU_BATCH = 8
+_WORDS = 2048
+
+
+class LastWords:
+    """Why the engine ends, in memory that outlives it."""
+
+    def __init__(self) -> None:
+        self._text = multiprocessing.RawArray(ctypes.c_char, _WORDS)
+
+    def say(self, text: str) -> None:
+        """The child's."""
+        self._text.value = text.replace("\0", "").encode()[: _WORDS - 1]
+
+    def read(self) -> str:
+        """The parent's, once the child is gone; empty if it said nothing."""
+        said: bytes = self._text.value
+        return said.decode(errors="ignore")
+
+
+class EngineChild:
+    """The engine's process. It ends when the front does, because its channel then closes."""
+
+    def __init__(self, settings: Settings) -> None:
+        ours, theirs = socket_pair()
+        self._end = ours
+        self._recorder = FlightRecorder(MAX_BATCH)
+        self._words = LastWords()
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=_main,
+            args=(settings, theirs, self._recorder, self._words),
+            name="engine",
+            daemon=True,
+        )
+        self._process.start()
+        theirs.close()
+
+    async def connect(self) -> AsyncChannel[Command, Report]:
+        """The front's end of the channel."""
+        return await AsyncChannel.open(self._end)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
+    async def ended(self, grace_s: float) -> EngineEnd:
+        """How it ended; it is killed if it does not end within the grace."""
+        await asyncio.to_thread(self._process.join, grace_s)
+        lingers = self._process.is_alive()
+        if lingers:
+            self._process.kill()
+            await asyncio.to_thread(self._process.join)
+        status = self._process.exitcode or 0
+        return EngineEnd(status, self._recorder.read(), self._words.read(), own=lingers)
+
+
+def _main(
+    settings: Settings, end: socket.socket, recorder: FlightRecorder, words: LastWords
+) -> None:
+    log_as_json()
+    import_transformers()
+    try:
+        _run(settings, end, recorder)
+    except Exception as error:  # the engine has logged it
+        words.say(cause_of(error))
+        sys.exit(1)
+
+
+def _run(settings: Settings, end: socket.socket, recorder: FlightRecorder) -> None:
+    import torch
+
+    from granatum.runner.adapters.disk.source import AdapterSource
+    from granatum.runner.engine.process import run
+
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = AdapterSource(settings.store, settings.cache_dir, settings.disk_cache_bytes)
+    run(_options(settings, device), source, end, recorder)
+
+
+def _options(settings: Settings, device: str) -> "EngineOptions":
+    """What the engine is built with on `device`."""
+    from granatum.runner.engine.process import EngineOptions
+    from granatum.runner.model.arena import host_bytes
+
+    options = EngineOptions(
+        model=settings.model,
+        device=device,
+        step_tokens=settings.prefill_tokens,
+        max_context=settings.max_context,
+        max_rank=settings.max_rank,
+        arena_bytes=settings.arena_bytes,
+        memory_share=settings.memory_fraction,
+        random_weights=settings.random_weights,
+    )
+    on_cpu = device == "cpu"
+    max_batch = settings.max_batch or (_CPU_BATCH if on_cpu else options.max_batch)
+    host = settings.host_cache_bytes
+    if host is None:
+        host = host_bytes(settings.model, settings.max_rank) if on_cpu else options.host_bytes
+    return dataclasses.replace(options, max_batch=max_batch, host_bytes=host)

@@ -1,0 +1,87 @@
+"""A step's rows, and the bounds of the engine that computes them. No torch."""
+
+from dataclasses import dataclass
+
+from granatum.runner.engine.scheduling.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one engine."""
+
+    max_batch: int
+    """Sequences that run at a time."""
+    max_waiting: int
+    """Sequences beyond those; more are refused."""
+    step_tokens: int
+    """Rows of one step, those of decodes included."""
+    page_tokens: int
+    max_context: int
+    """Tokens of a sequence, prompt and output."""
+    vocabulary: int = 1 << 31
+    """Token ids are below."""
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold `tokens` tokens."""
+        return -(-tokens // self.page_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows of one sequence in a step: tokens start .. start + rows - 1."""
+
+    sequence: Sequence
+    start: int
+    rows: int
+    samples: bool
+    """Whether the last row's logits make the sequence's next token."""
+    fed: bool
+    """Whether its token was sampled by the step before and is known to the device alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step: decodes are one row each, ordered by adapter slot; chunks are prompts' parts."""
+
+    decodes: tuple[Span, ...] = ()
+    chunks: tuple[Span, ...] = ()
+    solo: bool = False
+    """Whether it is a suspect's, and shares the device with no other step."""
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """All of them, in the order of their rows."""
+        return self.decodes + self.chunks
+
+    @property
+    def sampling(self) -> tuple[Span, ...]:
+        """Those that make a token, in the order of their rows."""
+        return tuple(span for span in self.spans if span.samples)
+
+    @property
+    def lora(self) -> bool:
+        """Whether any row has an adapter."""
+        return any(span.sequence.slot >= 0 for span in self.spans)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all spans."""
+        return len(self.decodes) + sum(span.rows for span in self.chunks)
+
+
+def span_of(sequence: Sequence, rows: int) -> Span:
+    """The sequence's next `rows` tokens."""
+    last = rows == sequence.remaining
+    fed = sequence.computed + rows > len(sequence.tokens)
+    return Span(sequence, sequence.computed, rows, last, fed)
+
+
+def launch(decodes: list[Span], chunks: list[Span], *, solo: bool = False) -> Plan:
+    """The plan without those sent away while it was made; the rest are in flight."""
+    stay = sorted((s for s in decodes if s.sequence.schedulable), key=lambda s: s.sequence.slot)
+    plan = Plan(tuple(stay), tuple(s for s in chunks if s.sequence.schedulable), solo)
+    for span in plan.spans:
+        span.sequence.computed += span.rows
+        span.sequence.in_flight += 1
+        span.sequence.pending += span.samples
+    return plan

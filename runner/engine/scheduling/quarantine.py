@@ -1,0 +1,75 @@
+"""Which sequences are computed in steps of their own, and whose turn it is. No torch.
+
+A step that failed says that one of its sequences may be at fault, not which. Each of them is then
+a suspect: it is computed in steps that hold nothing else until it has passed enough of them. A
+step that fails with one sequence alone names the culprit.
+"""
+
+import math
+from collections.abc import Iterable
+
+from granatum.runner.engine.scheduling.sequence import Sequence
+
+TRIALS = (0, 16)
+"""Steps of its own that a sequence must pass, by how often other engines suspected it. Beyond the
+table, all of its steps are its own.
+"""
+LOCAL_TRIALS = (0, 1, 16)
+"""The same by how many steps failed here. The first failure asks for one step only, because it
+suspects every sequence of a batch.
+"""
+
+
+class Quarantine:
+    """Sequences under suspicion, by id, and how many steps of its own each has yet to pass.
+
+    `has_turn`: whether the next step belongs to a suspect, if one can run; suspects and the others
+    take turns, so that neither waits for the other's end.
+    """
+
+    def __init__(self) -> None:
+        self.has_turn = True
+        self._left: dict[int, float] = {}  # the first has waited longest
+        self._faults: dict[int, int] = {}
+
+    def __contains__(self, sequence_id: int) -> bool:
+        return sequence_id in self._left
+
+    def admit(self, sequence_id: int, suspicion: int) -> None:
+        """Take in a sequence; `suspicion`: how often other engines suspected it."""
+        if suspicion > 0:
+            self._left[sequence_id] = _trials(TRIALS, suspicion)
+
+    def suspect(self, sequence_id: int) -> None:
+        """A step failed here that computed it beside others."""
+        faults = self._faults[sequence_id] = self._faults.get(sequence_id, 0) + 1
+        left = self._left.get(sequence_id, 0)
+        self._left[sequence_id] = max(left, _trials(LOCAL_TRIALS, faults))
+
+    def acquit(self, sequence_id: int) -> None:
+        """It passed a step of its own, and waits behind the other suspects for its next."""
+        left = self._left.pop(sequence_id, 0) - 1
+        if left > 0:
+            self._left[sequence_id] = left
+
+    def forget(self, sequence_id: int) -> None:
+        """It is gone."""
+        self._left.pop(sequence_id, None)
+        self._faults.pop(sequence_id, None)
+
+    def company(self, running: list[Sequence]) -> list[Sequence]:
+        """Those of `running` that are under no suspicion."""
+        if not self._left:
+            return running
+        return [sequence for sequence in running if sequence.id not in self._left]
+
+    def in_turn(self, running: Iterable[Sequence]) -> list[Sequence]:
+        """The suspects among `running`, the one that has waited longest first."""
+        if not self._left:
+            return []
+        by_id = {sequence.id: sequence for sequence in running}
+        return [by_id[i] for i in self._left if i in by_id]
+
+
+def _trials(trials: tuple[int, ...], times: int) -> float:
+    return trials[times] if times < len(trials) else math.inf

@@ -1,0 +1,144 @@
+"""What a router submits, checked and turned into what the engine runs."""
+
+from dataclasses import dataclass
+
+from granatum.runner.records import Ready, Sampling, Submit
+from granatum.runner.text.sequence_text import SequenceText
+from granatum.runner.text.tokenizer import Tokenizer, TooManyTokens
+from granatum.v1.errors import InvalidRequest
+from granatum.v1.inference_pb2 import GenerateRequest, SamplingParams
+from granatum.v1.runner_pb2 import SubmitSequence
+from granatum.v1.validation import check, check_ids
+
+_DIGEST = "sha256:"
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What this runner can hold."""
+
+    vocabulary: int
+    context: int
+    """Tokens of a sequence, prompt and output, that model and pages have room for."""
+
+    @classmethod
+    def of(cls, ready: Ready, vocabulary: int) -> "Bounds":
+        """The bounds of an engine that is ready."""
+        room = ready.figures.total_pages * ready.page_tokens
+        return cls(vocabulary, min(ready.max_context, room))
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A sequence for the engine, and its text for the client."""
+
+    submit: Submit
+    text: SequenceText
+
+
+def prepare(
+    sequence_id: int, message: SubmitSequence, tokenizer: Tokenizer, bounds: Bounds
+) -> Prepared:
+    """Tokenize and check a submission; the engine will call it `sequence_id`.
+
+    Takes time with long texts. Raises InvalidRequest for what cannot be served.
+    """
+    request = message.request
+    check(request)
+    stop = request.stop
+    check_ids(stop.token_ids, "stop.token_ids", bounds.vocabulary)
+    prompt = _prompt(request, tokenizer, bounds)
+    check_ids(message.generated, "generated", bounds.vocabulary)
+    room = bounds.context - len(prompt)
+    ends = frozenset() if stop.ignore_eos else tokenizer.ends_within(bounds.vocabulary)
+    submit = Submit(
+        sequence_id,
+        prompt,
+        generated=tuple(message.generated),
+        adapter=_digest(message.adapter_digest),
+        sampling=_sampling(request.sampling),
+        max_tokens=min(stop.max_tokens, room) if stop.HasField("max_tokens") else room,
+        min_tokens=stop.min_tokens,
+        stop_ids=ends | frozenset(stop.token_ids),
+        top_logprobs=request.logprobs.top if request.HasField("logprobs") else None,
+        priority=request.priority,
+        suspicion=message.suspicion,
+    )
+    strings = tuple(stop.strings)
+    return Prepared(submit, SequenceText(tokenizer, submit, strings, message.text_delivered))
+
+
+def _prompt(request: GenerateRequest, tokenizer: Tokenizer, bounds: Bounds) -> tuple[int, ...]:
+    """The prompt's ids, fewer than the context; longer ones are not even made."""
+    most = bounds.context - 1
+    field = {"token_ids": "token_ids.ids", "chat": "chat.messages"}.get(
+        request.WhichOneof("input") or "", "prompt"
+    )
+    try:
+        ids = _ids(request, tokenizer, most)
+    except TooManyTokens as error:
+        raise _wrong(
+            field,
+            f"the prompt has {error.tokens} tokens and this runner holds {bounds.context} with "
+            f"the output: send at most {most}",
+        ) from error
+    if not ids:
+        raise _wrong(field, "the prompt has no tokens: send some text")
+    if field == "token_ids.ids":
+        check_ids(ids, field, bounds.vocabulary)
+    else:
+        _check_tokenized(ids, field, bounds.vocabulary)
+    return tuple(ids)
+
+
+def _ids(request: GenerateRequest, tokenizer: Tokenizer, most: int) -> list[int]:
+    match request.WhichOneof("input"):
+        case "prompt":
+            return tokenizer.encode(request.prompt, most)
+        case "chat":
+            messages = [(message.role, message.content) for message in request.chat.messages]
+            return tokenizer.encode_chat(messages, most)
+        case _:
+            number = len(request.token_ids.ids)
+            if number > most:
+                raise TooManyTokens(str(number))
+            return list(request.token_ids.ids)
+
+
+def _check_tokenized(ids: list[int], field: str, vocabulary: int) -> None:
+    """A tokenizer may have tokens of its own that nobody trained, past the model's last one."""
+    if max(ids) >= vocabulary:
+        wrong = next(token for token in ids if token >= vocabulary)
+        raise _wrong(
+            field,
+            f"the tokenizer makes token id {wrong} of a part of it, which the model lacks: its "
+            f"vocabulary has {vocabulary}; leave out that special token",
+        )
+
+
+def _digest(text: str) -> str | None:
+    if not text:
+        return None
+    digest = text.removeprefix(_DIGEST)
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise _wrong("adapter_digest", "an adapter's digest is sha256: and 64 hexadecimal digits")
+    return digest
+
+
+def _sampling(params: SamplingParams) -> Sampling:
+    return Sampling(
+        temperature=params.temperature,
+        top_p=params.top_p if params.HasField("top_p") else 1.0,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=(
+            params.repetition_penalty if params.HasField("repetition_penalty") else 1.0
+        ),
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=params.seed,
+    )
+
+
+def _wrong(field: str, message: str) -> InvalidRequest:
+    return InvalidRequest(f"{field}: {message}", field=field)

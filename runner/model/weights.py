@@ -1,0 +1,176 @@
+"""The base model's weights on the device, projections that share an input fused into one matrix."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from granatum.models.config import GROUPS, ModelConfig
+
+INDEX = "model.safetensors.index.json"
+_PROJECTIONS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+_IGNORED = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """`weight` [out, in]; `bias` [out] or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer; norms are [hidden], those of q and k [head_dim]."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    o: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model; `embedding` and `head` are [vocab, hidden], one tensor if they are tied."""
+
+    embedding: torch.Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor
+    head: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every tensor."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of every tensor."""
+        return self.embedding.device
+
+
+def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Weights of the right shapes, not initialised."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def linear(group: str) -> Linear:
+        out = sum(config.out_features[group])
+        bias = empty(out) if group in config.biased else None
+        return Linear(empty(out, config.in_features[group]), bias)
+
+    def layer() -> LayerWeights:
+        return LayerWeights(
+            input_norm=empty(config.hidden),
+            post_norm=empty(config.hidden),
+            q_norm=empty(config.head_dim) if config.qk_norm else None,
+            k_norm=empty(config.head_dim) if config.qk_norm else None,
+            **{group: linear(group) for group in GROUPS},
+        )
+
+    embedding = empty(config.vocab, config.hidden)
+    layers = tuple(layer() for _ in range(config.layers))
+    head = embedding if config.tied else empty(config.vocab, config.hidden)
+    return Weights(embedding, layers, empty(config.hidden), head)
+
+
+def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Weights drawn from a normal distribution of deviation 0.02, norms around one."""
+    weights = empty_weights(config, dtype, device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, target in targets(config, weights):
+        target.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
+    return weights
+
+
+def load_weights(
+    config: ModelConfig, directory: Path, dtype: torch.dtype, device: torch.device
+) -> Weights:
+    """Read a Hugging Face directory's safetensors, tensor by tensor, into fused device tensors.
+
+    Raises:
+        InvalidRequest: naming a tensor that is missing, of another shape, or unknown.
+    """
+    weights = empty_weights(config, dtype, device)
+    wanted = dict(targets(config, weights))
+    for file in _files(directory):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                target = wanted.pop(name, None)
+                if target is not None:
+                    _copy(target, tensors.get_tensor(name), name)
+                elif not (name.endswith(_IGNORED) or (config.tied and name == "lm_head.weight")):
+                    raise _invalid(f"{file.name} holds {name}, which this model has no place for")
+    if wanted:
+        raise _invalid(f"{directory} lacks {len(wanted)} tensors, such as {min(wanted)}")
+    return weights
+
+
+def targets(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor by its name in the Hugging Face checkpoint, as a view of where it lies."""
+    yield "model.embed_tokens.weight", weights.embedding
+    yield "model.norm.weight", weights.norm
+    if not config.tied:
+        yield "lm_head.weight", weights.head
+    for index, layer in enumerate(weights.layers):
+        for name, tensor in _layer_targets(config, layer):
+            yield f"model.layers.{index}.{name}", tensor
+
+
+def _layer_targets(config: ModelConfig, layer: LayerWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "input_layernorm.weight", layer.input_norm
+    yield "post_attention_layernorm.weight", layer.post_norm
+    if layer.q_norm is not None and layer.k_norm is not None:
+        yield "self_attn.q_norm.weight", layer.q_norm
+        yield "self_attn.k_norm.weight", layer.k_norm
+    for group in GROUPS:
+        linear: Linear = getattr(layer, group)
+        sizes = list(config.out_features[group])
+        for name, weight in zip(
+            _PROJECTIONS[group], torch.split(linear.weight, sizes), strict=True
+        ):
+            yield f"{name}.weight", weight
+        if linear.bias is not None:
+            for name, bias in zip(
+                _PROJECTIONS[group], torch.split(linear.bias, sizes), strict=True
+            ):
+                yield f"{name}.bias", bias
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if index.exists():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return [directory / name for name in sorted(names)]
+    single = directory / "model.safetensors"
+    if not single.exists():
+        raise _invalid(f"{directory} holds neither model.safetensors nor {INDEX}")
+    return [single]
+
+
+def _copy(target: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+    if tensor.shape != target.shape:
+        raise _invalid(
+            f"{name} has shape {tuple(tensor.shape)}, not {tuple(target.shape)} as config.json says"
+        )
+    target.copy_(tensor)
+
+
+def _invalid(message: str) -> Exception:
+    from granatum.v1.errors import InvalidRequest  # here: the arithmetic needs no gRPC
+
+    return InvalidRequest(f"the model cannot be loaded: {message}")

@@ -1,0 +1,86 @@
+"""A sequence's tokens as its client gets them: text, stop strings, log probabilities."""
+
+from collections.abc import Iterable, Sequence
+
+from granatum.runner.records import Finish, Submit, TokenLogprobs
+from granatum.runner.text.stop_strings import StopStrings
+from granatum.runner.text.tokenizer import Detokenizer, Tokenizer
+from granatum.v1.inference_pb2 import Logprob, Token, TopLogprob
+
+
+class SequenceText:
+    """The text side of one sequence.
+
+    `submit.generated` was made elsewhere and goes through here again, so that half characters and
+    half stop strings are as they were; of its text the client has `delivered` characters, and only
+    what follows goes out.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, submit: Submit, stop_strings: Sequence[str], delivered: int = 0
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._submit = submit
+        self._detokenizer = Detokenizer(tokenizer, submit.prompt)
+        self._stops = StopStrings(stop_strings)
+        self._made = 0
+        self.stopped = False
+        """Whether a stop string has appeared; nothing more goes out."""
+        text = "".join([self._push(token) for token in submit.generated])
+        self._owed = text[delivered:]
+        self._ahead = max(delivered - len(text), 0)
+
+    def take(
+        self,
+        tokens: Iterable[int],
+        logprobs: Sequence[TokenLogprobs] = (),
+        finish: Finish | None = None,
+    ) -> list[Token]:
+        """The step's tokens for the client; with `finish`, they are the last.
+
+        Tokens after a stop string are left out. There are none if all were made elsewhere: the
+        last of those brought what was kept.
+        """
+        taken: list[Token] = []
+        ids = list(tokens)
+        for i, token in enumerate(ids):
+            if self.stopped:
+                break
+            ends = finish is Finish.STOP and i == len(ids) - 1
+            text = self._flush() if ends else self._push(token)
+            message = Token(id=token, text=self._undelivered(text))
+            if logprobs:
+                message.logprob.CopyFrom(self._logprob(logprobs[i]))
+            taken.append(message)
+        if finish is Finish.LENGTH and not self.stopped:
+            rest = self._undelivered(self._flush())
+            if taken:
+                taken[-1].text += rest
+        return taken
+
+    def _push(self, token: int) -> str:
+        self._made += 1
+        if self.stopped:
+            return ""
+        text = self._detokenizer.push(token)
+        if self._made < self._submit.min_tokens:
+            return text
+        text, self.stopped = self._stops.push(text)
+        return text
+
+    def _flush(self) -> str:
+        """The text that was kept, up to a stop string that half a character may complete."""
+        text, self.stopped = self._stops.push(self._detokenizer.flush())
+        return text if self.stopped else text + self._stops.flush()
+
+    def _undelivered(self, text: str) -> str:
+        text, self._owed = self._owed + text, ""
+        skipped, self._ahead = min(self._ahead, len(text)), max(self._ahead - len(text), 0)
+        return text[skipped:]
+
+    def _logprob(self, entry: TokenLogprobs) -> Logprob:
+        top = [
+            TopLogprob(id=token, value=value, text=self._tokenizer.token_text(token))
+            for token, value in entry.top
+        ]
+        return Logprob(value=entry.chosen, top=top)

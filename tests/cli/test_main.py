@@ -1,0 +1,121 @@
+"""The command line, as a user runs it: real processes against a server on a real port."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from doubles import KEY, Service
+
+
+async def granatum(*arguments: str | bytes, **env: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "granatum.cli", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "200", **env},
+    )
+    output, errors = await child.communicate()
+    assert child.returncode is not None
+    return child.returncode, output.decode(), errors.decode()
+
+
+async def test_generate_streams_the_text(service: Service) -> None:
+    status, output, errors = await granatum(
+        "generate",
+        "--address",
+        service.address,
+        "--key",
+        KEY,
+        "--adapter",
+        "style",
+        "abc",
+        "--stats",
+    )
+    assert (status, output) == (0, "abc\n")
+    assert "3 + 3 tokens" in errors
+    assert service.requests[0].adapter == "style"
+
+
+async def test_address_and_key_come_from_the_environment(service: Service) -> None:
+    env = {"GRANATUM_ADDRESS": service.address, "GRANATUM_KEY": KEY}
+    status, output, _ = await granatum("adapters", "list", **env)
+    assert status == 0
+    assert [line.split()[0] for line in output.splitlines()[1:]] == ["a0", "a1", "a2"]
+    status, output, _ = await granatum("runners", **env, COLUMNS="20")
+    assert status == 0
+    assert "runner-0" in output
+    assert "runner-0 cannot load adapters: ADAPTER_DISK_FULL: [full]" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("generate", "--key", KEY, "busy"), "the queue is full: try again (retry in 2 s)"),
+        (("generate", "x"), "with --key or GRANATUM_KEY"),
+        (("generate", "--key", "another", "x"), "no such key"),
+        (("generate", "--key", KEY, "--max-tokens", "-1", "x"), "out of range: -1"),
+        (("generate", "--key", KEY, b"\xff"), "not Unicode"),
+        (("adapters", "show", "--key", KEY, b"\xff"), "not UTF-8"),
+        (("generate", "--key", KEY, "--timeout", "0", "x"), "--timeout: give it longer"),
+        (("generate", "--address", "127.0.0.1", "x"), "'127.0.0.1' is no host:port"),
+        (("adapters", "show", "--key", KEY, "nobody"), "no adapter nobody"),
+        (("adapters", "upload", "--key", KEY, "x", "/nowhere"), "save_pretrained"),
+        (("generate", "--address", "127.0.0.1:1", "x"), "nothing answers on 127.0.0.1:1: start it"),
+        (("generate", "--address", "192.0.2.1:7", "x"), "--insecure"),
+    ],
+)
+async def test_an_error_is_one_clear_line(
+    service: Service, arguments: tuple[str | bytes, ...], complaint: str
+) -> None:
+    env = {"GRANATUM_ADDRESS": service.address, "GRANATUM_KEY": ""}
+    status, _, errors = await granatum(*arguments, **env)
+    assert status == 1
+    (line,) = errors.splitlines()
+    assert line.startswith("granatum: ")
+    assert complaint in line
+
+
+async def test_health_is_an_exit_status(service: Service) -> None:
+    assert (await granatum("health", service.address))[:2] == (0, "serving\n")
+    service.health.set([""], serving=False)
+    assert (await granatum("health", service.address))[:2] == (1, "not serving\n")
+    assert (await granatum("health", "127.0.0.1:1"))[0] == 1
+
+
+async def test_up_says_what_a_model_is(tmp_path: Path) -> None:
+    status, _, errors = await granatum("up", "--model", str(tmp_path), "--state", str(tmp_path))
+    assert status == 1
+    assert "no config.json" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--listen", "0.0.0.0:0"), "beyond this machine: give --tls-cert and --tls-key"),
+        (("--listen", "nowhere"), "no host:port"),
+        (("--tls-cert", "cert.pem"), "give both or none"),
+        (("--tls-ca", "ca.pem"), "give --tls-cert, too"),
+    ],
+)
+async def test_up_says_what_it_cannot_listen_on(
+    arguments: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    where = ("--model", str(tmp_path), "--state", str(tmp_path / "state"))
+    status, output, errors = await granatum("up", *where, *arguments)
+    assert (status, output) == (1, "")
+    (line,) = errors.splitlines()
+    assert said in line
+    assert not (tmp_path / "state" / "keys.json").exists()
+
+
+async def test_services_get_their_arguments_as_they_are(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    status, key, _ = await granatum("keys", "add", "--tenant", "acme", "--file", str(keys))
+    assert status == 0
+    assert key.strip() not in keys.read_text(), "keys stand as digests"
+    _, listed, _ = await granatum("keys", "list", "--file", str(keys))
+    assert "acme" in listed

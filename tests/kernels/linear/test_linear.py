@@ -1,0 +1,112 @@
+"""The linear of few rows against float64."""
+
+import pytest
+import torch
+
+from granatum.kernels.backend import INTERPRETING, runs_kernel
+from granatum.kernels.linear.linear import (
+    MAX_ROWS,
+    Config,
+    Workspace,
+    allocate_workspace,
+    launch_linear,
+    linear,
+)
+
+BFLOAT16 = 2e-2 if INTERPRETING else 1e-2  # the interpreter cuts off what rounding would keep
+TOLERANCE = {torch.bfloat16: BFLOAT16, torch.float16: 2e-3, torch.float32: 1e-5}
+OUT, IN = 128, 320
+CONFIGS = [
+    Config(64, 64, 1, 4, 3),
+    Config(64, 32, 3, 4, 4),
+    Config(64, 64, 2, 4, 2),
+]
+
+
+@pytest.fixture
+def workspace(device: torch.device) -> Workspace:
+    if not runs_kernel(torch.empty(0, device=device)):
+        pytest.skip("the library serves")
+    workspace = Workspace.of_size(MAX_ROWS * 4 * OUT, OUT, device)
+    workspace.partials.fill_(torch.nan)
+    return workspace
+
+
+def truth(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y = x.double() @ weight.double().T
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("rows", [1, 24])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_cut_gives_the_product(
+    rows: int, config: Config, dtype: torch.dtype, device: torch.device, workspace: Workspace
+) -> None:
+    x = torch.randn(rows, 2 * IN, device=device).to(dtype)[:, :IN]
+    weight = (IN**-0.5 * torch.randn(OUT, IN, device=device)).to(dtype)
+    for bias in (None, torch.randn(OUT, device=device).to(dtype)):
+        if bias is None and rows == 1:
+            continue
+        y = launch_linear(x, weight, bias, workspace, config)
+        tolerance = TOLERANCE[dtype]
+        expected = truth(x, weight, bias)
+        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    assert not workspace.arrivals.any()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_row_is_bit_identical_in_any_company(
+    config: Config, device: torch.device, workspace: Workspace
+) -> None:
+    x, weight = torch.randn(20, IN, device=device), torch.randn(OUT, IN, device=device)
+    x, weight = x.bfloat16(), weight.bfloat16()
+    crowd = launch_linear(x, weight, None, workspace, config)
+    other = torch.randn_like(x)
+    other[7] = x[7]
+    assert torch.equal(launch_linear(other, weight, None, workspace, config)[7], crowd[7])
+
+
+def test_the_library_serves_where_nothing_was_measured(device: torch.device) -> None:
+    x, weight = torch.randn(3, IN, device=device), torch.randn(OUT, IN, device=device)
+    bias = torch.randn(OUT, device=device)
+    y = linear(x, weight, bias, allocate_workspace(3, [weight]))
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
+
+
+def test_refusals(device: torch.device, workspace: Workspace) -> None:
+    x, weight = torch.randn(3, IN, device=device), torch.randn(OUT, IN, device=device)
+    with pytest.raises(ValueError, match="does not divide"):
+        launch_linear(x, weight, None, workspace, Config(64, 128, 1, 4, 3))
+    small = Workspace.of_size(0, 0, device)
+    with pytest.raises(ValueError, match="partial sums"):
+        launch_linear(x, weight, None, small, Config(64, 64, 2, 4, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_replayed_chains_of_overlapping_launches(config: Config) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    device = torch.device("cuda")
+    workspace = Workspace.of_size(MAX_ROWS * 4 * IN, IN, device)
+    weights = [IN**-0.5 * torch.randn(IN, IN, device=device) for _ in range(24)]
+    weights = [weight.half() for weight in weights]
+    x = torch.empty(20, IN, device=device, dtype=torch.half)
+
+    def run() -> torch.Tensor:
+        y = x
+        for weight in weights:
+            y = launch_linear(y, weight, None, workspace, config)
+        return y
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    for _ in range(5):
+        x.normal_()
+        graph.replay()
+        expected = x.double()
+        for weight in weights:
+            expected = (expected @ weight.double().T).half().double()
+        torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,62 @@
+"""Reading checkpoints: sharded or not, and what is wrong with one by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import CPU, make_model
+
+from granatum.models.config import read_config
+from granatum.runner.model.weights import load_weights, random_weights, targets
+from granatum.v1.errors import InvalidRequest
+
+
+def test_fused_and_sharded(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "whole", "qwen2")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    config = read_config(tmp_path / "whole")
+    for directory in ("whole", "shards"):
+        weights = load_weights(config, tmp_path / directory, torch.float32, CPU)
+        found = dict(targets(config, weights))
+        expected = {n: t for n, t in model.state_dict().items() if n in found}
+        assert len(expected) == len(found)
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name]), name
+    attention = model.model.layers[1].self_attn
+    stacked = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    assert torch.equal(weights.layers[1].qkv.weight, torch.cat(stacked))
+
+
+def test_the_embedding_is_the_head_if_they_are_tied(tmp_path: Path) -> None:
+    make_model(tmp_path, "llama_gqa_tied")
+    weights = load_weights(read_config(tmp_path), tmp_path, torch.bfloat16, CPU)
+    assert weights.head is weights.embedding
+    assert weights.dtype is torch.bfloat16
+
+
+def test_what_is_wrong_is_named(tmp_path: Path) -> None:
+    make_model(tmp_path, "llama_mha")
+    config, file = read_config(tmp_path), tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    norm = "model.layers.1.input_layernorm.weight"
+    for changed, message in (
+        ({n: t for n, t in tensors.items() if n != norm}, f"lacks 1 tensors, such as {norm}"),
+        ({**tensors, "model.extra": torch.zeros(1)}, "model.extra, which this model has no place"),
+        ({**tensors, norm: torch.zeros(3)}, rf"{norm} has shape \(3,\), not \(64,\)"),
+    ):
+        save_file(changed, file)
+        with pytest.raises(InvalidRequest, match=message):
+            load_weights(config, tmp_path, torch.float32, CPU)
+    file.unlink()
+    with pytest.raises(InvalidRequest, match="holds neither"):
+        load_weights(config, tmp_path, torch.float32, CPU)
+
+
+def test_random_weights(tmp_path: Path) -> None:
+    make_model(tmp_path, "qwen3")
+    config = read_config(tmp_path)
+    weights = random_weights(config, torch.float32, CPU)
+    assert weights.layers[0].gate_up.weight.std() == pytest.approx(0.02, rel=0.05)
+    assert weights.norm.mean() == pytest.approx(1.0, abs=0.02)

@@ -1,0 +1,153 @@
+"""Text of streams: stop strings, halves, and going on where another runner left off."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from granatum.examples.tokenizer import byte_tokenizer
+from granatum.runner.records import Finish, Submit, TokenLogprobs
+from granatum.runner.text.sequence_text import SequenceText
+from granatum.runner.text.stop_strings import StopStrings
+from granatum.runner.text.tokenizer import Tokenizer
+
+EOS = 258
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    byte_tokenizer().save_pretrained(directory)
+    return Tokenizer(directory)
+
+
+def submit(generated: bytes = b"", min_tokens: int = 0) -> Submit:
+    return Submit(1, tuple(b"prompt"), tuple(generated), min_tokens=min_tokens)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.text(alphabet="ab", max_size=30),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.randoms(),
+)
+def test_text_ends_before_the_first_stop_string(
+    text: str, strings: list[str], rng: random.Random
+) -> None:
+    stops, out, rest = StopStrings(strings), "", text
+    stopped = False
+    while rest and not stopped:
+        cut = rng.randint(1, 4)
+        piece, rest = rest[:cut], rest[cut:]
+        given_, stopped = stops.push(piece)
+        out += given_
+    found = [at for at in map(text.find, strings) if at >= 0]
+    if not found:
+        assert not stopped
+        assert out + stops.flush() == text
+        return
+    assert stopped
+    ends = [text.find(s) + len(s) for s in strings if s in text]
+    assert len(out) <= min(ends), "nothing of a complete stop string goes out"
+    assert text.startswith(out)
+    assert not any(s in out for s in strings)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.text(alphabet="ab", max_size=5), max_size=12),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=6), min_size=1, max_size=4),
+)
+def test_exactly_what_may_become_a_stop_string_is_kept(
+    pieces: list[str], strings: list[str]
+) -> None:
+    stops, text, out = StopStrings(strings), "", ""
+    for piece in pieces:
+        text += piece
+        given_, stopped = stops.push(piece)
+        out += given_
+        if stopped:
+            return
+        ends = [
+            end for end in range(len(text) + 1) if any(s.startswith(text[end:]) for s in strings)
+        ]
+        assert out == text[: min(ends)]
+
+
+def test_stop_string_across_tokens_is_cut(tokenizer: Tokenizer) -> None:
+    text = SequenceText(tokenizer, submit(), ["END"])
+    taken = text.take(b"abENDcd")
+    assert [token.text for token in taken] == ["a", "b", "", "", ""]
+    assert text.stopped
+    assert text.take(b"more") == []
+
+
+def test_what_only_looked_like_a_stop_string_comes_with_a_later_token(
+    tokenizer: Tokenizer,
+) -> None:
+    text = SequenceText(tokenizer, submit(), ["END"])
+    assert [token.text for token in text.take(b"xENx")] == ["x", "", "", "ENx"]
+
+
+def test_stop_string_does_not_count_before_min_tokens(tokenizer: Tokenizer) -> None:
+    text = SequenceText(tokenizer, submit(min_tokens=4), ["x"])
+    assert "".join(token.text for token in text.take(b"xxxaxb")) == "xxxa"
+    assert text.stopped
+
+
+def test_stop_token_has_no_text_but_brings_what_was_kept(tokenizer: Tokenizer) -> None:
+    text = SequenceText(tokenizer, submit(), ["END"])
+    assert [token.text for token in text.take(b"aEN")] == ["a", "", ""]
+    (last,) = text.take([ord("!")], finish=Finish.STOP)
+    assert (last.id, last.text) == (ord("!"), "EN")
+
+
+def test_last_token_brings_what_was_kept(tokenizer: Tokenizer) -> None:
+    text = SequenceText(tokenizer, submit(), ["END"])
+    taken = text.take(b"aEN\xe2", finish=Finish.LENGTH)
+    assert [token.text for token in taken] == ["a", "", "", "EN\ufffd"]
+
+
+def test_log_probabilities_carry_texts(tokenizer: Tokenizer) -> None:
+    text = SequenceText(tokenizer, submit(), [])
+    entry = TokenLogprobs(-0.5, ((ord("a"), -0.5), (EOS, -2.0)))
+    (token,) = text.take(b"a", [entry])
+    assert token.logprob.value == -0.5
+    assert [(t.id, t.text) for t in token.logprob.top] == [(ord("a"), "a"), (EOS, "</s>")]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_stream_resumed_anywhere_is_the_stream_undisturbed(
+    tokenizer: Tokenizer, data: st.DataObject
+) -> None:
+    """Even where its last token was made already and only its outcome was lost."""
+    content = data.draw(st.text(alphabet="aENDé😀", max_size=20)).encode()
+    content += data.draw(st.binary(max_size=4))
+    strings = data.draw(st.lists(st.sampled_from(["END", "a😀", "NN", "éé"]), max_size=2))
+    whole = SequenceText(tokenizer, submit(), strings)
+    expected = whole.take(content, finish=Finish.LENGTH)
+    first = SequenceText(tokenizer, submit(), strings)
+    cut = data.draw(st.integers(0, len(content)))
+    before = first.take(content[:cut])
+    if cut == len(content):
+        before = expected
+    elif first.stopped:
+        return
+    delivered = "".join(token.text for token in before)
+    second = SequenceText(tokenizer, submit(content[:cut]), strings, len(delivered))
+    after = second.take(content[cut:], finish=Finish.LENGTH)
+    assert [t.id for t in before] + [t.id for t in after] == [t.id for t in expected]
+    assert delivered + "".join(t.text for t in after) == "".join(t.text for t in expected)
+    assert second.stopped == whole.stopped
+
+
+@pytest.mark.parametrize(
+    ("delivered", "expected"), [(0, "hello world"), (3, "lo world"), (7, "orld")]
+)
+def test_resumed_stream_goes_on_at_the_right_character(
+    tokenizer: Tokenizer, delivered: int, expected: str
+) -> None:
+    text = SequenceText(tokenizer, submit(b"hello"), [], delivered)
+    assert "".join(token.text for token in text.take(b" world")) == expected
