@@ -149,8 +149,12 @@ def longest_chain(room: Path, prefix: str) -> list[str]:
 
     def needs(name: str) -> set[str]:
         """The files of the folder that this one imports."""
-        inner = (found.removeprefix(f"{prefix}.") for found in imports(room / f"{name}.py"))
-        return {found.split(".")[0] for found in inner} & names - {name}
+        inner = {
+            found.removeprefix(f"{prefix}.").split(".")[0]
+            for found in imports(room / f"{name}.py")
+            if found.startswith(f"{prefix}.")
+        }
+        return inner & names - {name}
 
     @cache
     def chain(name: str) -> list[str]:
