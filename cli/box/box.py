@@ -128,7 +128,9 @@ class Box:
 
     async def _new_key(self, *owner: str) -> str:
         pipe = asyncio.subprocess.PIPE
-        command = _python("router.keys", "add", *owner, "--file", str(self.layout.keys_file))
+        command = _python(
+            "router.services.keys", "add", *owner, "--file", str(self.layout.keys_file)
+        )
         child = await asyncio.create_subprocess_exec(
             *command, stdout=pipe, stderr=pipe, umask=OURS_ALONE
         )
