@@ -6,6 +6,11 @@ RANK_STEP = 8
 """Ranks are rounded up to this in memory, so that every row of A and Bᵀ starts 16-byte aligned."""
 
 
+def padded_rank(rank: int) -> int:
+    """The rows that a matrix of this rank takes in memory."""
+    return -(-rank // RANK_STEP) * RANK_STEP
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bounds of one adapter, and of one tenant's adapters."""

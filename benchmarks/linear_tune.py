@@ -27,7 +27,6 @@ from workload import SHAPES
 
 from granatum.kernels.layer.activation import silu_mul
 from granatum.kernels.linear.linear import Config, Workspace, launch_linear, shape_key
-from granatum.models.config import GROUPS
 
 TILES = [
     Config(64, 64, 1, 4, 5),
@@ -92,7 +91,7 @@ def searches(models: list[str]) -> list[Search]:
     found: dict[tuple[int, int], Search] = {}
     for model in models:
         config = SHAPES[model]
-        for group in GROUPS:
+        for group in config.in_features:
             k, n = config.in_features[group], sum(config.out_features[group])
             found.setdefault((k, n), Search(f"{model} {group}", k, n))
         shape = (config.hidden, config.vocab)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from granatum.models.base_model import PROJECTIONS, BaseModel
+from granatum.models.base_model import BaseModel
 from granatum.models.config import ModelConfig
 
 _SPECIAL = ("<s>", "</s>")
@@ -28,13 +28,13 @@ def write_model(directory: Path, config: ModelConfig) -> Path:
 
 
 def write_adapter(directory: Path, base: BaseModel, rank: int, seed: int) -> Path:
-    """A PEFT adapter of `rank` on every projection, of random numbers, in bfloat16."""
+    """A PEFT adapter of `rank` on every module, of random numbers, in bfloat16."""
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(base.num_layers):
-        for name in PROJECTIONS:
-            inner, outer = base.features[name]
+        for name in base.modules:
+            inner, outer = base.module_features(name)
             prefix = f"base_model.model.{base.module_name(layer, name)}.lora_"
             for matrix, shape in (("A", (rank, inner)), ("B", (outer, rank))):
                 values = torch.empty(shape, dtype=torch.bfloat16)
@@ -46,7 +46,7 @@ def write_adapter(directory: Path, base: BaseModel, rank: int, seed: int) -> Pat
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": 2 * rank,
-        "target_modules": list(PROJECTIONS),
+        "target_modules": list(base.modules),
     }
     (directory / "adapter_config.json").write_text(json.dumps(config))
     return directory

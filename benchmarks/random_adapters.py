@@ -3,7 +3,7 @@
 import torch
 
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable
-from granatum.models.config import GROUPS, ModelConfig
+from granatum.models.config import ModelConfig
 from granatum.runner.adapters.residency import AdapterFigures
 from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.model.arena import Arena
@@ -46,7 +46,7 @@ class RandomAdapters:
         """Lay an adapter's pieces one after another into pages of random numbers."""
         pieces: list[tuple[torch.Tensor, int]] = []
         for layer in range(self._config.layers):
-            for group, name in enumerate(GROUPS):
+            for group, name in enumerate(self._config.in_features):
                 projections = GROUP_PROJECTIONS[group]
                 a = self._table.a[slot, layer, group]
                 pieces.append((a, rank * projections * self._config.in_features[name]))

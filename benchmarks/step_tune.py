@@ -26,7 +26,7 @@ from workload import SHAPES
 
 from granatum.kernels.linear import linear
 from granatum.kernels.linear.linear import Config, block_rows, shape_key
-from granatum.models.config import GROUPS
+from granatum.models.families import LLAMA
 from granatum.runner.engine.execution import executor
 from granatum.runner.engine.scheduling.plan import Limits
 from granatum.runner.model.inputs import StepShape, decode_shape, mixed_shape
@@ -99,7 +99,7 @@ def tune(rig: Rig, batch: int, path: Path, names: list[str], seconds: float) -> 
     capture_only(batch)
     use(table)
     best = sum(both_ms(rig, batch))
-    linears = [(g, config.in_features[g], sum(config.out_features[g])) for g in GROUPS]
+    linears = [(g, k, sum(config.out_features[g])) for g, k in config.in_features.items()]
     for name, k, n in (*linears, ("head", config.hidden, config.vocab)):
         if name not in names:
             continue
@@ -127,7 +127,9 @@ def main() -> None:
     parser.add_argument("--table", type=Path, required=True)
     parser.add_argument("--models", default="7b,8b")
     parser.add_argument("--batches", default="32")
-    parser.add_argument("--linears", default=",".join((*GROUPS, "head")))
+    parser.add_argument(
+        "--linears", default=",".join((*(group.name for group in LLAMA.groups), "head"))
+    )
     parser.add_argument("--seconds", type=float, default=120.0)
     args = parser.parse_args()
     batches = [int(batch) for batch in args.batches.split(",")]

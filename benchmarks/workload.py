@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from granatum.models.config import ModelConfig, Rope
+from granatum.models.config import ModelConfig
+from granatum.models.rope import Rope
 
 Ints = npt.NDArray[np.int32]
 

@@ -1,62 +1,17 @@
-"""The base model's dimensions and its family's peculiarities, as data."""
+"""The base model's dimensions and peculiarities, read from config.json. Neither torch nor
+transformers.
+"""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
-GROUPS = ("qkv", "o", "gate_up", "down")
-"""The linears of a layer, each the fusion of the projections that read the same input."""
+from granatum.models.config_fields import Fields
+from granatum.models.families import FAMILIES, LLAMA, Family
+from granatum.models.rope import PLAIN, Rope, read_rope
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What distinguishes a family: which linears may have a bias, and whether q and k are normed.
-
-    `biased` groups always have one; `optional` ones do if the config sets `attention_bias`.
-    """
-
-    biased: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    qk_norm: bool = False
-
-
-FAMILIES = {
-    "llama": Family(optional=("qkv", "o")),
-    "mistral": Family(),
-    "qwen2": Family(biased=("qkv",)),
-    "qwen3": Family(optional=("qkv", "o"), qk_norm=True),
-}
-"""By `model_type`."""
-
-_NEUTRAL = {"hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1}
-_ROPES = ("default", "linear", "llama3")
-_ROPE_NEUTRAL = {"partial_rotary_factor": 1.0}
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary embedding: frequencies theta^(-2i/d), scaled as Llama 3 or linear scaling do."""
-
-    theta: float = 10_000.0
-    factor: float = 1.0
-    low_freq_factor: float | None = None
-    """With the two below: Llama 3's scaling; without: every frequency is divided by `factor`."""
-    high_freq_factor: float = 4.0
-    original_positions: int = 8192
-
-    def frequencies(self, head_dim: int) -> list[float]:
-        """Radians per position of each of the head_dim / 2 pairs."""
-        plain = [self.theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-        return [self._scaled(frequency) for frequency in plain]
-
-    def _scaled(self, frequency: float) -> float:
-        if self.low_freq_factor is None:
-            return frequency / self.factor
-        turns = self.original_positions * frequency / (2 * math.pi)
-        span = self.high_freq_factor - self.low_freq_factor
-        keep = min(max((turns - self.low_freq_factor) / span, 0.0), 1.0)
-        return keep * frequency + (1 - keep) * frequency / self.factor
+CONFIG_FILE = "config.json"
+_NEUTRAL: dict[str, object] = {"mlp_bias": False, "pretraining_tp": 1}
+"""Fields that would change what a layer computes, with the only value that is served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +27,23 @@ class ModelConfig:
     head_dim: int
     max_positions: int
     rms_eps: float = 1e-6
-    rope: Rope = Rope()
+    rope: Rope = PLAIN
     tied: bool = False
     """Whether the output projection is the embedding."""
     qk_norm: bool = False
     biased: frozenset[str] = frozenset()
     """The groups with a bias."""
+    window: int | None = None
+    """How many tokens a token attends to in some layer; None: all in every layer."""
+    embedding_multiplier: float = 1.0
+    """Multiplies what the embedding gives."""
+    residual_multiplier: float = 1.0
+    """Multiplies what attention and MLP add to the residual."""
+    attention_multiplier: float | None = None
+    """Multiplies the products of q and k; None: 1 / √head_dim."""
+    logits_scaling: float = 1.0
+    """Divides the logits."""
+    family: Family = LLAMA
 
     @property
     def q_size(self) -> int:
@@ -93,6 +59,12 @@ class ModelConfig:
     def kv_elements(self) -> int:
         """Elements of one token's keys and values in all layers."""
         return 2 * self.layers * self.kv_size
+
+    @property
+    def attention_scale(self) -> float:
+        """What multiplies the products of q and k."""
+        multiplier = self.attention_multiplier
+        return self.head_dim**-0.5 if multiplier is None else multiplier
 
     @property
     def out_features(self) -> dict[str, tuple[int, ...]]:
@@ -114,80 +86,93 @@ class ModelConfig:
             "down": self.intermediate,
         }
 
+    @property
+    def features(self) -> dict[str, tuple[int, int]]:
+        """Of each projection, (in_features, out_features)."""
+        inputs, outputs = self.in_features, self.out_features
+        return {
+            projection: (inputs[group.name], width)
+            for group in self.family.groups
+            for projection, width in zip(group.projections, outputs[group.name], strict=True)
+        }
 
-def read_config(directory: Path) -> ModelConfig:
-    """The config of a Hugging Face model directory.
 
-    Raises:
-        InvalidRequest: naming what this runner does not support.
+def read_config(model: Path) -> ModelConfig:
+    """The config of a Hugging Face model directory, or of a config.json.
+
+    Raises InvalidRequest: which field cannot be served, and what it must be.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(str(directory))
-    return from_hugging_face(config)
+    return parse_config(Fields.read(config_file(model)))
 
 
-def from_hugging_face(config: Any) -> ModelConfig:
-    """The same, of a `transformers` config object."""
-    family = FAMILIES.get(config.model_type)
+def config_file(model: Path) -> Path:
+    """The config.json of a model directory; any other path is that file itself."""
+    return model / CONFIG_FILE if model.is_dir() else model
+
+
+def parse_config(fields: Fields) -> ModelConfig:
+    """The config that config.json's fields describe. Raises as `read_config`."""
+    family = FAMILIES.get(str(fields.values.get("model_type")))
     if family is None:
-        _refuse("model_type", config.model_type, f"one of {', '.join(FAMILIES)}")
-    for name, neutral in _NEUTRAL.items():
-        if getattr(config, name, neutral) not in (neutral, None):
-            _refuse(name, getattr(config, name), repr(neutral))
-    _refuse_sliding_window(config)
-    optional = family.optional if getattr(config, "attention_bias", False) else ()
-    heads = config.num_attention_heads
+        fields.refuse("model_type", f"one of {', '.join(FAMILIES)}")
+    for name, only in {**_NEUTRAL, "hidden_act": family.activation}.items():
+        fields.require(name, only)
+    heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
+    layers = fields.whole("num_hidden_layers")
+    positions = fields.whole("max_position_embeddings", family.max_positions)
+    optional = family.optional_bias if fields.flag("attention_bias") else ()
     return ModelConfig(
-        vocab=config.vocab_size,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        layers=config.num_hidden_layers,
+        vocab=fields.whole("vocab_size"),
+        hidden=hidden,
+        intermediate=fields.whole("intermediate_size"),
+        layers=layers,
         heads=heads,
-        kv_heads=config.num_key_value_heads or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        max_positions=config.max_position_embeddings,
-        rms_eps=config.rms_norm_eps,
-        rope=_rope(dict(config.rope_parameters or {}), config.max_position_embeddings),
-        tied=bool(config.tie_word_embeddings),
+        kv_heads=_kv_heads(fields, family, heads),
+        head_dim=_head_dim(fields, family, hidden, heads),
+        max_positions=positions,
+        rms_eps=fields.number("rms_norm_eps", family.rms_eps),
+        rope=read_rope(fields, family.ropes, positions),
+        tied=fields.flag("tie_word_embeddings"),
         qk_norm=family.qk_norm,
         biased=frozenset((*family.biased, *optional)),
+        window=_window(fields, family, layers, positions),
+        family=family,
+        **{name: fields.number(name, 1.0) for name in family.multipliers},
     )
 
 
-def _rope(parameters: dict[str, Any], max_positions: int) -> Rope:
-    for name, neutral in _ROPE_NEUTRAL.items():
-        if parameters.get(name, neutral) not in (neutral, None):
-            _refuse(f"rope_parameters.{name}", parameters[name], repr(neutral))
-    theta = float(parameters.get("rope_theta") or 10_000.0)
-    kind = parameters.get("rope_type", "default")
-    if kind not in _ROPES:
-        _refuse("rope_parameters.rope_type", kind, f"one of {', '.join(_ROPES)}")
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, float(parameters["factor"]))
-    return Rope(
-        theta,
-        float(parameters["factor"]),
-        float(parameters["low_freq_factor"]),
-        float(parameters["high_freq_factor"]),
-        int(parameters.get("original_max_position_embeddings") or max_positions),
-    )
+def _kv_heads(fields: Fields, family: Family, heads: int) -> int:
+    found = fields.whole_or_none("num_key_value_heads", family.kv_heads) or heads
+    if heads % found:
+        fields.refuse("num_key_value_heads", f"a divisor of num_attention_heads, which is {heads}")
+    return found
 
 
-def _refuse_sliding_window(config: Any) -> None:
-    """A window as long as the context changes nothing; a shorter one is not supported."""
-    layers = getattr(config, "layer_types", None)
-    windowed = "sliding_attention" in layers if layers else config.model_type == "mistral"
-    window = getattr(config, "sliding_window", None)
-    if windowed and window is not None and window < config.max_position_embeddings:
-        _refuse("sliding_window", window, f"null or at least {config.max_position_embeddings}")
+def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
+    found = fields.whole_or_none("head_dim", family.head_dim) or hidden // heads
+    if found % 2 or not found:
+        fields.refuse("head_dim", "even and positive, as the halves of a head are rotated")
+    return found
 
 
-def _refuse(field: str, value: object, supported: str) -> NoReturn:
-    from granatum.v1.errors import InvalidRequest  # here: the arithmetic needs no gRPC
+def _window(fields: Fields, family: Family, layers: int, positions: int) -> int | None:
+    """The window of the layers that have one; a window as long as the context changes nothing."""
+    if not _is_windowed(fields, family, layers):
+        return None
+    window = fields.whole_or_none("sliding_window", family.window)
+    if window is not None and window < positions:
+        fields.refuse("sliding_window", f"null or at least {positions}")
+    return window
 
-    raise InvalidRequest(
-        f"config.json: {field} = {value!r} is not supported by this runner: it must be {supported}"
-    )
+
+def _is_windowed(fields: Fields, family: Family, layers: int) -> bool:
+    """Whether a layer attends to `sliding_window` tokens alone."""
+    if family.windows != "if used":
+        return family.windows == "always"
+    if not fields.flag("use_sliding_window"):
+        return False
+    kinds = fields.values.get("layer_types")
+    if kinds:
+        return "sliding_attention" in kinds
+    first = fields.values.get("max_window_layers", 28)
+    return not isinstance(first, int) or first < layers

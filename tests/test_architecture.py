@@ -32,7 +32,6 @@ COMPUTING = ("kernels", "runner/model", "runner/engine/execution", "runner/engin
 LATE = {
     "runner/text/tokenizer.py": {"transformers"},
     "runner/text/torchless.py": {"transformers"},
-    "models/config.py": {"transformers"},
     "runner/engine/child.py": {"torch"},
 }
 """What else may import a heavy library: within a function, or in a process that has need of it."""

@@ -21,7 +21,7 @@ import structlog
 
 from granatum.adapters_store.blobs.incoming import FILES, adapter_digest
 from granatum.adapters_store.blobs.strays import Strays, epoch_in
-from granatum.adapters_store.format.peft_config import CONFIG_FILE
+from granatum.adapters_store.format.modules import CONFIG_FILE
 from granatum.adapters_store.format.safetensors_file import WEIGHTS_FILE
 from granatum.adapters_store.names import check_digest, is_digest
 from granatum.adapters_store.objects.objects import Listed, Objects

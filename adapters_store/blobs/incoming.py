@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from granatum.adapters_store.format.peft_config import CONFIG_FILE
+from granatum.adapters_store.format.modules import CONFIG_FILE
 from granatum.adapters_store.format.safetensors_file import WEIGHTS_FILE
 from granatum.adapters_store.limits import Limits
 from granatum.adapters_store.names import check_name, is_digest, shown

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from granatum.adapters_store.format.peft_config import ModuleSpec, tensor_name
+from granatum.adapters_store.format.modules import Modules, ModuleSpec, tensor_name
 from granatum.adapters_store.format.safetensors_file import TensorEntry, invalid_weights, read_parts
 from granatum.models.base_model import BaseModel
 
@@ -33,7 +33,7 @@ _LARGEST_SUM = math.sqrt(LARGEST)
 def check_magnitudes(
     weights: Path,
     entries: Mapping[str, TensorEntry],
-    modules: Mapping[tuple[int, str], ModuleSpec],
+    modules: Modules,
     base: BaseModel,
 ) -> None:
     """Raise InvalidAdapter for a tensor that would make a sum infinite.
@@ -42,8 +42,8 @@ def check_magnitudes(
     finds them, and so does the packing of an image.
     """
     with weights.open("rb") as file:
-        for (layer, projection), spec in modules.items():
-            module = base.module_name(layer, projection)
+        for place, spec in modules.items():
+            module = base.module_name(*place)
             a, b = (entries[tensor_name(module, matrix)] for matrix in ("A", "B"))
             _check(a, _largest(file, a), b, _largest(file, b), spec)
 

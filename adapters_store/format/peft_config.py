@@ -3,72 +3,45 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from granatum.adapters_store.format.json_text import parse_object
-from granatum.adapters_store.format.pattern import (
-    MAX_LENGTH,
-    MAX_PATTERNS,
-    PatternError,
-    Question,
-    ask,
+from granatum.adapters_store.format.modules import ModuleSpec
+from granatum.adapters_store.format.pattern import PatternError, Question, ask
+from granatum.adapters_store.format.peft_fields import (
+    ALL_LINEAR,
+    Expression,
+    Names,
+    invalid,
+    read_exclude,
+    read_flag,
+    read_layers,
+    read_layers_pattern,
+    read_number,
+    read_patterns,
+    read_rank,
+    read_targets,
+    suffixes,
 )
 from granatum.adapters_store.format.peft_options import check_options
 from granatum.adapters_store.names import shown
-from granatum.models.base_model import PARENTS, PROJECTIONS, BaseModel
+from granatum.models.base_model import BaseModel
 from granatum.v1.errors import InvalidAdapter
-
-CONFIG_FILE = "adapter_config.json"
-_ALL_LINEAR = "all-linear"
-_MAX_ALPHA = 1e30  # scales are applied in float32
-_MAX_RANK = 1 << 20
-"""Above any limit that a server may set."""
-_MAX_LAYERS_PATTERNS = 64
-# What PEFT targets in each of our families when target_modules is null.
-_DEFAULT_TARGETS = ["q_proj", "v_proj"]
-
-
-def tensor_name(module: str, matrix: Literal["A", "B"]) -> str:
-    """What PEFT's save_pretrained calls a module's `lora_A` or `lora_B`."""
-    return f"base_model.model.{module}.lora_{matrix}.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleSpec:
-    """How one projection of one layer is adapted: y += scale · B (A x), A `[rank, in_features]`."""
-
-    rank: int
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """A list of module names: a module's whole name, or its end after a dot."""
-
-    names: frozenset[str]
-
-    def matches(self, name: str) -> bool:
-        """Whether the module is listed."""
-        return not self.names.isdisjoint(_suffixes(name))
-
-
-@dataclass(frozen=True, slots=True)
-class Expression:
-    """A regular expression for a module's whole name."""
-
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """A LoRA configuration with PEFT's semantics. `targets` None stands for "all-linear"."""
+    """A LoRA configuration with PEFT's semantics.
+
+    `targets` is None if the file leaves the choice to PEFT, which knows targets of some families.
+    """
 
     rank: int
     alpha: float
     use_rslora: bool
     rank_pattern: tuple[tuple[str, int], ...]
     alpha_pattern: tuple[tuple[str, float], ...]
-    targets: Names | Expression | None
+    targets: Names | Expression | Literal["all-linear"] | None
     exclude: Names | Expression
     layers: frozenset[int] | None
     layers_pattern: frozenset[str]
@@ -79,54 +52,68 @@ class PeftConfig:
         fields = parse_object(data, _not_json)
         check_options(fields)
         return cls(
-            rank=_rank(fields.get("r", 8), "r"),
-            alpha=_number(fields.get("lora_alpha", 8), "lora_alpha"),
-            use_rslora=_flag(fields.get("use_rslora", False), "use_rslora"),
+            rank=read_rank(fields.get("r", 8), "r"),
+            alpha=read_number(fields.get("lora_alpha", 8), "lora_alpha"),
+            use_rslora=read_flag(fields.get("use_rslora", False), "use_rslora"),
             rank_pattern=tuple(
-                (pattern, _rank(value, f"rank_pattern[{shown(pattern)}]"))
-                for pattern, value in _patterns(fields, "rank_pattern")
+                (pattern, read_rank(value, f"rank_pattern[{shown(pattern)}]"))
+                for pattern, value in read_patterns(fields, "rank_pattern")
             ),
             alpha_pattern=tuple(
-                (pattern, _number(value, f"alpha_pattern[{shown(pattern)}]"))
-                for pattern, value in _patterns(fields, "alpha_pattern")
+                (pattern, read_number(value, f"alpha_pattern[{shown(pattern)}]"))
+                for pattern, value in read_patterns(fields, "alpha_pattern")
             ),
-            targets=_targets(fields.get("target_modules")),
-            exclude=_exclude(fields.get("exclude_modules")),
-            layers=_layers(fields),
-            layers_pattern=_layers_pattern(fields),
+            targets=read_targets(fields.get("target_modules")),
+            exclude=read_exclude(fields.get("exclude_modules")),
+            layers=read_layers(fields),
+            layers_pattern=read_layers_pattern(fields),
         )
 
     def modules(self, base: BaseModel) -> dict[tuple[int, str], ModuleSpec]:
-        """Each adapted (layer, projection), in that order, with its rank and scale. May block.
+        """Each adapted (layer, module's name), in that order, with its rank and scale. May block.
 
-        Raises InvalidAdapter if nothing of `base` is adapted, or something beside the projections,
-        or if a pattern takes too long to match; Unavailable if the machine is too busy to tell.
+        Raises InvalidAdapter if nothing of `base` is adapted, or something that cannot be, or if a
+        pattern takes too long to match; Unavailable if the machine is too busy to tell.
         """
         places = {
-            base.module_name(layer, projection): (layer, projection)
+            base.module_name(layer, module): (layer, module)
             for layer in range(base.num_layers)
-            for projection in PROJECTIONS
+            for module in base.modules
         }
-        selected = self._selected((*_other_modules(base), *places))
+        selected = self._selected((*_other_modules(base), *places), self._targets_of(base))
         for name in selected:
             if name not in places:
-                raise _invalid(f"target_modules matches {name}, {_ONLY}")
+                raise invalid(
+                    f"target_modules matches {name}, but only {', '.join(base.modules)} of the "
+                    "decoder layers can be adapted: train without it"
+                )
         if not selected:
-            raise _invalid(
+            example = next(iter(base.modules))
+            raise invalid(
                 "target_modules matches no module of the base model: a list holds names such as "
-                "'q_proj', a string is a regular expression for the whole name, such as "
-                "'.*[.]q_proj'"
+                f"'{example}', a string is a regular expression for the whole name, such as "
+                f"'.*[.]{example}'"
             )
         return {places[name]: spec for name, spec in self._specs(selected).items()}
 
-    def _selected(self, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _targets_of(self, base: BaseModel) -> Names | Expression:
+        """The choice of modules, once the base model is known."""
+        if self.targets == ALL_LINEAR:
+            return Names(frozenset(base.modules))
+        if self.targets is not None:
+            return self.targets
+        if not base.family.default_targets:
+            raise invalid(
+                f"target_modules is null, and PEFT knows no targets of {base.family.model_type} "
+                f"models: name some of {', '.join(base.modules)}"
+            )
+        return Names(frozenset(base.family.default_targets))
+
+    def _selected(self, names: tuple[str, ...], targets: Names | Expression) -> tuple[str, ...]:
         """The modules that are adapted, in their order."""
         expressions = {
             field: (choice.text,)
-            for field, choice in (
-                ("target_modules", self.targets),
-                ("exclude_modules", self.exclude),
-            )
+            for field, choice in (("target_modules", targets), ("exclude_modules", self.exclude))
             if isinstance(choice, Expression)
         }
         found = _ask(expressions, names, whole=True)
@@ -136,16 +123,14 @@ class PeftConfig:
             name
             for name in names
             if not (name in excluded or _is_listed(self.exclude, name))
-            and (name in included or self._is_listed_target(name))
+            and (name in included or self._is_listed_target(name, targets))
         )
 
-    def _is_listed_target(self, name: str) -> bool:
-        if self.targets is None:
-            return name.rpartition(".")[2] in PROJECTIONS
-        if isinstance(self.targets, Expression) or not self.targets.matches(name):
+    def _is_listed_target(self, name: str, targets: Names | Expression) -> bool:
+        if isinstance(targets, Expression) or not targets.matches(name):
             return False
         # PEFT looks at layers only where a name is matched by its end.
-        return name in self.targets.names or self._is_in_layers(name)
+        return name in targets.names or self._is_in_layers(name)
 
     def _is_in_layers(self, name: str) -> bool:
         if self.layers is None:
@@ -153,7 +138,7 @@ class PeftConfig:
         container, _, rest = name.partition(".layers.")
         layer = rest.partition(".")[0]
         known = not self.layers_pattern or not self.layers_pattern.isdisjoint(
-            _suffixes(f"{container}.layers")
+            suffixes(f"{container}.layers")
         )
         return known and layer.isdigit() and int(layer) in self.layers
 
@@ -175,34 +160,19 @@ class PeftConfig:
         return ModuleSpec(rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
 
 
-_ONLY = f"but only {', '.join(PROJECTIONS)} of the decoder layers can be adapted: train without it"
-
-
-def _invalid(text: str) -> InvalidAdapter:
-    return InvalidAdapter(f"{CONFIG_FILE}: {text}", field=CONFIG_FILE)
-
-
 def _not_json(text: str) -> InvalidAdapter:
-    return _invalid(f"{text}: upload what PEFT's save_pretrained wrote")
-
-
-def _suffixes(name: str) -> Iterator[str]:
-    """The name, and what follows each of its dots."""
-    yield name
-    while "." in name:
-        name = name.partition(".")[2]
-        yield name
+    return invalid(f"{text}: upload what PEFT's save_pretrained wrote")
 
 
 def _other_modules(base: BaseModel) -> Iterator[str]:
-    """The base model's modules that are no adaptable projection."""
+    """The base model's modules that cannot be adapted."""
     yield from ("model", "model.embed_tokens", "model.layers", "model.norm", "lm_head")
     for layer in range(base.num_layers):
         prefix = f"model.layers.{layer}"
         yield prefix
-        for inner in (*dict.fromkeys(PARENTS.values()), "input_layernorm"):
+        parents = dict.fromkeys(module.parent for module in base.modules.values())
+        for inner in (*parents, "input_layernorm", "post_attention_layernorm"):
             yield f"{prefix}.{inner}"
-        yield f"{prefix}.post_attention_layernorm"
 
 
 def _is_listed(choice: Names | Expression, name: str) -> bool:
@@ -217,102 +187,10 @@ def _ask(
     try:
         answers = ask(questions)
     except PatternError as error:
-        raise _invalid(f"{error.field}: the pattern {shown(error.pattern)} {error}") from error
+        raise invalid(f"{error.field}: the pattern {shown(error.pattern)} {error}") from error
     return {
         question.field: {
             name: first for name, first in zip(names, answer, strict=True) if first is not None
         }
         for question, answer in zip(questions, answers, strict=True)
     }
-
-
-def _flag(value: object, field: str) -> bool:
-    if not isinstance(value, bool):
-        raise _invalid(f"{field} must be true or false")
-    return value
-
-
-def _rank(value: object, field: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_RANK:
-        raise _invalid(f"{field} must be a whole number from 1 to {_MAX_RANK:,}")
-    return value
-
-
-def _number(value: object, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _invalid(f"{field} must be a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not abs(number) <= _MAX_ALPHA:
-        raise _invalid(f"{field} must be a finite number, at most {_MAX_ALPHA:g}")
-    return number
-
-
-def _patterns(fields: Mapping[str, Any], field: str) -> Iterator[tuple[str, object]]:
-    patterns = fields.get(field) or {}
-    if not isinstance(patterns, dict):
-        raise _invalid(f"{field} must be an object of patterns and numbers")
-    if len(patterns) > MAX_PATTERNS:
-        raise _invalid(f"{field} has {len(patterns):,} patterns: give at most {MAX_PATTERNS:,}")
-    for text, value in patterns.items():
-        yield _pattern(text, field), value
-
-
-def _pattern(text: str, field: str) -> str:
-    if len(text) > MAX_LENGTH:
-        raise _invalid(
-            f"{field}: the pattern {shown(text)} is longer than {MAX_LENGTH:,} characters"
-        )
-    return text
-
-
-def _names(value: object, field: str) -> Names:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise _invalid(f"{field} must be a list of module names, or a regular expression")
-    return Names(frozenset(value))
-
-
-def _targets(value: object) -> Names | Expression | None:
-    if value is None:
-        return _names(_DEFAULT_TARGETS, "target_modules")
-    if isinstance(value, str):
-        all_linear = value.lower() == _ALL_LINEAR
-        return None if all_linear else Expression(_pattern(value, "target_modules"))
-    return _names(value, "target_modules")
-
-
-def _exclude(value: object) -> Names | Expression:
-    if isinstance(value, str) and value:
-        return Expression(_pattern(value, "exclude_modules"))
-    return _names(value or [], "exclude_modules")
-
-
-def _layers(fields: Mapping[str, Any]) -> frozenset[int] | None:
-    value = fields.get("layers_to_transform")
-    if value is None:
-        if fields.get("layers_pattern"):
-            raise _invalid("layers_pattern is given without layers_to_transform: give both")
-        return None
-    if isinstance(fields.get("target_modules"), str):
-        raise _invalid("layers_to_transform cannot be used when target_modules is a string")
-    layers = value if isinstance(value, list) else [value]
-    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
-        raise _invalid("layers_to_transform must be a layer's number, or a list of them")
-    return frozenset(layers) or None
-
-
-def _layers_pattern(fields: Mapping[str, Any]) -> frozenset[str]:
-    value = fields.get("layers_pattern") or []
-    patterns = [value] if isinstance(value, str) else value
-    few = isinstance(patterns, list) and len(patterns) <= _MAX_LAYERS_PATTERNS
-    if not few or not all(_is_path(pattern) for pattern in patterns):
-        raise _invalid(
-            "layers_pattern must be the name of the list of layers, such as 'layers', or a few"
-        )
-    return frozenset(patterns)
-
-
-def _is_path(value: object) -> bool:
-    return isinstance(value, str) and all(part.isidentifier() for part in value.split("."))

@@ -10,24 +10,23 @@ import numpy as np
 import numpy.typing as npt
 
 from granatum.adapters_store.format.magnitude import check_magnitudes
-from granatum.adapters_store.format.peft_config import (
+from granatum.adapters_store.format.modules import (
     CONFIG_FILE,
-    ModuleSpec,
-    PeftConfig,
+    Modules,
+    by_projection,
     tensor_name,
 )
+from granatum.adapters_store.format.peft_config import PeftConfig
 from granatum.adapters_store.format.safetensors_file import (
     TensorEntry,
     invalid_weights,
     read_header,
     read_parts,
 )
-from granatum.adapters_store.limits import RANK_STEP, Fleet, Limits
+from granatum.adapters_store.limits import Fleet, Limits, padded_rank
 from granatum.adapters_store.names import shown
-from granatum.models.base_model import PARENTS, PROJECTIONS, BaseModel
+from granatum.models.base_model import BaseModel
 from granatum.v1.errors import InvalidAdapter
-
-Modules = Mapping[tuple[int, str], ModuleSpec]
 
 # A float is NaN or infinite if every bit of its exponent is set.
 _EXPONENTS = {
@@ -71,13 +70,12 @@ def validate(
     entries = read_header(weights, limits)
     _check_pairs(entries, modules, base)
     _check_nothing_else(entries, modules, base)
-    for (layer, projection), spec in modules.items():
-        _check_shapes(entries, base.module_name(layer, projection), base.features[projection], spec)
+    _check_shapes(entries, modules, base)
     _check_finite(weights, entries)
     check_magnitudes(weights, entries, modules, base)
     return Summary(
         max_rank=max(spec.rank for spec in modules.values()),
-        target_modules=tuple(sorted({projection for _, projection in modules})),
+        target_modules=tuple(sorted({module for _, module in modules})),
         elements=elements,
     )
 
@@ -85,17 +83,17 @@ def validate(
 def _elements(modules: Modules, base: BaseModel) -> int:
     """Room that the adapter takes in a runner's arena, where ranks are multiples of 8."""
     return sum(
-        -(-spec.rank // RANK_STEP) * RANK_STEP * sum(base.features[projection])
-        for (_, projection), spec in modules.items()
+        padded_rank(spec.rank) * sum(base.features[projection])
+        for (_, projection), spec in by_projection(modules, base).items()
     )
 
 
 def _check_fleet(modules: Modules, elements: int, base: BaseModel, fleet: Fleet) -> None:
-    (layer, projection), spec = max(modules.items(), key=lambda item: item[1].rank)
+    place, spec = max(modules.items(), key=lambda item: item[1].rank)
     wide_enough = [room for room in fleet if room.has_rank(spec.rank)]
     if fleet and not wide_enough:
         raise InvalidAdapter(
-            f"{CONFIG_FILE}: rank {spec.rank} of {base.module_name(layer, projection)} is above "
+            f"{CONFIG_FILE}: rank {spec.rank} of {base.module_name(*place)} is above "
             f"{max(room.max_rank for room in fleet)}, the highest that a runner here serves: train "
             "with a lower one, or have a runner started with a higher --max-rank",
             field=CONFIG_FILE,
@@ -110,18 +108,18 @@ def _check_fleet(modules: Modules, elements: int, base: BaseModel, fleet: Fleet)
 
 
 def _check_ranks(modules: Modules, base: BaseModel, limits: Limits) -> None:
-    for (layer, projection), spec in modules.items():
+    for place, spec in modules.items():
         if spec.rank > limits.max_rank:
             raise InvalidAdapter(
-                f"{CONFIG_FILE}: rank {spec.rank} of {base.module_name(layer, projection)} "
+                f"{CONFIG_FILE}: rank {spec.rank} of {base.module_name(*place)} "
                 f"is above the limit of {limits.max_rank}: train with a lower one",
                 field=CONFIG_FILE,
             )
 
 
 def _check_pairs(entries: Mapping[str, TensorEntry], modules: Modules, base: BaseModel) -> None:
-    for layer, projection in modules:
-        module = base.module_name(layer, projection)
+    for place in modules:
+        module = base.module_name(*place)
         a, b = tensor_name(module, "A"), tensor_name(module, "B")
         if a not in entries and b not in entries:
             raise invalid_weights(
@@ -142,8 +140,8 @@ def _check_nothing_else(
 
 
 def _tensor_names(modules: Modules, base: BaseModel) -> Iterator[str]:
-    for layer, projection in modules:
-        module = base.module_name(layer, projection)
+    for place in modules:
+        module = base.module_name(*place)
         yield tensor_name(module, "A")
         yield tensor_name(module, "B")
 
@@ -157,30 +155,30 @@ def _why(name: str, base: BaseModel) -> str:
         return "PEFT names an adapter's tensors " + tensor_name("model.layers.<n>...", "A")
     if int(at[1]) >= base.num_layers:
         return f"the base model {base.name} has {base.num_layers} layers"
-    if at[2] not in {f"{PARENTS[projection]}.{projection}" for projection in PROJECTIONS}:
-        return f"only {', '.join(PROJECTIONS)} can be adapted"
+    if at[2] not in {module.path for module in base.modules.values()}:
+        return f"only {', '.join(base.modules)} can be adapted"
     return f"{CONFIG_FILE} does not target its module"
 
 
-def _check_shapes(
-    entries: Mapping[str, TensorEntry], module: str, features: tuple[int, int], spec: ModuleSpec
-) -> None:
-    in_features, out_features = features
-    a, b = entries[tensor_name(module, "A")], entries[tensor_name(module, "B")]
-    for entry, expected, rank_at in (
-        (a, (spec.rank, in_features), 0),
-        (b, (out_features, spec.rank), 1),
-    ):
-        if entry.shape == expected:
-            continue
-        reason = (
-            f"{CONFIG_FILE} gives its module rank {spec.rank}"
-            if len(entry.shape) == 2 and entry.shape[1 - rank_at] == expected[1 - rank_at]
-            else "is the adapter for another base model?"
-        )
-        raise invalid_weights(
-            f"tensor {entry.name} has shape {list(entry.shape)}, not {list(expected)}: {reason}"
-        )
+def _check_shapes(entries: Mapping[str, TensorEntry], modules: Modules, base: BaseModel) -> None:
+    for (layer, module), spec in modules.items():
+        name, (inputs, outputs) = base.module_name(layer, module), base.module_features(module)
+        _check_shape(entries[tensor_name(name, "A")], (spec.rank, inputs), 0)
+        _check_shape(entries[tensor_name(name, "B")], (outputs, spec.rank), 1)
+
+
+def _check_shape(entry: TensorEntry, expected: tuple[int, int], rank_at: int) -> None:
+    """Refuse another shape; `rank_at` is the index of the rank in it."""
+    if entry.shape == expected:
+        return
+    reason = (
+        f"{CONFIG_FILE} gives its module rank {expected[rank_at]}"
+        if len(entry.shape) == 2 and entry.shape[1 - rank_at] == expected[1 - rank_at]
+        else "is the adapter for another base model?"
+    )
+    raise invalid_weights(
+        f"tensor {entry.name} has shape {list(entry.shape)}, not {list(expected)}: {reason}"
+    )
 
 
 def _check_finite(weights: Path, entries: Mapping[str, TensorEntry]) -> None:

@@ -15,13 +15,12 @@ from pathlib import Path
 import structlog
 import torch
 
-from granatum.adapters_store.limits import RANK_STEP
+from granatum.adapters_store.limits import padded_rank
 from granatum.kernels.layout import AdapterTable
 from granatum.models.base_model import BaseModel
 from granatum.models.config import ModelConfig, read_config
 from granatum.runner.adapters.cache import AdapterCache
 from granatum.runner.adapters.images.image import ImageShape
-from granatum.runner.adapters.images.layout import padded
 from granatum.runner.channel import Channel, ChannelClosed
 from granatum.runner.engine.engine import Capacity, Engine, EngineLost
 from granatum.runner.engine.execution.executor import Executor
@@ -146,7 +145,7 @@ def build_engine(
     pages = _pages(options, config, tokens, device)
     limits = _limits(options, config, tokens, pages)
     arena = allocate_arena(config, tokens, pages, options.dtype, device)
-    rank = padded(options.max_rank, RANK_STEP)  # as adapters lie in the arena
+    rank = padded_rank(options.max_rank)  # as adapters lie in the arena
     table = AdapterTable.allocate(options.adapter_slots, config.layers, device, rank)
     base = BaseModel.from_config(options.model)
     elements = arena.kv.page_elements

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 
-from granatum.adapters_store.limits import RANK_STEP
+from granatum.adapters_store.limits import padded_rank
 from granatum.kernels.layout import KvLayout
 from granatum.models.base_model import BaseModel
-from granatum.models.config import GROUPS, ModelConfig
-from granatum.runner.adapters.images.layout import padded
+from granatum.models.config import ModelConfig
 from granatum.v1.errors import InvalidRequest
 
 MIN_PAGE_TOKENS = 16
@@ -36,9 +35,9 @@ class Arena:
 
 def page_tokens(config: ModelConfig, max_rank: int) -> int:
     """Tokens per page: the least power of two whose page holds an adapter's largest piece."""
-    rank = padded(max_rank, RANK_STEP)
-    pieces = [rank * max(config.out_features[group]) for group in GROUPS]
-    pieces += [rank * len(config.out_features[g]) * config.in_features[g] for g in GROUPS]
+    rank, inputs, outputs = padded_rank(max_rank), config.in_features, config.out_features
+    pieces = [rank * max(outputs[group]) for group in outputs]
+    pieces += [rank * len(outputs[group]) * inputs[group] for group in outputs]
     tokens = MIN_PAGE_TOKENS
     while tokens * config.kv_elements < max(pieces):
         tokens *= 2
@@ -52,7 +51,7 @@ def host_bytes(model: Path, max_rank: int) -> int:
     except InvalidRequest:
         return MIN_HOST_BYTES  # the engine cannot start with such a model, and will say why
     widths = sum(inputs + outputs for inputs, outputs in base.features.values())
-    largest = padded(max_rank, RANK_STEP) * widths * base.num_layers * _CPU_BYTES
+    largest = padded_rank(max_rank) * widths * base.num_layers * _CPU_BYTES
     return max(MIN_HOST_BYTES, HOST_ADAPTERS * largest)
 
 

@@ -17,7 +17,7 @@ from granatum.kernels.lora.ops import (
     workspace_elements,
 )
 from granatum.kernels.lora.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
-from granatum.models.config import GROUPS, ModelConfig
+from granatum.models.config import ModelConfig
 from granatum.runner.engine.scheduling.plan import Limits
 from granatum.runner.model.arena import Arena
 from granatum.runner.model.inputs import FEW_ROWS, QUERY_TILE_ROWS, Step
@@ -61,16 +61,21 @@ class Model:
         residual = weights.embedding.new_empty(step.tokens.shape[0], weights.embedding.shape[1])
         x = torch.empty_like(residual)
         norm = weights.layers[0].input_norm
-        embed_rms_norm(step.tokens, last, weights.embedding, norm, eps, residual, x)
+        scale = self.config.embedding_multiplier
+        embed_rms_norm(step.tokens, last, weights.embedding, norm, eps, residual, x, scale=scale)
+        scale = self.config.residual_multiplier
         for index, layer in enumerate(weights.layers):
             if index:
-                add_rms_norm(x, residual, layer.input_norm, eps)
+                add_rms_norm(x, residual, layer.input_norm, eps, scale=scale)
             x = self._linear(step, index, "o", layer.o, self._attend(step, index, x))
-            add_rms_norm(x, residual, layer.post_norm, eps)
+            add_rms_norm(x, residual, layer.post_norm, eps, scale=scale)
             x = self._linear(step, index, "down", layer.down, self._activate(step, index, x))
         sampled = x.new_empty(step.sample_rows.shape[0], x.shape[1])
-        add_rms_norm(x, residual, weights.norm, eps, sampled, step.sample_rows)
-        return linear(sampled, weights.head, None, self._sums)
+        add_rms_norm(x, residual, weights.norm, eps, sampled, step.sample_rows, scale=scale)
+        logits = linear(sampled, weights.head, None, self._sums)
+        if self.config.logits_scaling != 1.0:
+            logits /= self.config.logits_scaling
+        return logits
 
     def attend_far(self, rows: int, length: int) -> None:
         """One layer's attention of a prompt's last `rows` tokens over `length`, for its time alone.
@@ -83,7 +88,7 @@ class Model:
         entries = make_query_tiles([(0, 0, most, length - most)], QUERY_TILE_ROWS)
         tiles = Tiles(torch.tensor(entries), torch.tensor([len(entries)]), QUERY_TILE_ROWS)
         prefill_attention(
-            q, arena.pages, arena.kv, 0, pages, tiles, config.head_dim**-0.5, torch.empty_like(q)
+            q, arena.pages, arena.kv, 0, pages, tiles, config.attention_scale, torch.empty_like(q)
         )
 
     def _attend(self, step: Step, index: int, x: torch.Tensor) -> torch.Tensor:
@@ -94,7 +99,7 @@ class Model:
         q, k, v = torch.split(qkv, list(config.out_features["qkv"]), dim=1)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         rotary = Rotary(self._cos, self._sin, layer.q_norm, layer.k_norm, config.rms_eps)
-        place, scale = (arena.pages, arena.kv, index), config.head_dim**-0.5
+        place, scale = (arena.pages, arena.kv, index), config.attention_scale
         decodes = step.shape.decodes
         if decodes:
             decode_attention(
@@ -155,7 +160,8 @@ class Model:
     ) -> tuple[torch.Tensor, AdapterTable, int, int, tuple[int, ...]]:
         """Where the adapters' parts of a fused linear are, and how wide it is."""
         outs = self.config.out_features[group]
-        return self._arena.pages, self._table, index, GROUPS.index(group), outs
+        names = [known.name for known in self.config.family.groups]
+        return self._arena.pages, self._table, index, names.index(group), outs
 
     def _allocate_partials(self, limits: Limits) -> torch.Tensor:
         """Room for the LoRA kernels' partial sums in the largest step."""
@@ -166,7 +172,7 @@ class Model:
             workspace_elements(
                 rows, config.in_features[g], config.out_features[g], block_m, rank, self.device
             )
-            for g in GROUPS
+            for g in config.in_features
             for rows, block_m in sizes
         )
         return torch.empty(elements, dtype=torch.float32, device=self.device)

@@ -8,15 +8,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from granatum.models.config import GROUPS, ModelConfig
+from granatum.models.config import ModelConfig
+from granatum.models.families import Group
 
 INDEX = "model.safetensors.index.json"
-_PROJECTIONS = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
 _IGNORED = ("rotary_emb.inv_freq",)
 
 
@@ -79,7 +74,7 @@ def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device)
             post_norm=empty(config.hidden),
             q_norm=empty(config.head_dim) if config.qk_norm else None,
             k_norm=empty(config.head_dim) if config.qk_norm else None,
-            **{group: linear(group) for group in GROUPS},
+            **{group.name: linear(group.name) for group in config.family.groups},
         )
 
     embedding = empty(config.vocab, config.hidden)
@@ -137,18 +132,20 @@ def _layer_targets(config: ModelConfig, layer: LayerWeights) -> Iterator[tuple[s
     if layer.q_norm is not None and layer.k_norm is not None:
         yield "self_attn.q_norm.weight", layer.q_norm
         yield "self_attn.k_norm.weight", layer.k_norm
-    for group in GROUPS:
-        linear: Linear = getattr(layer, group)
-        sizes = list(config.out_features[group])
-        for name, weight in zip(
-            _PROJECTIONS[group], torch.split(linear.weight, sizes), strict=True
-        ):
-            yield f"{name}.weight", weight
-        if linear.bias is not None:
-            for name, bias in zip(
-                _PROJECTIONS[group], torch.split(linear.bias, sizes), strict=True
-            ):
-                yield f"{name}.bias", bias
+    for group in config.family.groups:
+        linear: Linear = getattr(layer, group.name)
+        sizes = _module_rows(config, group)
+        parts = {"weight": linear.weight, "bias": linear.bias}
+        for kind, tensor in parts.items():
+            if tensor is not None:
+                for module, rows in zip(group.modules, torch.split(tensor, sizes), strict=True):
+                    yield f"{module.path}.{kind}", rows
+
+
+def _module_rows(config: ModelConfig, group: Group) -> list[int]:
+    """How many rows of a group's weight each of its modules has in the checkpoint."""
+    widths = dict(zip(group.projections, config.out_features[group.name], strict=True))
+    return [sum(widths[name] for name in module.projections) for module in group.modules]
 
 
 def _files(directory: Path) -> list[Path]:

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -71,6 +75,27 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "mistral": (MistralForCausalLM, MistralConfig(**_COMMON, sliding_window=None)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**_COMMON)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**_COMMON, head_dim=32, tie_word_embeddings=True)),
+    "phi3": (Phi3ForCausalLM, Phi3Config(**_COMMON, pad_token_id=None)),
+    "granite": (
+        GraniteForCausalLM,
+        GraniteConfig(
+            **_COMMON,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.4,
+            logits_scaling=3.0,
+        ),
+    ),
+    "granite_bias_tied": (
+        GraniteForCausalLM,
+        GraniteConfig(
+            **_COMMON,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            embedding_multiplier=0.7,
+            residual_multiplier=1.5,
+        ),
+    ),
 }
 
 

@@ -1,21 +1,29 @@
-"""Configs against transformers' own rotary frequencies, and what is refused by name."""
+"""config.json as transformers reads it, and what is refused by name."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES
+from tiny_models import CPU, FAMILIES
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GemmaConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from granatum.models.config import from_hugging_face
+from granatum.models.config import ModelConfig, read_config
+from granatum.models.families import FAMILIES as ROWS
+from granatum.runner.model.weights import empty_weights, targets
 from granatum.v1.errors import InvalidRequest
 
 ROPES: list[dict[str, Any]] = [
@@ -30,58 +38,167 @@ ROPES: list[dict[str, Any]] = [
         "original_max_position_embeddings": 8192,
     },
 ]
+REQUIRED: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "vocab_size": 64,
+}
+STATED: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},  # 4096 if absent, which is refused
+    "phi3": {"pad_token_id": None},  # beyond so small a vocabulary if absent
+}
+MISTRAL = {"model_type": "mistral", **REQUIRED, "sliding_window": None}
+
+
+def written(folder: Path, config: dict[str, Any] | PreTrainedConfig) -> Path:
+    """A folder with the config.json."""
+    fields = config if isinstance(config, dict) else config.to_dict()
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
 
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_frequencies(rope: dict[str, Any], head_dim: int) -> None:
+def test_frequencies(rope: dict[str, Any], head_dim: int, tmp_path: Path) -> None:
     config = LlamaConfig(head_dim=head_dim, rope_parameters=rope, max_position_embeddings=131072)
     expected = LlamaRotaryEmbedding(config).inv_freq
-    ours = torch.tensor(from_hugging_face(config).rope.frequencies(head_dim))
+    ours = torch.tensor(read_config(written(tmp_path, config)).rope.frequencies(head_dim))
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-9)
 
 
-def test_ropes_as_transformers_4_wrote_them() -> None:
-    scaling = {"rope_type": "linear", "factor": 2.0}
-    config = LlamaConfig.from_dict({"rope_theta": 777.0, "rope_scaling": scaling})
-    rope = from_hugging_face(config).rope
-    assert (rope.theta, rope.factor) == (777.0, 2.0)
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+def test_ropes_are_the_same_whichever_transformers_wrote_them(
+    rope: dict[str, Any], spelling: str, tmp_path: Path
+) -> None:
+    newer = read_config(
+        written(tmp_path, {"model_type": "llama", **REQUIRED, "rope_parameters": rope})
+    )
+    scaling = {name: value for name, value in rope.items() if not name.startswith("rope_")}
+    older: dict[str, Any] = {
+        "model_type": "llama",
+        **REQUIRED,
+        "rope_theta": int(rope["rope_theta"]),
+        "rope_scaling": {**scaling, spelling: rope["rope_type"]} if scaling else None,
+    }
+    assert read_config(written(tmp_path, older)) == newer
+    reference = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert {name: reference[name] for name in rope} == newer.rope.settings
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_what_config_json_leaves_out_is_what_transformers_assumes(
+    family: str, tmp_path: Path
+) -> None:
+    written(tmp_path, {"model_type": family, **REQUIRED, **STATED.get(family, {})})
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    ours = read_config(tmp_path)
+    assert_same_model(ours, theirs)
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.rope.settings["rope_theta"] == theirs.rope_parameters["rope_theta"]
+    assert ours.rope.settings["rope_type"] == theirs.rope_parameters["rope_type"]
+    assert theirs.hidden_act == ours.family.activation
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families(family: str) -> None:
-    config = from_hugging_face(FAMILIES[family][1])
-    assert config.qk_norm == (family == "qwen3")
-    assert config.biased == {
-        "llama_linear_rope_bias": {"qkv", "o"},
-        "qwen2": {"qkv"},
-    }.get(family, set())
-    assert config.tied == (family in ("llama_gqa_tied", "qwen3"))
-    assert config.head_dim == {"llama_head_dim": 24, "qwen3": 32}.get(family, 16)
+def test_what_config_json_says_is_what_transformers_makes_of_it(
+    family: str, tmp_path: Path
+) -> None:
+    config = FAMILIES[family][1]
+    assert_same_model(read_config(written(tmp_path, config)), config)
+
+
+def assert_same_model(ours: ModelConfig, theirs: PreTrainedConfig) -> None:
+    """Every tensor's name and shape, and every factor and epsilon, are those of transformers."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(theirs)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if ours.tied:
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        del expected["lm_head.weight"]
+    found = targets(ours, empty_weights(ours, torch.float32, CPU))
+    assert {name: tuple(tensor.shape) for name, tensor in found} == expected
+    attention = model.model.layers[0].self_attn
+    assert ours.head_dim == attention.head_dim
+    assert ours.attention_scale == attention.scaling
+    assert ours.rms_eps == model.model.norm.variance_epsilon
+    for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
+        assert getattr(ours, name) == getattr(theirs, name, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("config", "field"),
+    ("config", "message"),
     [
-        (GemmaConfig(), "model_type = 'gemma'"),
-        (LlamaConfig(mlp_bias=True), "mlp_bias = True"),
-        (LlamaConfig(hidden_act="gelu"), "hidden_act = 'gelu'"),
-        (MistralConfig(sliding_window=4096, max_position_embeddings=32768), "sliding_window"),
+        (GemmaConfig(), 'model_type = "gemma" is not supported: it must be one of llama'),
+        (LlamaConfig(mlp_bias=True), "mlp_bias = true .* must be false"),
+        (GraniteConfig(mlp_bias=True), "mlp_bias = true .* must be false"),
+        (LlamaConfig(pretraining_tp=2), "pretraining_tp = 2 .* must be 1"),
+        (LlamaConfig(hidden_act="gelu"), 'hidden_act = "gelu" .* must be "silu"'),
+        (
+            MistralConfig(sliding_window=4096, max_position_embeddings=32768),
+            "sliding_window = 4096 .* null or at least 32768",
+        ),
+        (Phi3Config(sliding_window=2047), "sliding_window = 2047 .* null or at least 4096"),
         (
             Qwen2Config(use_sliding_window=True, sliding_window=4096, max_window_layers=2),
             "sliding_window = 4096",
         ),
         (
             Qwen3Config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-            "rope_type = 'dynamic'",
+            'rope_parameters.rope_type = "dynamic" .* one of default, linear, llama3',
         ),
+        (
+            Phi3Config(
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 48,
+                    "long_factor": [2.0] * 48,
+                }
+            ),
+            'rope_parameters.rope_type = "longrope" .* one of default',
+        ),
+        (Phi3Config(partial_rotary_factor=0.75), "partial_rotary_factor = 0.75 .* must be 1"),
+        ({**MISTRAL, "model_type": None}, "model_type = null"),
+        ({**MISTRAL, "vocab_size": None}, "vocab_size is missing"),
+        ({**MISTRAL, "hidden_size": "256"}, 'hidden_size = "256" .* positive whole number'),
+        ({**MISTRAL, "num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({**MISTRAL, "num_attention_heads": True}, "num_attention_heads = true"),
+        ({**MISTRAL, "num_key_value_heads": 5}, "num_key_value_heads = 5 .* divisor of .* 32"),
+        ({**MISTRAL, "head_dim": 7}, "head_dim = 7 .* even"),
+        ({**MISTRAL, "rms_norm_eps": "small"}, 'rms_norm_eps = "small" .* a number'),
+        ({**MISTRAL, "rope_theta": -1}, "rope_theta = -1 .* positive"),
+        ({**MISTRAL, "rope_scaling": [1]}, r"rope_scaling = \[1\] .* an object"),
+        ({**MISTRAL, "rope_scaling": {"type": "su"}}, 'rope_scaling.type = "su"'),
+        ({**MISTRAL, "rope_scaling": {"type": "linear"}}, "rope_scaling.factor = null"),
+        (
+            {**MISTRAL, "rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+            "rope_parameters.full_attention = .* all layers",
+        ),
+        ({**MISTRAL, "tie_word_embeddings": "no"}, 'tie_word_embeddings = "no" .* true or false'),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(config: PreTrainedConfig, field: str) -> None:
-    with pytest.raises(InvalidRequest, match=field):
-        from_hugging_face(config)
+def test_what_is_not_supported_is_refused_by_name(
+    config: dict[str, Any] | PreTrainedConfig, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidRequest, match=f"config.json: {message}"):
+        read_config(written(tmp_path, config))
 
 
-def test_a_window_as_long_as_the_context_changes_nothing() -> None:
-    from_hugging_face(MistralConfig(sliding_window=4096, max_position_embeddings=4096))
-    from_hugging_face(Qwen2Config(use_sliding_window=False))
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        (MistralConfig(sliding_window=4096, max_position_embeddings=4096), 4096),
+        (Phi3Config(sliding_window=4096), 4096),
+        (Phi3Config(sliding_window=None), None),
+        (Qwen2Config(use_sliding_window=False, sliding_window=8), None),
+        (Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=32), None),
+        (Qwen3Config(layer_types=["full_attention"] * 32, use_sliding_window=True), None),
+    ],
+)
+def test_a_window_that_changes_nothing_is_served(
+    config: PreTrainedConfig, window: int | None, tmp_path: Path
+) -> None:
+    assert read_config(written(tmp_path, config)).window == window

@@ -6,9 +6,9 @@ import pytest
 from pydantic import ValidationError
 from transformers import LlamaConfig
 
-from granatum.adapters_store.format.peft_config import ModuleSpec
+from granatum.adapters_store.format.modules import ModuleSpec
 from granatum.examples.tasks import BASE_MODEL
-from granatum.models.base_model import PROJECTIONS, BaseModel
+from granatum.models.base_model import BaseModel
 from granatum.models.config import read_config
 from granatum.runner.adapters.images.image import ImageShape
 from granatum.runner.adapters.images.layout import lay_out
@@ -113,7 +113,7 @@ def test_host_memory_of_a_cpu_holds_the_largest_adapter_that_may_be_uploaded(
     dimensions = read_config(tmp_path)
     elements = page_tokens(dimensions, rank) * dimensions.kv_elements
     shape = ImageShape(BaseModel.from_config(tmp_path), "float32", elements, rank)
-    modules = {(layer, name): ModuleSpec(rank, 1.0) for layer in range(30) for name in PROJECTIONS}
+    modules = {(i, name): ModuleSpec(rank, 1.0) for i in range(30) for name in shape.base.modules}
     largest = lay_out(shape.base, modules, elements).pages * shape.page_bytes
     assert found.host_bytes >= max(2 * largest, 64 << 20)
     asked = read("--router", "a:1", "--host-cache-bytes", "12345", "--model", str(tmp_path))

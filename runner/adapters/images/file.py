@@ -23,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from granatum.adapters_store.limits import RANK_STEP
-from granatum.models.base_model import GROUPS, PROJECTIONS
+from granatum.adapters_store.limits import padded_rank
+from granatum.models.base_model import BaseModel
+from granatum.models.families import Family
 from granatum.runner.adapters.images.image import AdapterImage, ImageShape, check_rank
 from granatum.runner.adapters.images.layout import TableRow, padded
 
@@ -32,17 +33,15 @@ _ALIGNMENT = 4096
 _FIXED = struct.Struct("<8s32s32sIIQQ")  # magic, digest, key, layers, pages, page bytes, checksum
 _CHECKSUM_AT = _FIXED.size - 8
 _MAGIC = b"GRANIMG\0"
-_FIELDS = (
-    ("a_page", np.int32, len(GROUPS)),
-    ("a_offset", np.int64, len(GROUPS)),
-    ("b_page", np.int32, len(PROJECTIONS)),
-    ("b_offset", np.int64, len(PROJECTIONS)),
-    ("rank", np.int32, len(PROJECTIONS)),
-    ("scale", np.float32, len(PROJECTIONS)),
-)
+_FIELDS: dict[str, type[np.generic]] = {
+    "a_page": np.int32,
+    "a_offset": np.int64,
+    "b_page": np.int32,
+    "b_offset": np.int64,
+    "rank": np.int32,
+    "scale": np.float32,
+}
 """The table row's arrays, `[layers, width]` each, in the order of the header."""
-_ROW_BYTES = sum(np.dtype(dtype).itemsize * width for _, dtype, width in _FIELDS)
-"""Of each layer."""
 
 
 class DamagedImage(Exception):
@@ -127,20 +126,26 @@ def _read_ahead(file: BinaryIO) -> None:
 
 
 def _header(digest: str, shape: ImageShape, row: TableRow, pages: npt.NDArray[np.uint8]) -> bytes:
-    arrays = [np.ascontiguousarray(getattr(row, name), dtype) for name, dtype, _ in _FIELDS]
+    arrays = [np.ascontiguousarray(getattr(row, name), _FIELDS[name]) for name in _FIELDS]
     checksums = np.array([xxhash.xxh3_64_intdigest(page.data) for page in pages], np.uint64)
     layers = row.rank.shape[0]
     fixed = _FIXED.pack(
         _MAGIC, bytes.fromhex(digest), shape.key, layers, len(pages), shape.page_bytes, 0
     )
     data = b"".join([fixed, *(array.tobytes() for array in arrays), checksums.tobytes()])
-    header = bytearray(data.ljust(_header_bytes(layers, len(pages)), b"\0"))
+    header = bytearray(data.ljust(_header_bytes(shape.base, len(pages)), b"\0"))
     header[_CHECKSUM_AT : _FIXED.size] = _checksum(header).to_bytes(8, "little")
     return bytes(header)
 
 
-def _header_bytes(layers: int, pages: int) -> int:
-    return padded(_FIXED.size + layers * _ROW_BYTES + pages * 8, _ALIGNMENT)
+def _header_bytes(base: BaseModel, pages: int) -> int:
+    row = sum(np.dtype(_FIELDS[name]).itemsize * _width(name, base.family) for name in _FIELDS)
+    return padded(_FIXED.size + base.num_layers * row + pages * 8, _ALIGNMENT)
+
+
+def _width(field: str, family: Family) -> int:
+    """Numbers of each layer: one per group for A, one per projection for the rest."""
+    return len(family.groups if field.startswith("a_") else family.projections)
 
 
 def _checksum(header: bytes | bytearray) -> int:
@@ -159,22 +164,23 @@ def _read_header(file: BinaryIO, shape: ImageShape) -> _Header:
     magic, digest, key, found, pages, page_bytes, checksum = _FIXED.unpack(fixed)
     if (magic, key, found, page_bytes) != (_MAGIC, shape.key, layers, shape.page_bytes):
         raise DamagedImage(f"{file.name} was made for another model or another layout")
-    size, expected = os.fstat(file.fileno()).st_size, _header_bytes(layers, pages)
+    size, expected = os.fstat(file.fileno()).st_size, _header_bytes(shape.base, pages)
     if size != expected + pages * page_bytes or not pages:
         raise DamagedImage(f"{file.name} has {size} bytes and should have {pages} pages")
     header = fixed + file.read(expected - len(fixed))
     if len(header) != expected or _checksum(header) != checksum:
         raise DamagedImage(f"{file.name} has a damaged header")
-    row, end = _table_row(header, layers)
+    row, end = _table_row(header, shape.base)
     _check_row(row, shape, pages, file.name)
     return _Header(digest.hex(), row, np.frombuffer(header, np.uint64, pages, end))
 
 
-def _table_row(header: bytes, layers: int) -> tuple[TableRow, int]:
+def _table_row(header: bytes, base: BaseModel) -> tuple[TableRow, int]:
     """The row, and where it ends."""
     at, arrays = _FIXED.size, dict[str, Any]()
-    for field, dtype, width in _FIELDS:
-        array = np.frombuffer(header, dtype, layers * width, at).reshape(layers, width)
+    for field, dtype in _FIELDS.items():
+        shape = base.num_layers, _width(field, base.family)
+        array = np.frombuffer(header, dtype, shape[0] * shape[1], at).reshape(shape)
         arrays[field] = array
         at += array.nbytes
     return TableRow(**arrays), at
@@ -185,8 +191,9 @@ def _check_row(row: TableRow, shape: ImageShape, pages: int, name: str) -> None:
     fault = row.fault(shape.base, pages, shape.page_elements)
     if fault:
         raise DamagedImage(f"{name} would lead out of its pages: {fault}")
-    limit = padded(shape.max_rank, RANK_STEP)
+    limit = padded_rank(shape.max_rank)
     if row.rank.max() > limit:
         layer, index = np.argwhere(row.rank > limit)[0]
-        module = shape.base.module_name(int(layer), PROJECTIONS[index])
-        check_rank(int(row.rank[layer, index]), shape, module)
+        module = shape.base.module_of(shape.base.family.projections[index])
+        name = shape.base.module_name(int(layer), module.name)
+        check_rank(int(row.rank[layer, index]), shape, name)

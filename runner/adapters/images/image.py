@@ -6,31 +6,27 @@ packed fits this runner's ranks and pages, and every number in it is finite in t
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from granatum.adapters_store.format.magnitude import check_magnitudes
-from granatum.adapters_store.format.peft_config import (
+from granatum.adapters_store.format.modules import (
     CONFIG_FILE,
+    Modules,
     ModuleSpec,
-    PeftConfig,
+    by_projection,
     tensor_name,
 )
+from granatum.adapters_store.format.peft_config import PeftConfig
 from granatum.adapters_store.format.safetensors_file import WEIGHTS_FILE, TensorEntry, read_header
-from granatum.adapters_store.limits import DEFAULT_LIMITS, RANK_STEP
-from granatum.models.base_model import GROUPS, PROJECTIONS, BaseModel
-from granatum.runner.adapters.images.layout import (
-    AdapterLayout,
-    Place,
-    TableRow,
-    lay_out,
-    padded,
-)
+from granatum.adapters_store.limits import DEFAULT_LIMITS, padded_rank
+from granatum.models.base_model import BaseModel
+from granatum.models.families import Module
+from granatum.runner.adapters.images.layout import AdapterLayout, Place, TableRow, lay_out
 from granatum.v1.errors import InvalidAdapter
 
 FORMAT = 2
@@ -49,7 +45,6 @@ _EXPONENT = np.uint16(0x7F80)
 """All of these bits are set in a bfloat16 that is not finite."""
 
 Numbers = npt.NDArray[Any]
-Modules = Mapping[tuple[int, str], ModuleSpec]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +94,14 @@ def build_image(directory: Path, shape: ImageShape) -> AdapterImage:
     """Pack PEFT's two files. Raises InvalidAdapter if this runner cannot serve them."""
     config = PeftConfig.parse((directory / CONFIG_FILE).read_bytes())
     modules = config.modules(shape.base)
-    for (layer, projection), spec in modules.items():
-        check_rank(spec.rank, shape, shape.base.module_name(layer, projection))
+    for place, spec in modules.items():
+        check_rank(spec.rank, shape, shape.base.module_name(*place))
     weights = _Weights(directory / WEIGHTS_FILE, shape)
     layout = lay_out(shape.base, modules, shape.page_elements)
     pages = np.zeros((layout.pages, shape.page_elements), shape.stored)
-    for place in layout.places:
-        _fill(_view(pages, place), weights, modules, place)
+    projections = by_projection(modules, shape.base)
+    for placed in layout.places:
+        _fill(_view(pages, placed), weights, projections, placed)
     check_magnitudes(directory / WEIGHTS_FILE, weights.entries, modules, shape.base)
     return AdapterImage(pages, layout.row)
 
@@ -121,11 +117,11 @@ def check_rank(rank: int, shape: ImageShape, what: str) -> None:
 
 
 def random_image(shape: ImageShape, rank: int, seed: int) -> AdapterImage:
-    """A random adapter of `rank` on every projection, for measurements without files."""
+    """A random adapter of `rank` on every module, for measurements without files."""
     modules = {
         (layer, name): ModuleSpec(rank, 1.0)
         for layer in range(shape.base.num_layers)
-        for name in PROJECTIONS
+        for name in shape.base.modules
     }
     layout = lay_out(shape.base, modules, shape.page_elements)
     return AdapterImage(_random_pages(layout, shape, seed), layout.row)
@@ -140,18 +136,35 @@ class _Weights:
         self._dtype = shape.dtype
         self.entries = read_header(path, DEFAULT_LIMITS)
 
-    def tensor(self, name: str, expected: tuple[int, int]) -> Numbers:
-        """A matrix of the `expected` sizes. Raises InvalidAdapter."""
+    def a(self, layer: int, projection: str, rank: int) -> Numbers:
+        """The A `[rank, in_features]` of the projection's module. Raises InvalidAdapter."""
+        module = self.base.module_of(projection)
+        expected = rank, self.base.features[projection][0]
+        return self._rows(self._name(layer, module, "A"), expected, 0, rank)
+
+    def b(self, layer: int, projection: str, rank: int) -> Numbers:
+        """The projection's rows `[out_features, rank]` of its module's B. Raises InvalidAdapter."""
+        module = self.base.module_of(projection)
+        widths = {name: self.base.features[name][1] for name in module.projections}
+        first = sum(list(widths.values())[: module.projections.index(projection)])
+        expected = sum(widths.values()), rank
+        return self._rows(self._name(layer, module, "B"), expected, first, widths[projection])
+
+    def _name(self, layer: int, module: Module, matrix: Literal["A", "B"]) -> str:
+        return tensor_name(self.base.module_name(layer, module.name), matrix)
+
+    def _rows(self, name: str, expected: tuple[int, int], first: int, count: int) -> Numbers:
+        """`count` rows from `first` on of a tensor that has the `expected` shape."""
         entry = self.entries.get(name)
         if entry is None or entry.shape != expected:
             found = "missing" if entry is None else f"of shape {list(entry.shape)}"
             raise _unpackable(f"tensor {name} is {found} and {CONFIG_FILE} asks for {[*expected]}")
-        filed = _FILED[entry.dtype]
-        count = (entry.end - entry.begin) // filed.itemsize
-        numbers = np.fromfile(self._path, filed, count, offset=entry.begin)
-        if numbers.size != count:
+        filed, columns = _FILED[entry.dtype], expected[1]
+        offset = entry.begin + first * columns * filed.itemsize
+        numbers = np.fromfile(self._path, filed, count * columns, offset=offset)
+        if numbers.size != count * columns:
             raise _unpackable(f"tensor {name} was cut off")
-        return self._converted(numbers, entry).reshape(expected)
+        return self._converted(numbers, entry).reshape(count, columns)
 
     def _converted(self, numbers: Numbers, entry: TensorEntry) -> Numbers:
         """In the model's dtype, rounded to the nearest as torch does; all of them finite."""
@@ -186,24 +199,21 @@ def _narrowed(numbers: Numbers) -> Numbers:
     return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
 
 
-def _fill(matrix: Numbers, weights: _Weights, modules: Modules, place: Place) -> None:
+def _fill(matrix: Numbers, weights: _Weights, projections: Modules, place: Place) -> None:
     """Copy a piece's tensors into its place, where everything beyond the true ranks stays zero."""
-    piece, base = place.piece, weights.base
-    if piece.projection is not None:
-        name = PROJECTIONS[piece.projection]
-        rank, outputs = modules[piece.layer, name].rank, base.features[name][1]
-        module = base.module_name(piece.layer, name)
-        matrix[:rank] = weights.tensor(tensor_name(module, "B"), (outputs, rank)).T
+    layer, family = place.piece.layer, weights.base.family
+    if place.piece.projection is not None:
+        name = family.projections[place.piece.projection]
+        rank = projections[layer, name].rank
+        matrix[:rank] = weights.b(layer, name, rank).T
         return
-    assert piece.group is not None
+    assert place.piece.group is not None
     start = 0
-    for name in list(GROUPS.values())[piece.group]:
-        if (piece.layer, name) not in modules:
-            continue
-        rank, inputs = modules[piece.layer, name].rank, base.features[name][0]
-        module = base.module_name(piece.layer, name)
-        matrix[start : start + rank] = weights.tensor(tensor_name(module, "A"), (rank, inputs))
-        start += padded(rank, RANK_STEP)
+    for name in family.groups[place.piece.group].projections:
+        if (layer, name) in projections:
+            rank = projections[layer, name].rank
+            matrix[start : start + rank] = weights.a(layer, name, rank)
+            start += padded_rank(rank)
 
 
 def _view(pages: Numbers, place: Place) -> Numbers:

@@ -5,15 +5,15 @@ A piece is the stacked A of one layer's projection group, or one projection's B�
 needs, none across a page's end, so that the pages need not be adjacent.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from granatum.adapters_store.format.peft_config import ModuleSpec
-from granatum.adapters_store.limits import RANK_STEP
-from granatum.models.base_model import GROUPS, PROJECTIONS, BaseModel
+from granatum.adapters_store.format.modules import Modules, by_projection
+from granatum.adapters_store.limits import RANK_STEP, padded_rank
+from granatum.models.base_model import BaseModel
 from granatum.v1.errors import InvalidAdapter
 
 PIECE_STEP = 64
@@ -26,7 +26,10 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A matrix that must not be split: `group` names a stacked A, `projection` a Bᵀ."""
+    """A matrix that must not be split.
+
+    A stacked A has its group's index in `group`, a Bᵀ its projection's in `projection`.
+    """
 
     layer: int
     group: int | None
@@ -53,8 +56,9 @@ class Place:
 class TableRow:
     """An adapter's row of the adapter table before its pages are known.
 
-    `page` and `offset` locate each group's A `[layers, 4]` and each projection's Bᵀ `[layers, 7]`;
-    `rank` (padded, 0: absent) and `scale` are `[layers, 7]`.
+    `a_page` and `a_offset` locate each group's A, `[layers, groups]`; `b_page` and `b_offset` each
+    projection's Bᵀ, `[layers, projections]`. `rank` (padded, 0: absent) and `scale` are
+    `[layers, projections]`.
     """
 
     a_page: Int32
@@ -65,7 +69,7 @@ class TableRow:
     scale: Float32
 
     def resolve(self, pages: tuple[int, ...], page_elements: int) -> tuple[Int64, Int64]:
-        """Element offsets in the arena of A `[layers, 4]` and Bᵀ `[layers, 7]`."""
+        """Element offsets in the arena of A `[layers, groups]` and Bᵀ `[layers, projections]`."""
         start = np.asarray(pages, np.int64) * page_elements
         return start[self.a_page] + self.a_offset, start[self.b_page] + self.b_offset
 
@@ -75,9 +79,10 @@ class TableRow:
             return f"a rank is no multiple of {RANK_STEP}"
         if not np.isfinite(self.scale).all():
             return "a scale is not finite"
-        widths = [base.features[name] for name in PROJECTIONS]
+        names = base.family.projections
+        widths = [base.features[name] for name in names]
         ranks = self.rank.astype(np.int64)
-        starts = [PROJECTIONS.index(names[0]) for names in GROUPS.values()]
+        starts = [names.index(group.projections[0]) for group in base.family.groups]
         stacked = np.add.reduceat(ranks, starts, axis=1)
         a_elements = stacked * np.array([widths[start][0] for start in starts])
         b_elements = ranks * np.array([outputs for _, outputs in widths])
@@ -108,29 +113,31 @@ def padded(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def lay_out(
-    base: BaseModel, modules: Mapping[tuple[int, str], ModuleSpec], page_elements: int
-) -> AdapterLayout:
-    """Pack the pieces of an adapter's modules, by (layer, projection), into pages.
+def lay_out(base: BaseModel, modules: Modules, page_elements: int) -> AdapterLayout:
+    """Pack the pieces of an adapter's modules into pages.
 
-    Raises InvalidAdapter if a piece fits no page; none is so large up to the rank for which
-    arena.page_tokens chose the pages' size.
+    A fused module has the pieces of its projections: each has a copy of the module's A. Raises
+    InvalidAdapter if a piece fits no page. Up to the rank for which arena.page_tokens chose the
+    pages' size, every piece fits.
     """
-    places = _pack(sorted(_pieces(base, modules), key=_by_size), page_elements)
+    projections = by_projection(modules, base)
+    pieces = sorted(_pieces(base, projections), key=_by_size)
+    places = _pack(base, pieces, page_elements)
     pages = 1 + max((place.page for place in places), default=0)
-    return AdapterLayout(pages, tuple(places), _table_row(base, modules, places))
+    return AdapterLayout(pages, tuple(places), _table_row(base, projections, places))
 
 
-def _pieces(base: BaseModel, modules: Mapping[tuple[int, str], ModuleSpec]) -> Iterator[Piece]:
-    for layer in sorted({layer for layer, _ in modules}):
-        for group, projections in enumerate(GROUPS.values()):
-            present = [name for name in projections if (layer, name) in modules]
-            ranks = [padded(modules[layer, name].rank, RANK_STEP) for name in present]
+def _pieces(base: BaseModel, projections: Modules) -> Iterator[Piece]:
+    names = base.family.projections
+    for layer in sorted({layer for layer, _ in projections}):
+        for group, members in enumerate(group.projections for group in base.family.groups):
+            present = [name for name in members if (layer, name) in projections]
+            ranks = [padded_rank(projections[layer, name].rank) for name in present]
             if not present:
                 continue
             yield Piece(layer, group, None, sum(ranks), base.features[present[0]][0])
             for name, rank in zip(present, ranks, strict=True):
-                yield Piece(layer, None, PROJECTIONS.index(name), rank, base.features[name][1])
+                yield Piece(layer, None, names.index(name), rank, base.features[name][1])
 
 
 def _by_size(piece: Piece) -> tuple[int, int, int, int]:
@@ -139,12 +146,12 @@ def _by_size(piece: Piece) -> tuple[int, int, int, int]:
     return (-piece.elements, piece.layer, which, piece.group or piece.projection or 0)
 
 
-def _pack(pieces: list[Piece], page_elements: int) -> list[Place]:
+def _pack(base: BaseModel, pieces: list[Piece], page_elements: int) -> list[Place]:
     assert page_elements % PIECE_STEP == 0
     used: list[int] = []
     places = []
     for piece in pieces:
-        _check_fits(piece, page_elements)
+        _check_fits(base, piece, page_elements)
         page = next(
             (i for i, at in enumerate(used) if at + piece.elements <= page_elements), len(used)
         )
@@ -155,13 +162,14 @@ def _pack(pieces: list[Piece], page_elements: int) -> list[Place]:
     return places
 
 
-def _check_fits(piece: Piece, page_elements: int) -> None:
+def _check_fits(base: BaseModel, piece: Piece, page_elements: int) -> None:
     if piece.elements <= page_elements:
         return
     if piece.group is not None:
-        what = f"the A matrices of {', '.join(list(GROUPS.values())[piece.group])}"
+        modules = base.family.groups[piece.group].modules
+        what = f"the A matrices of {', '.join(module.name for module in modules)}"
     else:
-        what = f"the B matrix of {PROJECTIONS[piece.projection or 0]}"
+        what = f"the B matrix of {base.family.projections[piece.projection or 0]}"
     raise InvalidAdapter(
         f"{what} in layer {piece.layer}, of rank {piece.rows} together, have {piece.elements} "
         f"numbers, and this runner's pages hold {page_elements}: train with a lower rank, or "
@@ -170,17 +178,16 @@ def _check_fits(piece: Piece, page_elements: int) -> None:
     )
 
 
-def _table_row(
-    base: BaseModel, modules: Mapping[tuple[int, str], ModuleSpec], places: list[Place]
-) -> TableRow:
-    groups, projections = (base.num_layers, len(GROUPS)), (base.num_layers, len(PROJECTIONS))
+def _table_row(base: BaseModel, projections: Modules, places: list[Place]) -> TableRow:
+    names = base.family.projections
+    of_a, of_b = (base.num_layers, len(base.family.groups)), (base.num_layers, len(names))
     row = TableRow(
-        a_page=np.zeros(groups, np.int32),
-        a_offset=np.zeros(groups, np.int64),
-        b_page=np.zeros(projections, np.int32),
-        b_offset=np.zeros(projections, np.int64),
-        rank=np.zeros(projections, np.int32),
-        scale=np.zeros(projections, np.float32),
+        a_page=np.zeros(of_a, np.int32),
+        a_offset=np.zeros(of_a, np.int64),
+        b_page=np.zeros(of_b, np.int32),
+        b_offset=np.zeros(of_b, np.int64),
+        rank=np.zeros(of_b, np.int32),
+        scale=np.zeros(of_b, np.float32),
     )
     for place in places:
         layer, group, projection = place.piece.layer, place.piece.group, place.piece.projection
@@ -189,7 +196,7 @@ def _table_row(
         if projection is not None:
             row.b_page[layer, projection] = place.page
             row.b_offset[layer, projection] = place.offset
-    for (layer, name), module in modules.items():
-        row.rank[layer, PROJECTIONS.index(name)] = padded(module.rank, RANK_STEP)
-        row.scale[layer, PROJECTIONS.index(name)] = module.scale
+    for (layer, name), spec in projections.items():
+        row.rank[layer, names.index(name)] = padded_rank(spec.rank)
+        row.scale[layer, names.index(name)] = spec.scale
     return row

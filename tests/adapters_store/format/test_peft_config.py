@@ -11,8 +11,10 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from granatum.adapters_store.format.peft_config import ModuleSpec, PeftConfig
-from granatum.models.base_model import PROJECTIONS, BaseModel
+from granatum.adapters_store.format.modules import ModuleSpec
+from granatum.adapters_store.format.peft_config import PeftConfig
+from granatum.models.base_model import BaseModel
+from granatum.models.families import FAMILIES, LLAMA
 from granatum.v1.errors import InvalidAdapter, InvalidRequest
 
 SHAPE = {
@@ -23,8 +25,9 @@ SHAPE = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "vocab_size": 32,
+    "pad_token_id": None,
+    "sliding_window": None,
 }
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def _model(family: str) -> torch.nn.Module:
@@ -68,7 +71,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "all projections": {
         "r": 8,
         "lora_alpha": 16,
-        "target_modules": list(PROJECTIONS),
+        "target_modules": list(LLAMA.projections),
     },
     "all-linear": {"target_modules": "all-linear"},
     "All-Linear": {"target_modules": "All-Linear", "exclude_modules": ["down_proj"]},
@@ -141,6 +144,39 @@ def test_the_same_modules_as_peft(case: str, tmp_path: Path) -> None:
     assert _of_ours(_json(config), base) == expected  # as PEFT rewrites it while injecting
 
 
+FUSED: dict[str, dict[str, Any]] = {
+    "one of each": {"r": 4, "lora_alpha": 12, "target_modules": ["qkv_proj", "o_proj"]},
+    "all-linear but one": {"target_modules": "all-linear", "exclude_modules": ["gate_up_proj"]},
+    "regex": {"target_modules": r".*\.(1|2)\.(self_attn\.qkv|mlp\.gate_up)_proj"},
+    "patterns": {
+        "target_modules": ["qkv_proj", "gate_up_proj", "down_proj"],
+        "rank_pattern": {"qkv_proj": 16, "layers.3.mlp.gate_up_proj": 2},
+        "alpha_pattern": {r".*up_proj": 5},
+    },
+    "layers": {"target_modules": ["qkv_proj", "up_proj"], "layers_to_transform": [0, 11]},
+}
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_fused_modules_are_those_of_peft(case: str, tmp_path: Path) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", **FUSED[case])
+    written = _json(config)
+    assert _of_ours(written, _base(tmp_path, "phi3")) == _of_peft(config, "phi3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_targets_are_those_that_peft_knows(family: str, tmp_path: Path) -> None:
+    config = LoraConfig(r=2)
+    written, base = _json(config), _base(tmp_path, family)
+    if FAMILIES[family].default_targets:
+        assert _of_ours(written, base) == _of_peft(config, family)
+        return
+    with pytest.raises(ValueError, match="target_modules"):
+        _of_peft(config, family)
+    with pytest.raises(InvalidAdapter, match=rf"target_modules is null.*{family}.*o_proj"):
+        _of_ours(written, base)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, tmp_path: Path) -> None:
     config = LoraConfig(r=3, target_modules="all-linear", rank_pattern={"layers.2..*": 5})
@@ -158,9 +194,9 @@ def test_features_are_those_of_the_model(family: str, tmp_path: Path) -> None:
     }
     assert base.num_layers == SHAPE["num_hidden_layers"]
     assert linears == {
-        base.module_name(layer, projection): features
+        base.module_name(layer, module): base.module_features(module)
         for layer in range(base.num_layers)
-        for projection, features in base.features.items()
+        for module in base.modules
     }
 
 
@@ -176,7 +212,7 @@ def test_fingerprint_follows_the_shape(tmp_path: Path) -> None:
 
     older = {"rope_parameters": None, "rope_theta": 10000.0, "rope_scaling": None}
     assert fingerprint(**older, torch_dtype="float16") == first.fingerprint
-    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4.0}
     assert fingerprint(rope_parameters={**llama3, "rope_theta": 5e5}) == fingerprint(
         rope_parameters=None, rope_theta=500000, rope_scaling={**llama3, "factor": 8}
     )
@@ -191,7 +227,7 @@ def test_fingerprint_follows_the_shape(tmp_path: Path) -> None:
     [
         ("{", "Hugging Face"),
         ("[]", "object"),
-        ('{"model_type": "gpt2"}', "supported: llama"),
+        ('{"model_type": "gpt2"}', "one of llama"),
         ('{"model_type": "llama"}', "num_attention_heads"),
     ],
 )
@@ -283,7 +319,7 @@ def test_a_pattern_for_every_module_of_a_large_model(tmp_path: Path) -> None:
     patterns = {
         base.module_name(layer, projection): layer + 1
         for layer in range(80)
-        for projection in PROJECTIONS
+        for projection in base.modules
     }
     fields = {**GOOD, "target_modules": "all-linear", "rank_pattern": patterns}
     modules = PeftConfig.parse(json.dumps(fields).encode()).modules(base)

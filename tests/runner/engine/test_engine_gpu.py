@@ -10,9 +10,9 @@ import torch
 
 from granatum.examples.tasks import BASE, BASE_MODEL
 from granatum.kernels.layout import AdapterTable
-from granatum.models.base_model import GROUPS as PROJECTIONS_OF
 from granatum.models.base_model import BaseModel
-from granatum.models.config import ModelConfig, Rope
+from granatum.models.config import ModelConfig
+from granatum.models.rope import Rope
 from granatum.runner.adapters.cache import AdapterCache
 from granatum.runner.adapters.images.image import ImageShape, random_image
 from granatum.runner.engine.engine import Engine
@@ -86,13 +86,7 @@ def build_with_loads(device: str, slots: int) -> tuple[Engine, AdapterLoader]:
 
 def base_model() -> BaseModel:
     """CONFIG as adapters know it."""
-    inputs, outputs = CONFIG.in_features, CONFIG.out_features
-    features = {
-        name: (inputs[group], out)
-        for group, names in PROJECTIONS_OF.items()
-        for name, out in zip(names, outputs[group], strict=True)
-    }
-    return BaseModel("test", CONFIG.layers, features, "f" * 64)
+    return BaseModel("test", CONFIG.layers, CONFIG.features, "f" * 64)
 
 
 def build(device: str, like: Built | None = None) -> Built:

@@ -41,13 +41,36 @@ ADAPTERS = {
 SMALL = ("r1", "r4", "r8rs")
 
 
+FUSED_ALL = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+FUSED_ADAPTERS = {
+    "r1": LoraConfig(r=1, lora_alpha=2, target_modules=["qkv_proj"]),
+    "r4": LoraConfig(r=4, lora_alpha=8, target_modules=FUSED_ALL),
+    "r8rs": LoraConfig(r=8, lora_alpha=4, use_rslora=True, target_modules="all-linear"),
+    "r16": LoraConfig(r=16, lora_alpha=16, target_modules=["gate_up_proj", "down_proj"]),
+    "r40": LoraConfig(r=40, lora_alpha=20, target_modules=FUSED_ALL),
+    "r64": LoraConfig(r=64, lora_alpha=32, target_modules=r".*\.(o|gate_up)_proj"),
+    "r256": LoraConfig(r=256, lora_alpha=64, target_modules=FUSED_ALL),
+    "patterns": LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules=FUSED_ALL,
+        rank_pattern={"qkv_proj": 2, "layers.1.mlp.gate_up_proj": 24},
+        alpha_pattern={"down_proj": 3, "layers.0.self_attn.qkv_proj": 32},
+    ),
+    "one_layer": LoraConfig(r=12, lora_alpha=12, target_modules=FUSED_ALL, layers_to_transform=[1]),
+}
+"""For families whose checkpoints fuse projections: a fused linear has one A and one B."""
+
+
 class Bed:
     """A base model with all adapters, in PEFT and saved for the engine."""
 
     def __init__(self, directory: Path, family: str) -> None:
         self.base, self.adapters = directory / "base", directory / "adapters"
         model = make_model(self.base, family)
-        self.reference = make_adapters(model, ADAPTERS, self.adapters)
+        fused = "qkv_proj" in dict(model.model.layers[0].self_attn.named_children())
+        configs = FUSED_ADAPTERS if fused else ADAPTERS
+        self.reference = make_adapters(model, configs, self.adapters)
 
     def engine(self, max_rank: int = 256, **changes: int) -> TinyEngine:
         """With the adapters of up to `max_rank`, on which the size of a page depends."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from granatum.kernels.layout import AdapterTable
-from granatum.models.config import ModelConfig, Rope
+from granatum.models.config import ModelConfig
+from granatum.models.rope import Rope
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.scheduling.pages import PagePool

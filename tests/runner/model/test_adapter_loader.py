@@ -12,7 +12,7 @@ import torch
 from small_adapters import BASE, digest_of, write_adapter
 
 from granatum.kernels.layout import AdapterTable
-from granatum.models.base_model import GROUPS, PROJECTIONS
+from granatum.models.families import LLAMA
 from granatum.runner.adapters.cache import AdapterCache
 from granatum.runner.adapters.disk.disk import DiskImages
 from granatum.runner.adapters.images.image import ImageShape, build_image, random_image
@@ -67,9 +67,9 @@ class Bench:
 
     def delta(self, slot: int, layer: int, name: str) -> torch.Tensor:
         """scale · B A `[outputs, inputs]`, read as a kernel reads it."""
-        index = PROJECTIONS.index(name)
-        group = next(i for i, names in enumerate(GROUPS.values()) if name in names)
-        first = index - list(GROUPS.values())[group].index(name)
+        index = LLAMA.projections.index(name)
+        group = next(i for i, g in enumerate(LLAMA.groups) if name in g.projections)
+        first = index - LLAMA.groups[group].projections.index(name)
         inputs, outputs = BASE.features[name]
         rank = int(self.table.rank[slot, layer, index])
         row = int(self.table.rank[slot, layer, first:index].sum())
@@ -99,7 +99,7 @@ def bench(disk: DiskImages) -> Iterator[Bench]:
 
 
 ADAPTERS: list[tuple[int, list[str]]] = [
-    (16, list(PROJECTIONS)),
+    (16, list(LLAMA.projections)),
     (5, ["q_proj", "v_proj", "down_proj"]),
     (9, ["v_proj", "up_proj"]),
 ]
@@ -112,9 +112,9 @@ def test_arena_and_table_give_what_peft_would(
     tensors = write_adapter(store.root / digest_of(1), 1, rank, targets)
     slot = bench.bring(digest_of(1))
     for layer in range(BASE.num_layers):
-        for name in PROJECTIONS:
+        for name in LLAMA.projections:
             if name not in targets:
-                assert bench.table.rank[slot, layer, PROJECTIONS.index(name)] == 0
+                assert bench.table.rank[slot, layer, LLAMA.projections.index(name)] == 0
                 continue
             prefix = f"base_model.model.{BASE.module_name(layer, name)}"
             a = tensors[f"{prefix}.lora_A.weight"].double()

@@ -8,7 +8,8 @@ import torch
 
 from granatum.kernels.layout import AdapterTable
 from granatum.kernels.lora import ops as lora
-from granatum.models.config import ModelConfig, Rope
+from granatum.models.config import ModelConfig
+from granatum.models.rope import Rope
 from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import Limits, Plan, Span
 from granatum.runner.engine.scheduling.sequence import Sequence

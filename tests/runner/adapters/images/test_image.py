@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from small_adapters import BASE, Tensors
 
-from granatum.models.base_model import PROJECTIONS
+from granatum.models.families import LLAMA
 from granatum.runner.adapters.images.image import AdapterImage, ImageShape, build_image
 from granatum.v1.errors import InvalidAdapter
 
@@ -58,10 +58,10 @@ def numbers_of(image: AdapterImage, dtype: str, page: int, offset: int, count: i
 def test_numbers_are_those_that_torch_rounds_to(
     tmp_path: Path, filed: torch.dtype, dtype: str
 ) -> None:
-    tensors = adapter(tmp_path, 5, PROJECTIONS, filed)
+    tensors = adapter(tmp_path, 5, LLAMA.projections, filed)
     image = build_image(tmp_path, shape_of(dtype))
     for layer in range(BASE.num_layers):
-        for index, name in enumerate(PROJECTIONS):
+        for index, name in enumerate(LLAMA.projections):
             b = tensors[tensor_name(layer, name, "B")].to(DTYPES[dtype])
             page, offset = image.row.b_page[layer, index], image.row.b_offset[layer, index]
             found = numbers_of(image, dtype, page, offset, 8 * b.shape[0]).view(8, -1)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granatum.adapters_store.format.peft_config import ModuleSpec
-from granatum.models.base_model import PROJECTIONS, BaseModel
+from granatum.adapters_store.format.modules import ModuleSpec
+from granatum.models.base_model import BaseModel
+from granatum.models.families import LLAMA
 from granatum.runner.adapters.images.layout import PIECE_STEP, lay_out
 
 Modules = dict[tuple[int, str], ModuleSpec]
@@ -35,7 +36,7 @@ def everything(base: BaseModel, rank: int) -> Modules:
     return {
         (layer, name): ModuleSpec(rank, 2.0)
         for layer in range(base.num_layers)
-        for name in PROJECTIONS
+        for name in LLAMA.projections
     }
 
 
@@ -43,7 +44,7 @@ def everything(base: BaseModel, rank: int) -> Modules:
 def adapters(draw: st.DrawFn) -> tuple[BaseModel, Modules, int]:
     size = st.integers(1, 12).map(lambda n: 8 * n)
     base = base_model(draw(st.integers(1, 4)), draw(size), draw(size), draw(size))
-    keys = [(layer, name) for layer in range(base.num_layers) for name in PROJECTIONS]
+    keys = [(layer, name) for layer in range(base.num_layers) for name in LLAMA.projections]
     chosen = draw(st.sets(st.sampled_from(keys), min_size=1))
     specs = {key: ModuleSpec(draw(st.integers(1, 40)), draw(st.floats(0, 9))) for key in chosen}
     smallest = 3 * 40 * max(max(sizes) for sizes in base.features.values())
@@ -80,7 +81,7 @@ def test_table_row_finds_every_piece(case: tuple[BaseModel, Modules, int]) -> No
             found = b[piece.layer, piece.projection]
         assert found == pages[place.page] * page_elements + place.offset
     for layer, index in np.ndindex(layout.row.rank.shape):
-        spec = modules.get((layer, PROJECTIONS[index]))
+        spec = modules.get((layer, LLAMA.projections[index]))
         rank = -(-spec.rank // 8) * 8 if spec else 0
         assert layout.row.rank[layer, index] == rank
         assert layout.row.scale[layer, index] == np.float32(spec.scale if spec else 0)
