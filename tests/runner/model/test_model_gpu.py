@@ -1,6 +1,7 @@
 """Steps with prompts in bfloat16, whose kernels are others than float32's, near the CPU's twins."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,21 @@ SLOTS_AND_ROWS = ((0, 100), (-1, 30), (2, 129), (1, 64), (0, 3))
 """Of each prompt: its adapter, or none, and its length."""
 
 
-def config(*, qwen: bool) -> ModelConfig:
-    """Heads of Llama's size, in groups or not; Qwen's norm them first, and have biases."""
-    return ModelConfig(
-        vocab=320, hidden=256, intermediate=384, layers=2, heads=2, kv_heads=1 if qwen else 2,
-        head_dim=128, max_positions=512, rms_eps=1e-5, rope=Rope(1e4), qk_norm=qwen,
-        biased=frozenset({"qkv"} if qwen else ()),
-    )  # fmt: skip
+PLAIN = ModelConfig(
+    vocab=320, hidden=256, intermediate=384, layers=2, heads=2, kv_heads=2, head_dim=128,
+    max_positions=512, rms_eps=1e-5, rope=Rope(1e4),
+)  # fmt: skip
+CONFIGS = {
+    "llama": PLAIN,
+    "qwen": replace(PLAIN, kv_heads=1, qk_norm=True, biased=frozenset({"qkv"})),
+    "granite": replace(
+        PLAIN,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.22,
+        attention_multiplier=0.0625,
+        logits_scaling=3.0,
+    ),
+}
 
 
 def prompts_logits(
@@ -76,14 +85,14 @@ def prompts_logits(
     return model.forward(inputs.view(shape), last)[: len(spans)].float().cpu()
 
 
-@pytest.mark.parametrize("qwen", [False, True])
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("rank", [16, 40])
 @pytest.mark.parametrize("many", [False, True])
 def test_prompts_in_bfloat16(
-    qwen: bool, rank: int, many: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, rank: int, many: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lora, "MANY_ROWS", 1 if many else 1 << 20)
-    made = config(qwen=qwen)
+    made = CONFIGS[family]
     expected = prompts_logits(made, rank, torch.float32, torch.device("cpu"))
     found = prompts_logits(made, rank, torch.bfloat16, torch.device("cuda"))
     errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
