@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 RANK_STEP = 8
-"""Ranks are rounded up to this in memory, so that every row of A and Bᵀ starts 16-byte aligned."""
+"""In memory, ranks are multiples of this, so that every row of A and Bᵀ is 16-byte aligned."""
 
 
 def padded_rank(rank: int) -> int:

@@ -1,9 +1,9 @@
 """What makes a base model this one and no other: its shape, weights, tokenizer and end tokens.
 
-Two models of one shape, such as a base model and its instruct version, must never share a fleet:
-a stream would go on with the other's weights, and an adapter would be added to them. A fingerprint
-is 64 hexadecimal digits, 16 for each of `PARTS` in order, so that whoever compares two of them can
-say in what the models differ.
+Two models of one shape, such as a base model and its instruct version, must never share a fleet.
+If they did, a stream could go on with the other model's weights, and an adapter could be added to
+weights that it was not trained on. A fingerprint is 64 hexadecimal digits, 16 for each of `PARTS`
+in order. Whoever compares two fingerprints can therefore say which part differs.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ _TOKENIZER = (
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
-# Models up to this many bytes are read in full. Of a larger one a few blocks of each tensor are
-# read, evenly from its begin to its end: training changes every tensor nearly everywhere. A change
-# of a few numbers by hand can stay unseen.
+# Models up to this many bytes are read in full. Of a larger model, a few blocks of each tensor are
+# read, evenly spaced. Training changes nearly every number of a tensor, so the blocks differ. A few
+# numbers that somebody changes by hand can stay unseen.
 _READ_IN_FULL = 64 << 20
 _BLOCKS = 8
 _BLOCK_BYTES = 4096
@@ -35,9 +35,10 @@ _LENGTH_BYTES = 8
 
 
 def fingerprint(shape: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> str:
-    """Of the model in `folder`; `config` is its config.json. A part that is absent counts too.
+    """The fingerprint of the model in `folder`; `config` is what its config.json says.
 
-    Raises InvalidRequest for a file that cannot be read.
+    A folder without weights, tokenizer or end tokens has a fingerprint as well. Raises
+    InvalidRequest for a file that cannot be read.
     """
     try:
         parts = (
@@ -73,7 +74,7 @@ def _canonical(value: object) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """Where a tensor's bytes lie."""
+    """Where a tensor's bytes lie in its file; `kind` is its dtype and shape."""
 
     name: str
     kind: str
@@ -86,7 +87,7 @@ def _weights_digest(folder: Path) -> bytes:
     tensors = [tensor for file in _weight_files(folder) for tensor in _tensors(file)]
     in_full = sum(tensor.size for tensor in tensors) <= _READ_IN_FULL
     digest = hashlib.sha256()
-    # By name: how a model is cut into files does not count.
+    # Sorted by name, so that the digest does not depend on how the model is cut into files.
     for tensor in sorted(tensors, key=lambda tensor: (tensor.name, tensor.file)):
         digest.update(_canonical([tensor.name, tensor.kind, tensor.size]))
         with tensor.file.open("rb", buffering=0) as file:
@@ -96,7 +97,7 @@ def _weights_digest(folder: Path) -> bytes:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that the index names, as a runner loads them; without an index every one."""
+    """The files that the index names, which a runner loads. Without an index: every file."""
     try:
         index = json.loads((folder / _INDEX).read_bytes())
         named = [folder / name for name in sorted(set(index["weight_map"].values()))]
@@ -106,7 +107,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _tensors(file: Path) -> Iterator[_Tensor]:
-    """The tensors of a file by its header; of a file that has none, all its bytes as one."""
+    """The tensors that a file's header names. A file without a header is one tensor."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         data_begin = _LENGTH_BYTES + int.from_bytes(opened.read(_LENGTH_BYTES), "little")
@@ -132,7 +133,7 @@ def _tensor(
 
 
 def _blocks(tensor: _Tensor, in_full: bool) -> Iterator[tuple[int, int]]:
-    """Begin and size of what is read of a tensor."""
+    """The parts of a tensor that are read, each as (begin, size)."""
     if in_full or tensor.size <= _BLOCKS * _BLOCK_BYTES:
         yield tensor.begin, tensor.size
         return
@@ -142,7 +143,7 @@ def _blocks(tensor: _Tensor, in_full: bool) -> Iterator[tuple[int, int]]:
 
 
 def _tokenizer_digest(folder: Path) -> bytes:
-    """Of the files that decide which ids a text or a chat becomes, and which text ids become."""
+    """A digest of the files that turn texts and chats into ids, and ids into texts."""
     digest = hashlib.sha256()
     for pattern in _TOKENIZER:
         for file in sorted(folder.glob(pattern)):
@@ -152,7 +153,7 @@ def _tokenizer_digest(folder: Path) -> bytes:
 
 
 def _end_tokens(config: Mapping[str, Any], folder: Path) -> list[str]:
-    """The ids that end a sequence by the model's and the generation settings, together."""
+    """The ids that end a sequence, from config.json and generation_config.json together."""
     try:
         generation = json.loads((folder / "generation_config.json").read_bytes())
     except (FileNotFoundError, ValueError):

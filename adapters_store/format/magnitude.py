@@ -38,8 +38,8 @@ def check_magnitudes(
 ) -> None:
     """Raise InvalidAdapter for a tensor that would make a sum infinite.
 
-    Reads the file in parts: memory is bounded. NaN and infinities are not looked for: `validate`
-    finds them, and so does the packing of an image.
+    The file is read in parts, so memory is bounded. This check does not look for NaN and
+    infinities: `validate` finds them, and the packing of an image does too.
     """
     with weights.open("rb") as file:
         for place, spec in modules.items():

@@ -1,9 +1,10 @@
 """Regular expressions from strangers: PEFT's own meaning, in bounded time.
 
-`re` means what PEFT means, but it backtracks, and it holds the interpreter while it does: a short
-hostile pattern stops everything else in the process for hours. So patterns are matched by
-`pattern_matcher.py` in a process of its own, which the kernel ends when its processor time is over.
-Patterns of words and dots, as most are, need neither.
+PEFT matches with `re`, so only `re` gives the same answers. But `re` backtracks, and it holds the
+interpreter meanwhile: a short hostile pattern stops everything else in the process for hours.
+Patterns are therefore matched by `pattern_matcher.py` in a process of its own. The operating system
+ends this process when its processor time is used up. Most patterns are words and dots; they are
+matched here, without `re` and without a process.
 """
 
 import json
@@ -22,16 +23,16 @@ from granatum.v1.errors import Unavailable
 MAX_LENGTH = 1_000
 """Characters of one pattern."""
 MAX_PATTERNS = 2_000
-"""Of one field."""
+"""Patterns of one field."""
 CPU_S = 0.5
-"""Processor seconds of one matching; an adapter needs two, of its modules and of their ranks."""
+"""Processor seconds of one matching. An adapter needs two: its modules, then their ranks."""
 _WALL_S = 20.0
-"""A process that ran for so long without its processor time: the machine is overloaded."""
+"""Seconds to wait for a process. One that got no processor time meanwhile: overload."""
 _MATCHER = Path(__file__).with_name("pattern_matcher.py")
 _REMEMBERED = 64
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 _COMPARISONS = 20_000
-"""Comparing this often takes some milliseconds."""
+"""How often plain patterns are compared before a process takes over: some milliseconds."""
 
 
 class PatternError(ValueError):
@@ -56,7 +57,7 @@ class Question:
     whole: bool
 
     def plain_answer(self) -> list[int | None] | None:
-        """Each name's first matching pattern, if all are plain and that is quickly told."""
+        """Each name's first matching pattern; None if a pattern is not plain, or it takes long."""
         if not all(_PLAIN.fullmatch(pattern) for pattern in self.patterns):
             return None
         plain = _PlainPatterns(self.patterns)
@@ -64,16 +65,16 @@ class Question:
         return None if plain.is_spent else answer
 
     def _ends(self, name: str) -> list[str]:
-        """What a pattern may match: the name, and unless that is to be whole, what ends it."""
+        """The texts that a pattern may match: the name, and without `whole` its ends as well."""
         if self.whole:
             return [name]
         return [name, *(name[i + 1 :] for i, character in enumerate(name) if character == ".")]
 
 
 class _PlainPatterns:
-    """Patterns of words and dots; a dot stands for any character, and so for itself too.
+    """Patterns of words and dots; a dot stands for any character.
 
-    Hence a pattern that is not equal to a name and yet matches it is as long and has more dots.
+    A pattern that matches a name either equals the name, or is as long and has more dots.
     """
 
     def __init__(self, patterns: Sequence[str]) -> None:
@@ -87,7 +88,7 @@ class _PlainPatterns:
 
     @property
     def is_spent(self) -> bool:
-        """Whether so much had to be compared that the answers may be wrong."""
+        """Whether the comparisons ran out; the answers may then be wrong."""
         return self._left < 0
 
     def first(self, ends: Sequence[str]) -> int | None:

@@ -1,4 +1,4 @@
-"""PEFT's options beyond plain LoRA: which change an adapter's answers, and are refused by name."""
+"""PEFT's options beyond plain LoRA. Those that change an adapter's answers are refused by name."""
 
 import json
 from collections.abc import Mapping
@@ -37,9 +37,9 @@ _WITHOUT_EFFECT = frozenset(
         "runtime_config",
     }
 )
-"""They steer training or bookkeeping alone, or belong to an option that is refused itself."""
+"""Options that steer training or bookkeeping alone, or belong to an option that is refused."""
 _DEFAULTS: dict[str, object] = {"bias": "none", "loftq_config": {}}
-"""Of options whose neutral value is not null, false or an empty list or text."""
+"""The neutral values that are not null, false, or an empty list or text."""
 _REASONS = {
     "alora_invocation_tokens": "it would apply to a part of the prompt only",
     "arrow_config": "it routes between adapters",
@@ -55,13 +55,13 @@ _REASONS = {
     "use_dora": "DoRA rescales the base model's weights",
     "use_qalora": "it pools the inputs",
 }
-# These initialisations take the untrained adapter out of the base model's weights, so that the
-# trained one fits that changed base only. PEFT can fold the change into the adapter.
+# These initialisations subtract the untrained adapter from the base model's weights. The trained
+# adapter then fits the changed base alone. PEFT can fold the change into the adapter.
 _CONVERTIBLE = ("corda", "lora_ga", "olora", "pissa")
 
 
 def check_options(fields: Mapping[str, Any]) -> None:
-    """Raise InvalidAdapter for an option that the answers depend on and that is not applied."""
+    """Raise InvalidAdapter for an option that would change the answers and is not supported."""
     if fields.get("peft_type") != "LORA":
         raise _refused("peft_type", fields.get("peft_type"), 'only "LORA" can be served')
     if fields.get("task_type") not in (None, "CAUSAL_LM"):

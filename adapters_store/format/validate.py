@@ -48,7 +48,7 @@ _HINTS = (
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What an adapter adapts."""
+    """What the catalog says of an adapter. `elements`: numbers that it takes in an arena."""
 
     max_rank: int
     target_modules: tuple[str, ...]
@@ -60,8 +60,8 @@ def validate(
 ) -> Summary:
     """Check both files against each other and the base model, down to the last number.
 
-    Some runner of the fleet must be able to serve the adapter. Memory stays bounded however large
-    the files are. Raises InvalidAdapter for the first fault.
+    At least one runner of the fleet must be able to serve the adapter. Memory stays bounded,
+    however large the files are. Raises InvalidAdapter for the first fault.
     """
     modules = PeftConfig.parse(config.read_bytes()).modules(base)
     _check_ranks(modules, base, limits)
@@ -81,7 +81,7 @@ def validate(
 
 
 def _elements(modules: Modules, base: BaseModel) -> int:
-    """Room that the adapter takes in a runner's arena, where ranks are multiples of 8."""
+    """Numbers that the adapter takes in a runner's arena, where each rank is rounded up."""
     return sum(
         padded_rank(spec.rank) * sum(base.features[projection])
         for (_, projection), spec in by_projection(modules, base).items()

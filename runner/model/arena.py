@@ -13,11 +13,11 @@ from granatum.v1.errors import InvalidRequest
 
 MIN_PAGE_TOKENS = 16
 MIN_HOST_BYTES = 64 << 20
-"""Host memory for adapters, where the largest of them need no more."""
+"""The least host memory for adapters."""
 HOST_ADAPTERS = 4
-"""Of the largest rank, for which a CPU's engine has host memory; pages waste less than one."""
+"""A CPU's engine has host memory for so many adapters of the largest rank, less at most one."""
 _CPU_BYTES = 4
-"""Of an element: on a CPU models compute in float32."""
+"""Bytes of an element on a CPU, where models compute in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Arena:
 
 
 def page_tokens(config: ModelConfig, max_rank: int) -> int:
-    """Tokens per page: the least power of two whose page holds an adapter's largest piece."""
+    """Tokens per page: the least power of two for which a page holds an adapter's largest piece."""
     rank, inputs, outputs = padded_rank(max_rank), config.in_features, config.out_features
     pieces = [rank * max(outputs[group]) for group in outputs]
     pieces += [rank * len(outputs[group]) * inputs[group] for group in outputs]
@@ -45,11 +45,11 @@ def page_tokens(config: ModelConfig, max_rank: int) -> int:
 
 
 def host_bytes(model: Path, max_rank: int) -> int:
-    """Host memory for adapters on a CPU: whatever may be uploaded must fit, and some beside it."""
+    """Host memory on a CPU: room for the largest adapter that may be uploaded, and some more."""
     try:
         base = BaseModel.from_config(model)
     except InvalidRequest:
-        return MIN_HOST_BYTES  # the engine cannot start with such a model, and will say why
+        return MIN_HOST_BYTES  # the engine will refuse the model, and say why
     widths = sum(inputs + outputs for inputs, outputs in base.features.values())
     largest = padded_rank(max_rank) * widths * base.num_layers * _CPU_BYTES
     return max(MIN_HOST_BYTES, HOST_ADAPTERS * largest)
@@ -65,9 +65,9 @@ def allocate_arena(
 
 
 def pages_that_fit(page_bytes: int, device: torch.device, share: float) -> int:
-    """Pages with which a GPU's memory, the weights already in it, is used up to `share`.
+    """Pages that fit a GPU's memory beside the weights, which are there already.
 
-    The rest is for activations and graphs.
+    `share` of the memory is used in all. The rest is for activations and graphs.
     """
     free, total = torch.cuda.mem_get_info(device)
     return max((int(total * share) - (total - free)) // page_bytes, 0)

@@ -1,4 +1,4 @@
-"""The base model's weights on the device, projections that share an input fused into one matrix."""
+"""The base model's weights on the device. Projections that share an input are one matrix."""
 
 import json
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A model; `embedding` and `head` are [vocab, hidden], one tensor if they are tied."""
+    """A model. `embedding` and `head` are [vocab, hidden], and one tensor if they are tied."""
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
@@ -48,12 +48,12 @@ class Weights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of every tensor."""
+        """The dtype that all tensors have."""
         return self.embedding.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of every tensor."""
+        """The device that all tensors are on."""
         return self.embedding.device
 
 
@@ -95,10 +95,10 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
 def load_weights(
     config: ModelConfig, directory: Path, dtype: torch.dtype, device: torch.device
 ) -> Weights:
-    """Read a Hugging Face directory's safetensors, tensor by tensor, into fused device tensors.
+    """Read a Hugging Face directory's safetensors, tensor by tensor, to where each tensor belongs.
 
     Raises:
-        InvalidRequest: naming a tensor that is missing, of another shape, or unknown.
+        InvalidRequest: naming a tensor that is missing, unknown, or of another shape.
     """
     weights = empty_weights(config, dtype, device)
     wanted = dict(targets(config, weights))
@@ -116,7 +116,7 @@ def load_weights(
 
 
 def targets(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor by its name in the Hugging Face checkpoint, as a view of where it lies."""
+    """Every tensor of a Hugging Face checkpoint: its name, and the view that is to hold it."""
     yield "model.embed_tokens.weight", weights.embedding
     yield "model.norm.weight", weights.norm
     if not config.tied:

@@ -1,7 +1,7 @@
 """An adapter's page images: its matrices as they will lie on the device. No torch.
 
-PEFT's two files come from a store, and so do their faults. Here is the runner's border: what is
-packed fits this runner's ranks and pages, and every number in it is finite in the model's dtype.
+This is the runner's border: PEFT's two files come from a store and may have faults. An adapter that
+is packed fits this runner's ranks and pages, and its numbers are finite in the model's dtype.
 """
 
 import hashlib
@@ -35,24 +35,24 @@ _STORED: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(np.uint16),
 }
-"""How numpy holds each dtype of a model; it has no bfloat16, whose bits it takes for an integer."""
+"""How numpy holds each dtype of a model. It has no bfloat16: the bits are held as integers."""
 _FILED: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
 }
 _EXPONENT = np.uint16(0x7F80)
-"""All of these bits are set in a bfloat16 that is not finite."""
+"""A bfloat16 is not finite if all of these bits are set."""
 
 Numbers = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class ImageShape:
-    """What images of one runner have in common: only those of an equal key fit its arena.
+    """What images of one runner have in common. Only images of an equal `key` fit its arena.
 
-    `dtype` is `float32` or `bfloat16`, with or without torch's name before it. `max_rank` is not
-    part of the key: runners that differ in it alone can share images.
+    `dtype` is `float32` or `bfloat16`, with or without `torch.` before it. `max_rank` is not part
+    of the key: runners that differ in `max_rank` alone can share images.
     """
 
     base: BaseModel
@@ -67,7 +67,7 @@ class ImageShape:
 
     @property
     def stored(self) -> np.dtype[Any]:
-        """What numpy takes an element for."""
+        """The dtype of the numpy arrays that hold elements."""
         return _STORED[self.dtype]
 
     @property
@@ -77,7 +77,7 @@ class ImageShape:
 
     @property
     def key(self) -> bytes:
-        """32 bytes that differ for every other shape."""
+        """32 bytes that no other shape has."""
         parts = [FORMAT, self.base.fingerprint, self.dtype, self.page_elements]
         return hashlib.sha256(json.dumps(parts).encode()).digest()
 
@@ -107,7 +107,7 @@ def build_image(directory: Path, shape: ImageShape) -> AdapterImage:
 
 
 def check_rank(rank: int, shape: ImageShape, what: str) -> None:
-    """Refuse what the kernels of this runner have no room for."""
+    """Raise InvalidAdapter if the rank is above this runner's limit; `what` names the module."""
     if rank > shape.max_rank:
         raise InvalidAdapter(
             f"rank {rank} of {what} is above this runner's limit of {shape.max_rank}: train with "
@@ -200,7 +200,7 @@ def _narrowed(numbers: Numbers) -> Numbers:
 
 
 def _fill(matrix: Numbers, weights: _Weights, projections: Modules, place: Place) -> None:
-    """Copy a piece's tensors into its place, where everything beyond the true ranks stays zero."""
+    """Copy a piece's tensors into its place. Rows beyond the true ranks stay zero."""
     layer, family = place.piece.layer, weights.base.family
     if place.piece.projection is not None:
         name = family.projections[place.piece.projection]

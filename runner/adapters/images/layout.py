@@ -1,8 +1,8 @@
 """Where an adapter's matrices lie within its pages. No torch.
 
 A piece is the stacked A of one layer's projection group, or one projection's Bᵀ
-(docs/architecture.md, "The arena"). Pieces are packed into as few pages as first-fit decreasing
-needs, none across a page's end, so that the pages need not be adjacent.
+(docs/architecture.md, "The arena"). Pieces are packed by first-fit decreasing. No piece crosses a
+page's end, so the pages need not be adjacent.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class Piece:
 
     @property
     def elements(self) -> int:
-        """Space it takes, rounded up to where the next piece may start."""
+        """Elements up to where the next piece may start."""
         return padded(self.rows * self.columns, PIECE_STEP)
 
 
@@ -74,7 +74,7 @@ class TableRow:
         return start[self.a_page] + self.a_offset, start[self.b_page] + self.b_offset
 
     def fault(self, base: BaseModel, pages: int, page_elements: int) -> str:
-        """What would lead the kernels out of the adapter's pages; empty if nothing does."""
+        """What in the row would lead kernels out of the adapter's pages; empty if nothing."""
         if (self.rank < 0).any() or (self.rank % RANK_STEP).any():
             return f"a rank is no multiple of {RANK_STEP}"
         if not np.isfinite(self.scale).all():
@@ -141,7 +141,7 @@ def _pieces(base: BaseModel, projections: Modules) -> Iterator[Piece]:
 
 
 def _by_size(piece: Piece) -> tuple[int, int, int, int]:
-    """Largest first; the rest makes the order, and so the image, the same everywhere."""
+    """Largest first. The other keys decide ties, so that every runner makes the same image."""
     which = 0 if piece.group is not None else 1
     return (-piece.elements, piece.layer, which, piece.group or piece.projection or 0)
 
