@@ -1,7 +1,7 @@
 """The fields of a config.json, each checked as it is read."""
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +66,7 @@ class Fields:
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.refuse(name, "a number")
-        if not 0 < value < math.inf:
+        if not 0 < value <= sys.float_info.max:
             self.refuse(name, "positive and finite")
         return float(value)
 

@@ -169,6 +169,7 @@ def assert_same_model(ours: ModelConfig, theirs: PreTrainedConfig) -> None:
         ({**MISTRAL, "num_key_value_heads": 5}, "num_key_value_heads = 5 .* divisor of .* 32"),
         ({**MISTRAL, "head_dim": 7}, "head_dim = 7 .* even"),
         ({**MISTRAL, "rms_norm_eps": "small"}, 'rms_norm_eps = "small" .* a number'),
+        ({**MISTRAL, "rms_norm_eps": 10**400}, "rms_norm_eps = 10* .* finite"),
         ({**MISTRAL, "rope_theta": -1}, "rope_theta = -1 .* positive"),
         ({**MISTRAL, "rope_scaling": [1]}, r"rope_scaling = \[1\] .* an object"),
         ({**MISTRAL, "rope_scaling": {"type": "su"}}, 'rope_scaling.type = "su"'),

@@ -10,9 +10,13 @@ import torch
 from safetensors.torch import save_file
 from small_adapters import BASE, HIDDEN, INNER, KV, Tensors
 
+from granatum.adapters_store.format.peft_config import PeftConfig
+from granatum.adapters_store.format.validate import validate
+from granatum.adapters_store.limits import DEFAULT_LIMITS
 from granatum.models.families import FAMILIES
 from granatum.runner.adapters.images.file import read_image, write_image
 from granatum.runner.adapters.images.image import AdapterImage, ImageShape, build_image
+from granatum.runner.adapters.images.layout import lay_out
 from granatum.v1.errors import InvalidAdapter
 
 PHI = replace(BASE, family=FAMILIES["phi3"])
@@ -78,6 +82,16 @@ def test_the_parts_together_add_what_the_fused_module_adds(
     padded = -(-RANKS[module] // 8) * 8
     assert (image.row.rank[:, columns] == padded).all()
     assert np.allclose(image.row.scale[:, columns], 8 / RANKS[module])
+
+
+def test_the_upload_counts_the_numbers_that_the_image_holds(
+    adapter: tuple[Path, Tensors],
+) -> None:
+    files = adapter[0] / "adapter_config.json", adapter[0] / "adapter_model.safetensors"
+    modules = PeftConfig.parse(files[0].read_bytes()).modules(PHI)
+    places = lay_out(PHI, modules, SHAPE.page_elements).places
+    held = sum(place.piece.rows * place.piece.columns for place in places)
+    assert validate(*files, PHI, DEFAULT_LIMITS).elements == held
 
 
 def test_its_file_is_read_back(adapter: tuple[Path, Tensors], tmp_path: Path) -> None:
