@@ -465,7 +465,7 @@ class Chaos:
         on_device = {entry.digest for entry in entries if entry.pages}
         assert set(self.users) <= on_device, "an adapter in use has left"
         assert set(self.cache.figures.resident) <= on_device
-        idle = [entry.size for entry in self.cache._idle.values()]
+        idle = [entry.size for entry in self.cache._device.idle]
         assert self.cache.figures.reclaimable_pages == sum(idle)
         assert len(set(self.slots.values())) == len(self.slots), "two adapters share a slot"
         held = [page for entry in entries for page in entry.pages]
@@ -476,7 +476,7 @@ class Chaos:
         assert len(host) == len(set(host))
         assert len(host) + self.cache._host.free_pages == self.mover.host_pages
         slots = [entry.slot for entry in entries if entry.pages]
-        assert sorted(slots + self.cache._free_slots) == list(range(5))
+        assert sorted(slots + self.cache._device._free_slots) == list(range(5))
 
     def wind_down(self) -> None:
         """Everybody leaves; nothing may remain but idle adapters, and all of them can go."""
