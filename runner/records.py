@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Self
 
+from granatum.v1.errors import Code, GranatumError
+
 
 class Finish(Enum):
     """Why a sequence is complete."""
@@ -30,13 +32,18 @@ class Departure(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error that ends a sequence: a google.rpc.Code, a message for the client, a reason."""
+    """An error that ends a sequence, as its client is told."""
 
-    code: int
+    code: Code
     message: str
     reason: str
     field: str = ""
-    """The request's field that is wrong, if one is."""
+    """The request's field that is wrong; empty: none is."""
+
+    @classmethod
+    def of(cls, error: GranatumError) -> Self:
+        """The failure that tells a client of `error`."""
+        return cls(error.code, error.message, error.reason, error.field or "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ def failure_of(error: Exception) -> Failure:
     if not isinstance(error, GranatumError):
         log.error("adapter load", exc_info=error)
         error = Internal("the adapter could not be loaded: the runner's log has the details")
-    return Failure(error.code, error.message, error.reason, error.field or "")
+    return Failure.of(error)
 
 
 def outcome_of(error: Exception) -> tuple[Departure | Failure, Failure | None]:

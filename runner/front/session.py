@@ -254,8 +254,7 @@ class Session:
             self._engine.cancel(news.sequence_id)
 
     def _fail(self, sequence_id: int, error: GranatumError) -> None:
-        failure = Failure(error.code, error.message, error.reason, error.field or "")
-        _set_outcome(self._output(sequence_id), failure)
+        _set_outcome(self._output(sequence_id), Failure.of(error))
 
     def _output(
         self, sequence_id: int, tokens: Sequence[Token] = (), prompt_tokens: int = 0

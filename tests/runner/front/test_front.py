@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import grpc
 import pytest
-from google.rpc import code_pb2
 
 from granatum.examples.tokenizer import byte_tokenizer
 from granatum.runner.channel import AsyncChannel, socket_pair
@@ -30,6 +29,7 @@ from granatum.runner.records import (
 )
 from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1 import inference_pb2, runner_pb2
+from granatum.v1.errors import Code
 from granatum.v1.inference_pb2 import (
     Chat,
     ChatMessage,
@@ -256,7 +256,7 @@ async def test_departures_and_failures_are_told(runner: Runner) -> None:
         Departure.REFUSED,
         Departure.EVICTED,
         Departure.DRAINED,
-        Failure(14, "away", "GONE"),
+        Failure(Code.UNAVAILABLE, "away", "GONE"),
     ]
     for number, outcome in enumerate(outcomes):
         await stream.write(submission(number, asks()))
@@ -320,7 +320,7 @@ async def test_bad_requests_name_their_field(runner: Runner, name: str) -> None:
     stream = runner.session()
     await stream.write(submission(1, request))
     (output,) = await outputs(stream)
-    assert output.failed.code == code_pb2.INVALID_ARGUMENT
+    assert output.failed.code == Code.INVALID_ARGUMENT
     assert message in output.failed.message
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from google.rpc import code_pb2
 
 from granatum.examples.tokenizer import byte_tokenizer
 from granatum.runner.front import session as session_module
@@ -16,6 +15,7 @@ from granatum.runner.records import Departure, Failure, Finish, SequenceNews
 from granatum.runner.text.sequence_text import SequenceText
 from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1 import inference_pb2, runner_pb2
+from granatum.v1.errors import Code
 from granatum.v1.inference_pb2 import GenerateRequest
 from granatum.v1.runner_pb2 import (
     CancelSequence,
@@ -112,11 +112,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 def is_neutral(output: SequenceOutput, secret: str) -> bool:
     failed = output.failed
-    return (
-        failed.code == code_pb2.INTERNAL
-        and secret not in failed.message
-        and "try" in failed.message
-    )
+    return failed.code == Code.INTERNAL and secret not in failed.message and "try" in failed.message
 
 
 @pytest.mark.parametrize("token", [-1, 1 << 40])
@@ -192,13 +188,13 @@ async def test_wrong_field_is_named_beside_the_message(router: Router) -> None:
     submit = SubmitSequence(sequence_id=1, request=request)
     router.commands.put_nowait(SessionRequest(submit=submit))
     failed = (await router.next()).failed
-    assert (failed.code, failed.field) == (code_pb2.INVALID_ARGUMENT, "sampling.temperature")
+    assert (failed.code, failed.field) == (Code.INVALID_ARGUMENT, "sampling.temperature")
 
 
 async def test_failed_load_departs_with_its_cause(engine: Engine, router: Router) -> None:
     router.submit(1)
     await until(lambda: engine.submitted == [101])
-    cause = Failure(code_pb2.NOT_FOUND, "the store lacks it", "NOT_FOUND", "adapter")
+    cause = Failure(Code.NOT_FOUND, "the store lacks it", "NOT_FOUND", "adapter")
     router.session.take(SequenceNews(101, outcome=Departure.LOAD_FAILED, cause=cause))
     output = await router.next()
     assert output.departed == runner_pb2.DEPARTURE_LOAD_FAILED
@@ -216,7 +212,7 @@ async def test_second_sequence_of_an_id_leaves_nothing_behind(
     if not preparing:
         await until(lambda: engine.submitted == [101])
     router.submit(1)
-    assert (await router.next()).failed.code == code_pb2.INTERNAL
+    assert (await router.next()).failed.code == Code.INTERNAL
     engine.hold.set()
     router.submit(3)
     await until(lambda: 103 in engine.submitted)
