@@ -12,13 +12,14 @@ from granatum.models.base_model import BaseModel
 from granatum.models.config import read_config
 from granatum.runner.engine.child import EngineChild
 from granatum.runner.front.engine_keeper import EngineKeeper
-from granatum.runner.front.front import Front, RunnerService
-from granatum.runner.front.health import Health
+from granatum.runner.front.front import Front
+from granatum.runner.front.health import EngineHealth
 from granatum.runner.front.heartbeat import Heartbeat
+from granatum.runner.front.servicer import RunnerServicer
 from granatum.runner.settings import RunnerSettings
 from granatum.runner.text.tokenizer import Tokenizer
 from granatum.service.tasks import cancelled
-from granatum.v1.cluster_pb2 import Runner as Figures
+from granatum.v1.cluster_pb2 import Runner
 from granatum.v1.runner_pb2_grpc import add_RunnerServiceServicer_to_server
 from granatum.v1.transport import build_server, listen, open_channel
 
@@ -49,7 +50,7 @@ class RunnerApp:
         tokenizer = Tokenizer(self._settings.model)
         self._front = Front(await self._child.connect(), tokenizer, self._vocabulary)
         self._keeper = EngineKeeper(self._front, self._child, lambda: EngineChild(self._settings))
-        self._health = Health(lambda: self._front.serving)
+        self._health = EngineHealth(lambda: self._front.serving)
         self._server = self._build_server()
         port = self._listen()
         self._heartbeat = Heartbeat(
@@ -92,7 +93,7 @@ class RunnerApp:
 
     def _build_server(self) -> grpc.aio.Server:
         server = build_server([SERVICE])
-        add_RunnerServiceServicer_to_server(RunnerService(self._front, self._key), server)
+        add_RunnerServiceServicer_to_server(RunnerServicer(self._front, self._key), server)
         self._health.add_to(server)
         return server
 
@@ -110,13 +111,13 @@ class RunnerApp:
             for address in settings.router
         ]
 
-    def _figures(self) -> Figures | None:
+    def _figures(self) -> Runner | None:
         """The runner as its heartbeats describe it; None while no engine computes."""
         front = self._front
         if not front.serving:
             return None
         ready, figures = front.ready, front.figures
-        return Figures(
+        return Runner(
             id=self._id,
             address=self._address,
             model=self._base.name,

@@ -20,7 +20,8 @@ from granatum.runner.adapters.disk.source import AdapterSource
 from granatum.runner.channel import AsyncChannel, Channel, ChannelClosed, socket_pair
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.process import EngineOptions, build_engine, serve
-from granatum.runner.front.front import Front, RunnerService
+from granatum.runner.front.front import Front
+from granatum.runner.front.servicer import RunnerServicer
 from granatum.runner.records import Command, Report
 from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1 import inference_pb2, runner_pb2
@@ -129,7 +130,7 @@ async def serving(engine: Engine) -> AsyncIterator[str]:
     )
     relay = asyncio.create_task(front.run())
     server = build_server(["granatum.v1.RunnerService"])
-    add_RunnerServiceServicer_to_server(RunnerService(front, KEY), server)
+    add_RunnerServiceServicer_to_server(RunnerServicer(front, KEY), server)
     port = listen(server, "127.0.0.1:0")
     await server.start()
     await front.loaded.wait()

@@ -13,7 +13,7 @@ from granatum.runner.front import engine_keeper
 from granatum.runner.front.engine_end import EngineEnd
 from granatum.runner.front.engine_keeper import EngineKeeper
 from granatum.runner.front.front import Front
-from granatum.runner.front.session import Session
+from granatum.runner.front.session import RouterSession
 from granatum.runner.records import (
     Cancel,
     Command,
@@ -106,7 +106,7 @@ class Rig:
         while True:
             yield await self.commands.get()
 
-    async def hears(self, session: Session) -> None:
+    async def hears(self, session: RouterSession) -> None:
         async for response in session.responses():
             for output in response.outputs:
                 self.heard.put_nowait(output)

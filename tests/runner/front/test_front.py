@@ -11,7 +11,8 @@ import pytest
 
 from granatum.examples.tokenizer import byte_tokenizer
 from granatum.runner.channel import AsyncChannel, socket_pair
-from granatum.runner.front.front import Front, RunnerService
+from granatum.runner.front.front import Front
+from granatum.runner.front.servicer import RunnerServicer
 from granatum.runner.records import (
     Cancel,
     Command,
@@ -98,7 +99,7 @@ async def started(tokenizer: Tokenizer) -> AsyncIterator[Runner]:
     ours, theirs = socket_pair()
     front = Front(await AsyncChannel.open(ours), tokenizer, vocabulary=259)
     server = build_server(["granatum.v1.RunnerService"])
-    add_RunnerServiceServicer_to_server(RunnerService(front, KEY), server)
+    add_RunnerServiceServicer_to_server(RunnerServicer(front, KEY), server)
     port = listen(server, "127.0.0.1:0")
     await server.start()
     relay = asyncio.create_task(front.run())

@@ -9,8 +9,8 @@ import pytest
 
 from granatum.examples.tokenizer import byte_tokenizer
 from granatum.runner.front import session as session_module
-from granatum.runner.front.session import EngineAway, Session
-from granatum.runner.front.submission import Bounds, Prepared, prepare
+from granatum.runner.front.session import EngineAway, RouterSession
+from granatum.runner.front.submission import Prepared, SequenceBounds, prepare
 from granatum.runner.records import Departure, Failure, Finish, SequenceNews
 from granatum.runner.text.sequence_text import SequenceText
 from granatum.runner.text.tokenizer import Tokenizer
@@ -49,9 +49,9 @@ class Engine:
         if self.hold is not None:
             await self.hold.wait()
         number = 100 + message.sequence_id
-        return prepare(number, message, self.tokenizer, Bounds(259, 10_000_000))
+        return prepare(number, message, self.tokenizer, SequenceBounds(259, 10_000_000))
 
-    def submit(self, prepared: Prepared, session: Session) -> None:
+    def submit(self, prepared: Prepared, session: RouterSession) -> None:
         if self.away:
             raise EngineAway
         self.submitted.append(prepared.submit.sequence_id)
@@ -63,7 +63,7 @@ class Engine:
 class Router:
     """The other side of a session: what it says, and what it has heard, without empty messages."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: RouterSession) -> None:
         self.session = session
         self.commands: asyncio.Queue[SessionRequest | None] = asyncio.Queue()
         self.heard: asyncio.Queue[SequenceOutput] = asyncio.Queue()
@@ -95,7 +95,7 @@ def engine(tokenizer: Tokenizer) -> Engine:
 
 @pytest.fixture
 async def router(engine: Engine) -> AsyncIterator[Router]:
-    router = Router(Session(engine))
+    router = Router(RouterSession(engine))
     yield router
     router.session.end()
     await router.session.ended()
@@ -260,7 +260,7 @@ async def test_idle_session_shows_signs_of_life(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session_module, "LIFE_S", 0.01)
-    router = Router(Session(engine))
+    router = Router(RouterSession(engine))
     await until(lambda: router.signs >= 3)
     router.session.end()
     await asyncio.wait_for(router.tasks[1], 5)
@@ -272,7 +272,7 @@ async def test_silent_router_is_noticed_and_a_ping_is_no_silence(
 ) -> None:
     monkeypatch.setattr(session_module, "LIFE_S", 0.04)
     monkeypatch.setattr(session_module, "SILENT_S", 0.4)
-    router = Router(Session(engine))
+    router = Router(RouterSession(engine))
     neglected = asyncio.create_task(router.session.neglected())
     for _ in range(20):
         router.commands.put_nowait(SessionRequest(ping=Ping()))
@@ -288,7 +288,7 @@ async def test_router_that_does_not_read_is_noticed(
 ) -> None:
     monkeypatch.setattr(session_module, "LIFE_S", 0.02)
     monkeypatch.setattr(session_module, "STUCK_S", 0.2)
-    session = Session(engine)
+    session = RouterSession(engine)
     responses = session.responses()
     neglected = asyncio.create_task(session.neglected())
     for _ in range(30):  # a reader, however slow
