@@ -28,8 +28,8 @@ class SequenceText:
         self.stopped = False
         """Whether a stop string has appeared; no text goes out after it."""
         text = "".join([self._push(token) for token in submit.generated])
-        self._owed = text[delivered:]
-        self._ahead = max(delivered - len(text), 0)
+        self._owed = text[delivered:]  # goes out with the next token
+        self._ahead = max(delivered - len(text), 0)  # characters still to come that the client has
 
     def take(
         self,

@@ -171,9 +171,8 @@ def _refusal_of(error: Exception) -> InvalidRequest:
     if type(error) is TemplateError:
         said = str(error)[:_MAX_REFUSAL]
         return _refused(f"the model's chat template refuses them: {said}")
-    log.warning(
-        "the chat template failed", error=type(error).__name__
-    )  # the error's text may hold their messages
+    # The error's text is not logged: it may hold a tenant's messages.
+    log.warning("the chat template failed", error=type(error).__name__)
     return _refused(
         "the model's chat template cannot write them: check their roles and their order"
     )

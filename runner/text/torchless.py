@@ -10,7 +10,7 @@ import sys
 
 
 def import_transformers() -> None:
-    """Import transformers so that it believes, now and later in this process, that torch is missing.
+    """Import transformers in such a way that it takes torch for missing as long as we run.
 
     Our processes call this before they import anything large. Where torch is already imported,
     nothing can be saved and transformers is left as it is. torch can be imported afterwards.
