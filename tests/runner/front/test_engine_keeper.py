@@ -3,11 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
-from granatum.examples.tokenizer import byte_tokenizer
 from granatum.runner.channel import AsyncChannel, ChannelClosed, socket_pair
 from granatum.runner.front import engine_keeper
 from granatum.runner.front.engine_end import EngineEnd
@@ -35,13 +33,6 @@ from granatum.v1.runner_pb2 import SequenceOutput, SessionRequest, SubmitSequenc
 
 FIGURES = EngineFigures(0, 100, 100, 0, 0, 0, 0, 0)
 READY = Ready(max_batch=4, page_tokens=16, max_context=256, figures=FIGURES)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    directory: Path = tmp_path_factory.mktemp("tokenizer")
-    byte_tokenizer().save_pretrained(directory)
-    return Tokenizer(directory)
 
 
 class Child:

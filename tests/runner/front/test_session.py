@@ -3,11 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
-from granatum.examples.tokenizer import byte_tokenizer
 from granatum.runner.front import session as session_module
 from granatum.runner.front.session import EngineAway, RouterSession
 from granatum.runner.front.submission import Prepared, SequenceBounds, prepare
@@ -24,13 +22,6 @@ from granatum.v1.runner_pb2 import (
     SessionRequest,
     SubmitSequence,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    directory: Path = tmp_path_factory.mktemp("tokenizer")
-    byte_tokenizer().save_pretrained(directory)
-    return Tokenizer(directory)
 
 
 @dataclass
