@@ -15,7 +15,7 @@ from granatum.cli.box.box import Box
 from granatum.cli.box.process import Process
 from granatum.models.config import read_config
 from granatum.runner import __main__
-from granatum.runner.adapters.residency import AdapterFigures
+from granatum.runner.adapters.residency import NoAdapters
 from granatum.runner.channel import Channel
 from granatum.runner.engine import child as engine_child
 from granatum.runner.engine.child import LastWords
@@ -43,30 +43,11 @@ class PacedBox(Box):
         return super()._process(name, command, env)
 
 
-class EveryAdapter:
-    """All adapters are on the device."""
-
-    figures = AdapterFigures((), 0, 0)
+class EveryAdapter(NoAdapters):
+    """All adapters are on the device and take no pages."""
 
     def acquire(self, digest: str) -> int:  # noqa: ARG002 - the protocol's signature
-        """Always there."""
-        return 0
-
-    def await_copy(self) -> None:
-        """Nothing is on its way."""
-
-    def release(self, digest: str) -> None:
-        """Nothing to do."""
-
-    def pages_of(self, digest: str) -> int:  # noqa: ARG002 - the protocol's signature
-        """None."""
-        return 0
-
-    def poll(self) -> None:
-        """Nothing to do."""
-
-    def reclaim(self, pages: int) -> int:  # noqa: ARG002 - the protocol's signature
-        """Nothing to give."""
+        """The slot of every adapter."""
         return 0
 
 

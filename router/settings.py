@@ -8,15 +8,7 @@ from pydantic_settings import BaseSettings
 from granatum.adapters_store.limits import DEFAULT_LIMITS, Limits
 from granatum.router.services.quotas import Bounds
 from granatum.router.streams.stream import Patience
-from granatum.service.settings import (
-    Certificate,
-    CertificateKey,
-    ClusterKey,
-    Insecure,
-    ListenAddress,
-    StoreUrl,
-    settings_of,
-)
+from granatum.service import settings as shared
 from granatum.v1.transport import Tls
 
 _LEAST_SHARE = 16
@@ -26,21 +18,21 @@ _LEAST_SHARE = 16
 class Settings(BaseSettings):
     """A router's settings; in the environment --max-queue is GRANATUM_ROUTER_MAX_QUEUE."""
 
-    model_config = settings_of("router")
+    model_config = shared.settings_of("router")
 
-    listen: ListenAddress = "127.0.0.1:7070"
+    listen: shared.ListenAddress = "127.0.0.1:7070"
     loopback: str | None = Field(
         None,
         description="a second host:port, of this machine alone and in plaintext: for runners here",
     )
     redis: str = Field("redis://127.0.0.1:6379/0", description="the registry's Redis server")
-    store: StoreUrl
+    store: shared.StoreUrl
     base_config: Path = Field(
         validation_alias=AliasChoices("model-config", "GRANATUM_ROUTER_MODEL_CONFIG"),
         description="the runners' model directory with all its files, or its config.json there",
     )
     keys: Path = Field(description="the JSON file of tenant and admin keys")
-    cluster_key: ClusterKey
+    cluster_key: shared.ClusterKey
 
     max_queue: int = Field(
         1024,
@@ -104,13 +96,13 @@ class Settings(BaseSettings):
         DEFAULT_LIMITS.max_tenant_bytes, gt=0, description="the most bytes that one tenant may keep"
     )
 
-    tls_cert: Certificate = None
-    tls_key: CertificateKey = None
+    tls_cert: shared.Certificate = None
+    tls_key: shared.CertificateKey = None
     tls_ca: Path | None = Field(None, description="PEM roots; demands certificates of clients")
     runner_ca: Path | None = Field(None, description="PEM roots of the runners' certificates")
     runner_cert: Path | None = Field(None, description="PEM certificate to show to runners")
     runner_key: Path | None = Field(None, description="PEM key of --runner-cert")
-    insecure: Insecure = False
+    insecure: shared.Insecure = False
 
     @property
     def tls(self) -> Tls | None:

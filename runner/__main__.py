@@ -15,13 +15,13 @@ from granatum.service.tasks import serve_until, stop_signal
 from granatum.v1.errors import GranatumError
 
 SWITCH_S = 0.001
-"""Longest time that a thread which prepares a long text goes on in Python while the loop waits."""
+"""The longest time that the event loop waits for a thread that prepares a long text in Python."""
 
 log = structlog.get_logger("granatum.runner")
 
 
 def main() -> int:
-    """Run a runner; the exit status, not 0 if it could not serve. The last log line says why."""
+    """Run a runner. Returns the exit status; if it is not 0, the last log line says why."""
     log_as_json()
     try:
         asyncio.run(serve(read_settings(RunnerSettings)))

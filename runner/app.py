@@ -25,16 +25,18 @@ from granatum.v1.transport import build_server, listen, open_channel
 
 SERVICE = "granatum.v1.RunnerService"
 _FLUSH_S = 1.0
+"""The time for the last messages of sessions that end."""
 _ENGINE_S = 5.0
+"""The time for the engine's process to end by itself."""
 
 log = structlog.get_logger(__name__)
 
 
 class RunnerApp:
-    """Serves from `async with` on, once its engine is ready.
+    """Listens from `async with` on, and serves once the engine `child` is ready.
 
-    Leaving it takes the runner out of the routers' sight, gives its streams back to them, and ends
-    the engine, `child`.
+    At the end of the `async with` the runner goes out of the routers' sight, gives its streams back
+    to them, and ends the engine.
     """
 
     def __init__(self, settings: RunnerSettings, child: EngineChild) -> None:
@@ -67,7 +69,7 @@ class RunnerApp:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Out of sight first, then the streams, then the engine."""
+        """Go out of the routers' sight first, then give streams back, then end the engine."""
         log.info("stopping", grace_s=self._settings.grace_s)
         await cancelled(self._checks, self._reports)
         self._health.stop()
@@ -112,7 +114,7 @@ class RunnerApp:
         ]
 
     def _figures(self) -> Runner | None:
-        """The runner as its heartbeats describe it; None while no engine computes."""
+        """The runner's figures for its heartbeats; None while no engine computes."""
         front = self._front
         if not front.serving:
             return None

@@ -1,4 +1,4 @@
-"""Everything a runner can be told, by flags or by `GRANATUM_RUNNER_*` in the environment."""
+"""Everything that a runner can be told, by flags or by GRANATUM_RUNNER_* in the environment."""
 
 import socket
 from pathlib import Path
@@ -7,15 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode
 
-from granatum.service.settings import (
-    Certificate,
-    CertificateKey,
-    ClusterKey,
-    Insecure,
-    ListenAddress,
-    StoreUrl,
-    settings_of,
-)
+from granatum.service import settings as shared
 from granatum.v1.transport import Tls
 
 MAX_BATCH = 1024
@@ -26,16 +18,16 @@ _ANY_HOST = ("", "0.0.0.0", "::", "*")  # noqa: S104 - recognised, not bound
 class RunnerSettings(BaseSettings):
     """A runner's settings; in the environment --max-batch is GRANATUM_RUNNER_MAX_BATCH."""
 
-    model_config = settings_of("runner")
+    model_config = shared.settings_of("runner")
 
     model: Path = Field(description="the base model: a Hugging Face directory")
-    store: StoreUrl
+    store: shared.StoreUrl
     router: Annotated[tuple[str, ...], NoDecode] = Field(
         description="host:port of a router to report to; several with commas or repeated"
     )
     cache_dir: Path = Field(description="local directory for adapters, ready to be loaded")
-    cluster_key: ClusterKey
-    listen: ListenAddress = "127.0.0.1:7071"
+    cluster_key: shared.ClusterKey
+    listen: shared.ListenAddress = "127.0.0.1:7071"
     advertise: str | None = Field(
         None, description="host:port where routers reach it; absent: from --listen"
     )
@@ -78,13 +70,13 @@ class RunnerSettings(BaseSettings):
     )
     grace_s: float = Field(10.0, ge=0, description="seconds to hand streams back at a stop")
 
-    tls_cert: Certificate = None
-    tls_key: CertificateKey = None
+    tls_cert: shared.Certificate = None
+    tls_key: shared.CertificateKey = None
     tls_ca: Path | None = Field(None, description="PEM roots; demands certificates of routers")
     router_ca: Path | None = Field(None, description="PEM roots of the routers' certificates")
     router_cert: Path | None = Field(None, description="PEM certificate to show to routers")
     router_key: Path | None = Field(None, description="PEM key of --router-cert")
-    insecure: Insecure = False
+    insecure: shared.Insecure = False
 
     @field_validator("router", mode="before")
     @classmethod
@@ -110,16 +102,16 @@ class RunnerSettings(BaseSettings):
 
     @property
     def tls(self) -> Tls | None:
-        """Of the listening port."""
+        """TLS of the listening port."""
         return Tls.given(self.tls_cert, self.tls_key, self.tls_ca)
 
     @property
     def router_tls(self) -> Tls | None:
-        """Of the channels to routers."""
+        """TLS of the channels to routers."""
         return Tls.given(self.router_cert, self.router_key, self.router_ca)
 
     def address(self, port: int) -> str:
-        """Where routers reach the runner, which listens on `port`."""
+        """The host:port at which routers reach the runner, which listens on `port`."""
         if self.advertise is not None:
             return self.advertise
         host = self.listen.rpartition(":")[0]
