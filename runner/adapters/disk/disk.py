@@ -172,7 +172,7 @@ class DiskImages:
         return size - size % self._shape.page_bytes if is_ours else size
 
     def _scan(self) -> None:
-        """Find the images of the directory. With a broken disk the engine starts, and loads fail."""
+        """Find the images of the directory. A broken disk fails loads, not the engine's start."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._clear_half_made()
