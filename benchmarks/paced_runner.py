@@ -23,7 +23,7 @@ from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.flight_recorder import FlightRecorder
 from granatum.runner.engine.process import serve
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits, Plan
+from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
 from granatum.runner.records import Command, Report, TokenLogprobs
 from granatum.runner.settings import RunnerSettings
 
@@ -93,7 +93,7 @@ def run_engine(
     """The engine process's main."""
     config = read_config(settings.model)
     batch = settings.max_batch or 64
-    limits = Limits(batch, batch, settings.prefill_tokens, 16, config.max_positions)
+    limits = EngineLimits(batch, batch, settings.prefill_tokens, 16, config.max_positions)
     executor = PacedExecutor(float(os.environ[STEP_MS]) / 1e3, config.vocab, batch)
     engine = Engine(
         executor,  # type: ignore[arg-type]

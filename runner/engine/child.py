@@ -103,21 +103,20 @@ def _run(settings: RunnerSettings, end: socket.socket, recorder: FlightRecorder)
 def _options(settings: RunnerSettings, device: str) -> "EngineOptions":
     """What the engine is built with on `device`."""
     from granatum.runner.engine.process import EngineOptions
-    from granatum.runner.model.arena import host_bytes
+    from granatum.runner.model.arena import cpu_host_cache_bytes
 
     options = EngineOptions(
         model=settings.model,
         device=device,
-        step_tokens=settings.prefill_tokens,
+        prefill_tokens=settings.prefill_tokens,
         max_context=settings.max_context,
         max_rank=settings.max_rank,
         arena_bytes=settings.arena_bytes,
-        memory_share=settings.memory_fraction,
+        memory_fraction=settings.memory_fraction,
         random_weights=settings.random_weights,
     )
     on_cpu = device == "cpu"
     max_batch = settings.max_batch or (_CPU_BATCH if on_cpu else options.max_batch)
-    host = settings.host_cache_bytes
-    if host is None:
-        host = host_bytes(settings.model, settings.max_rank) if on_cpu else options.host_bytes
-    return dataclasses.replace(options, max_batch=max_batch, host_bytes=host)
+    default = cpu_host_cache_bytes(settings.model, settings.max_rank) if on_cpu else None
+    host = settings.host_cache_bytes or default or options.host_cache_bytes
+    return dataclasses.replace(options, max_batch=max_batch, host_cache_bytes=host)

@@ -14,7 +14,7 @@ from granatum.runner.engine.execution.executor import Executor, Flight
 from granatum.runner.engine.flight_recorder import FlightRecorder
 from granatum.runner.engine.scheduling.failures import STEP_FAILED
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits, Plan
+from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
 from granatum.runner.engine.scheduling.scheduler import Scheduler
 from granatum.runner.records import EngineFigures, SequenceNews, Submit
 
@@ -74,7 +74,7 @@ class Engine:
     def __init__(
         self,
         executor: Executor,
-        limits: Limits,
+        limits: EngineLimits,
         pool: PagePool,
         adapters: Adapters,
         recorder: FlightRecorder | None = None,

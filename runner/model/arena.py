@@ -45,7 +45,7 @@ def page_tokens(config: ModelConfig, max_rank: int) -> int:
     return tokens
 
 
-def host_bytes(model: Path, max_rank: int) -> int:
+def cpu_host_cache_bytes(model: Path, max_rank: int) -> int:
     """Host memory for adapters on a CPU: whatever may be uploaded must fit, and some beside it."""
     try:
         base = BaseModel.from_config(model)

@@ -6,7 +6,7 @@ from toy_model import next_token
 
 from granatum.runner.adapters.residency import AdapterFigures, NoAdapters
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits, Plan
+from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
 from granatum.runner.engine.scheduling.scheduler import Scheduler
 from granatum.runner.records import SequenceNews, Submit
 from granatum.v1.errors import Unavailable
@@ -73,7 +73,7 @@ class ToyAdapters:
 class ToyEngine:
     """Runs a scheduler one step ahead and keeps what each sequence was told."""
 
-    def __init__(self, limits: Limits, pages: int, adapters: bool = True) -> None:
+    def __init__(self, limits: EngineLimits, pages: int, adapters: bool = True) -> None:
         self.pool = PagePool(pages)
         self.adapters = ToyAdapters(self.pool)
         self.scheduler = Scheduler(limits, self.pool, self.adapters if adapters else NoAdapters())
@@ -123,6 +123,8 @@ class ToyEngine:
         assert not any(self.adapters.users.values())
 
 
-def limits(**changes: int) -> Limits:
-    bounds = Limits(max_batch=4, max_waiting=100, step_tokens=16, page_tokens=4, max_context=64)
-    return replace(bounds, **changes)
+def limits(**changes: int) -> EngineLimits:
+    """Small bounds of an engine, with changes."""
+    return replace(
+        EngineLimits(4, 100, prefill_tokens=16, page_tokens=4, max_context=64), **changes
+    )

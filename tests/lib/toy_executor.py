@@ -9,10 +9,10 @@ from granatum.runner.adapters.residency import AdapterFigures
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.flight_recorder import FlightRecorder
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits, Plan
+from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
 from granatum.runner.records import Submit, TokenLogprobs
 
-LIMITS = Limits(max_batch=4, max_waiting=100, step_tokens=16, page_tokens=4, max_context=64)
+LIMITS = EngineLimits(4, max_waiting=100, prefill_tokens=16, page_tokens=4, max_context=64)
 
 
 Fault = Callable[[Plan], bool]
@@ -114,7 +114,9 @@ class ToyAdapters:
 class Bench:
     """An engine over the toys, and what it said."""
 
-    def __init__(self, executor: ToyExecutor, limits: Limits = LIMITS, pages: int = 200) -> None:
+    def __init__(
+        self, executor: ToyExecutor, limits: EngineLimits = LIMITS, pages: int = 200
+    ) -> None:
         self.pool = PagePool(pages)
         self.adapters = ToyAdapters()
         self.recorder = FlightRecorder(limits.max_batch)

@@ -107,7 +107,7 @@ def engine(
     adapters: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Engine:
     options = EngineOptions(
-        BASE_MODEL, device="cpu", max_batch=12, host_bytes=32 << 20, arena_bytes=48 << 20
+        BASE_MODEL, device="cpu", max_batch=12, host_cache_bytes=32 << 20, arena_bytes=48 << 20
     )
     source = AdapterSource(adapters[0].as_uri(), tmp_path_factory.mktemp("cache"), 1 << 30)
     return build_engine(options, source)

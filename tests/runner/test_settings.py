@@ -115,7 +115,7 @@ def test_host_memory_of_a_cpu_holds_the_largest_adapter_that_may_be_uploaded(
     shape = ImageShape(BaseModel.from_config(tmp_path), "float32", elements, rank)
     modules = {(layer, name): ModuleSpec(rank, 1.0) for layer in range(30) for name in PROJECTIONS}
     largest = lay_out(shape.base, modules, elements).pages * shape.page_bytes
-    assert found.host_bytes >= max(2 * largest, 64 << 20)
+    assert found.host_cache_bytes >= max(2 * largest, 64 << 20)
     asked = read("--router", "a:1", "--host-cache-bytes", "12345", "--model", str(tmp_path))
-    assert _options(asked, "cpu").host_bytes == 12345
-    assert _options(settings, "cuda").host_bytes == 4 << 30
+    assert _options(asked, "cpu").host_cache_bytes == 12345
+    assert _options(settings, "cuda").host_cache_bytes == 4 << 30

@@ -6,14 +6,14 @@ from granatum.runner.engine.scheduling.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class EngineLimits:
     """Bounds of one engine."""
 
     max_batch: int
     """Sequences that run at a time."""
     max_waiting: int
     """Sequences that wait beside the running ones; more are refused."""
-    step_tokens: int
+    prefill_tokens: int
     """Rows of one step, decodes and chunks of prompts together."""
     page_tokens: int
     max_context: int

@@ -3,7 +3,7 @@
 from granatum.runner.adapters.residency import Adapters
 from granatum.runner.engine.scheduling import failures
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits
+from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.engine.scheduling.sequence import Outcome, Sequence
 from granatum.runner.records import Departure, Failure, Finish
 
@@ -15,7 +15,7 @@ class Room:
     token of each running sequence. Idle adapters give their pages to sequences.
     """
 
-    def __init__(self, limits: Limits, pool: PagePool, adapters: Adapters) -> None:
+    def __init__(self, limits: EngineLimits, pool: PagePool, adapters: Adapters) -> None:
         self.adapters = adapters
         self._limits = limits
         self._pool = pool

@@ -16,7 +16,7 @@ from granatum.runner.adapters.residency import Adapters, outcome_of
 from granatum.runner.engine.scheduling import failures
 from granatum.runner.engine.scheduling.news import News
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits, Plan, Span, launch, span_of
+from granatum.runner.engine.scheduling.plan import EngineLimits, Plan, Span, launch, span_of
 from granatum.runner.engine.scheduling.quarantine import Quarantine
 from granatum.runner.engine.scheduling.room import Room
 from granatum.runner.engine.scheduling.sequence import Outcome, Sequence
@@ -32,7 +32,7 @@ class Scheduler:
     They run within `limits`, with pages of `pool` and adapters of `adapters`.
     """
 
-    def __init__(self, limits: Limits, pool: PagePool, adapters: Adapters) -> None:
+    def __init__(self, limits: EngineLimits, pool: PagePool, adapters: Adapters) -> None:
         self._limits = limits
         self._adapters = adapters
         self._room = Room(limits, pool, adapters)
@@ -102,7 +102,7 @@ class Scheduler:
         for sequence in self._quarantine.in_turn(self._running):
             self._considered = sequence
             if sequence.remaining > 1:
-                rows = min(sequence.remaining, self._limits.step_tokens)
+                rows = min(sequence.remaining, self._limits.prefill_tokens)
                 return launch([], [span_of(sequence, rows)], solo=True)
             if self._grow(sequence):
                 return launch([span_of(sequence, 1)], [], solo=True)
@@ -114,7 +114,7 @@ class Scheduler:
         active = sorted((s for s in company if s.schedulable), key=_rank)
         decodes = [span_of(s, 1) for s in active if s.remaining == 1 and self._grow(s)]
         chunks: list[Span] = []
-        budget = self._limits.step_tokens - len(decodes)
+        budget = self._limits.prefill_tokens - len(decodes)
         for sequence in active:
             if sequence.remaining > 1 and budget > 0:
                 chunks.append(span_of(sequence, min(sequence.remaining, budget)))

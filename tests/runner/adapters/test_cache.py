@@ -7,7 +7,7 @@ from granatum.runner.adapters.backoff import BACKOFF_S
 from granatum.runner.adapters.cache import ABANDON_S, PATIENCE_S, AdapterCache
 from granatum.runner.adapters.mover import Copied, Measured
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits
+from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.engine.scheduling.scheduler import Scheduler
 from granatum.runner.records import Submit
 from granatum.v1.errors import InvalidRequest, Unavailable
@@ -116,7 +116,7 @@ def test_scheduled_next_from_the_device_or_from_host_memory_alike(cold: bool) ->
     settle(cache, mover)
     if cold:
         cache.reclaim(2)
-    scheduler = Scheduler(Limits(4, 4, 16, 4, 64), pool, cache)
+    scheduler = Scheduler(EngineLimits(4, 4, 16, 4, 64), pool, cache)
     scheduler.submit(Submit(1, (1, 2, 3), adapter="a", max_tokens=4))
     (chunk,) = scheduler.schedule().chunks
     assert (chunk.rows, chunk.sequence.slot) == (3, 0)

@@ -11,7 +11,7 @@ from toy_model import VOCABULARY, expected
 
 from granatum.runner.engine.engine import MOST_UNPLANNED, EngineLost
 from granatum.runner.engine.scheduling.failures import STEP_FAILED
-from granatum.runner.engine.scheduling.plan import Limits, Plan
+from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
 from granatum.runner.records import Departure, Finish, Submit
 
 
@@ -71,7 +71,7 @@ def test_a_fault_of_two_together_lets_both_go_on() -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_any_faults_leave_the_innocent_as_they_would_be(seed: int) -> None:
     rng = random.Random(seed)
-    limits = Limits(rng.randint(1, 6), 100, rng.randint(6, 20), rng.choice([1, 4]), 64)
+    limits = EngineLimits(rng.randint(1, 6), 100, rng.randint(6, 20), rng.choice([1, 4]), 64)
     submits = [
         Submit(
             i,

@@ -253,7 +253,7 @@ def test_any_mix_ends_with_the_right_tokens_and_nothing_left(seed: int) -> None:
     rng = random.Random(seed)
     bounds = limits(
         max_batch=rng.randint(1, 6),
-        step_tokens=rng.randint(6, 20),
+        prefill_tokens=rng.randint(6, 20),
         page_tokens=rng.choice([1, 4, 8]),
     )
     engine = ToyEngine(bounds, rng.randint(12, 70))
