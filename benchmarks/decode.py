@@ -38,7 +38,7 @@ from granatum.models.config import ModelConfig
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits
+from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.arena import Arena, allocate_arena, page_tokens, pages_that_fit
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import Weights, random_weights
@@ -97,7 +97,7 @@ class Rig:
     table: AdapterTable
     adapters: RandomAdapters
     pool: PagePool
-    limits: Limits
+    limits: EngineLimits
 
     @classmethod
     def build(
@@ -106,7 +106,7 @@ class Rig:
         batch: int,
         *,
         rank: int,
-        step_tokens: int,
+        prefill_tokens: int,
         context: int,
         device: torch.device,
         pages: int | None = None,
@@ -115,10 +115,10 @@ class Rig:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         weights = random_weights(config, dtype, device)
         tokens = page_tokens(config, rank)
-        limits = Limits(
+        limits = EngineLimits(
             max_batch=batch,
             max_waiting=1 << 20,
-            step_tokens=max(step_tokens, batch),
+            prefill_tokens=max(prefill_tokens, batch),
             page_tokens=tokens,
             max_context=max(context, MAX_LENGTH) + SETTLE + WINDOW + 2 * batch + 64,
         )
@@ -238,7 +238,7 @@ def bench_model(args: argparse.Namespace, name: str) -> Iterator[Row]:
         SHAPES[name],
         args.max_batch,
         rank=args.rank,
-        step_tokens=args.step_tokens,
+        prefill_tokens=args.prefill_tokens,
         context=args.context,
         device=torch.device(args.device),
         pages=args.pages,
@@ -284,7 +284,7 @@ def parse_args() -> argparse.Namespace:
     option("--popularities", type=names, default=[BACKBONE, *POPULARITIES])
     option("--context", type=int, default=512, help="prompt tokens of step_ms")
     option("--contexts", type=names, default=["equal"], help=", ".join(CONTEXTS))
-    option("--step-tokens", type=int, default=2048, help="rows of a step at most")
+    option("--prefill-tokens", type=int, default=2048, help="rows of a step at most")
     option("--pages", type=int, help="of the arena; else as many as fit the GPU")
     option("--prompts", type=numbers, default=[], help="rows of the steps of prompt_ms")
     option("--repeats", type=int, default=3)

@@ -78,7 +78,7 @@ class Rig:
                     batch=args.batch,
                     rank=args.rank,
                     adapters=slots,
-                    host_bytes=host_adapters * args.adapter_bytes,
+                    host_cache_bytes=host_adapters * args.adapter_bytes,
                     arena_bytes=args.arena_bytes,
                 ),
                 lambda shape: self._open(args, shape),

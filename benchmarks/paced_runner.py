@@ -15,7 +15,7 @@ from granatum.cli.box.box import Box
 from granatum.cli.box.process import Process
 from granatum.models.config import read_config
 from granatum.runner import __main__
-from granatum.runner.adapters.residency import AdapterFigures
+from granatum.runner.adapters.residency import NoAdapters
 from granatum.runner.channel import Channel
 from granatum.runner.engine import child as engine_child
 from granatum.runner.engine.child import LastWords
@@ -23,9 +23,9 @@ from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.flight_recorder import FlightRecorder
 from granatum.runner.engine.process import serve
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits, Plan
+from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
 from granatum.runner.records import Command, Report, TokenLogprobs
-from granatum.runner.settings import Settings
+from granatum.runner.settings import RunnerSettings
 
 STEP_MS = "GRANATUM_BENCH_STEP_MS"
 _PAGES = 1 << 16
@@ -43,30 +43,11 @@ class PacedBox(Box):
         return super()._process(name, command, env)
 
 
-class EveryAdapter:
-    """All adapters are on the device."""
-
-    figures = AdapterFigures((), 0, 0)
+class EveryAdapter(NoAdapters):
+    """All adapters are on the device and take no pages."""
 
     def acquire(self, digest: str) -> int:  # noqa: ARG002 - the protocol's signature
-        """Always there."""
-        return 0
-
-    def await_copy(self) -> None:
-        """Nothing is on its way."""
-
-    def release(self, digest: str) -> None:
-        """Nothing to do."""
-
-    def pages_of(self, digest: str) -> int:  # noqa: ARG002 - the protocol's signature
-        """None."""
-        return 0
-
-    def poll(self) -> None:
-        """Nothing to do."""
-
-    def reclaim(self, pages: int) -> int:  # noqa: ARG002 - the protocol's signature
-        """Nothing to give."""
+        """The slot of every adapter."""
         return 0
 
 
@@ -104,7 +85,7 @@ class PacedExecutor:
 
 
 def run_engine(
-    settings: Settings,
+    settings: RunnerSettings,
     end: socket.socket,
     recorder: FlightRecorder,
     words: LastWords,  # noqa: ARG001 - as the child's own main
@@ -112,7 +93,7 @@ def run_engine(
     """The engine process's main."""
     config = read_config(settings.model)
     batch = settings.max_batch or 64
-    limits = Limits(batch, batch, settings.prefill_tokens, 16, config.max_positions)
+    limits = EngineLimits(batch, batch, settings.prefill_tokens, 16, config.max_positions)
     executor = PacedExecutor(float(os.environ[STEP_MS]) / 1e3, config.vocab, batch)
     engine = Engine(
         executor,  # type: ignore[arg-type]

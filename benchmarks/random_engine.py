@@ -26,9 +26,9 @@ class EngineSize:
     rank: int
     adapters: int
     """On the device at a time."""
-    host_bytes: int
+    host_cache_bytes: int
     arena_bytes: int | None = None
-    step_tokens: int = 512
+    prefill_tokens: int = 512
 
 
 def start_engine(model: Path, size: EngineSize, source: OpenSource) -> Engine:
@@ -39,10 +39,10 @@ def start_engine(model: Path, size: EngineSize, source: OpenSource) -> Engine:
         size.device,
         max_batch=size.batch,
         max_waiting=1 << 20,
-        step_tokens=size.step_tokens,
+        prefill_tokens=size.prefill_tokens,
         max_rank=size.rank,
         adapter_slots=size.adapters,
-        host_bytes=size.host_bytes,
+        host_cache_bytes=size.host_cache_bytes,
         arena_bytes=size.arena_bytes,
         random_weights=True,
     )

@@ -52,11 +52,11 @@ from scenarios import (
     textgen,
     ttft,
 )
-from service import ServiceSize, running_service
 from traffic import BACKBONE
 from workload import POPULARITIES, SHAPES
 
 from granatum.cli.box.box import Box
+from service import ServiceSize, running_service
 
 KEY = ("mode", "scenario", "model", "popularity", "batch", "rate", "prefills")
 COLUMNS = (
@@ -97,8 +97,8 @@ def start(args: argparse.Namespace, batch: int) -> EngineUsers:
         batch=batch,
         rank=args.rank,
         adapters=batch,
-        host_bytes=args.host_bytes,
-        step_tokens=max(args.step_tokens, batch),
+        host_cache_bytes=args.host_cache_bytes,
+        prefill_tokens=max(args.prefill_tokens, batch),
     )
     model = write_model(args.dir / args.model, SHAPES[args.model])
     engine = start_engine(model, size, lambda shape: MemoryTwins(shape, args.rank))
@@ -115,8 +115,8 @@ async def service_rows(args: argparse.Namespace, mode: str, add: Callable[[Row],
         adapters=args.batch,
         runner_arguments=(
             *("--max-batch", str(args.batch), "--max-rank", str(args.rank)),
-            *("--prefill-tokens", str(max(args.step_tokens, args.batch))),
-            *("--host-cache-bytes", str(args.host_bytes)),
+            *("--prefill-tokens", str(max(args.prefill_tokens, args.batch))),
+            *("--host-cache-bytes", str(args.host_cache_bytes)),
         ),
     )
     scenarios: dict[str, Callable[..., Rows]] = {
@@ -207,9 +207,9 @@ def parse_args() -> argparse.Namespace:
     option("--requests", type=int, default=128, help="of textgen")
     option("--rates", type=numbers, default=[4, 8, 12], help="requests per second of open")
     option("--seconds", type=float, default=20, help="of each measurement but textgen and ttft")
-    option("--step-tokens", type=int, default=512, help="rows of a step at most")
+    option("--prefill-tokens", type=int, default=512, help="rows of a step at most")
     option("--step-ms", type=float, default=0.0, help="of an engine that computes nothing")
-    option("--host-bytes", type=int, default=4 * _GIB, help="of pinned memory for adapters")
+    option("--host-cache-bytes", type=int, default=4 * _GIB, help="of pinned memory for adapters")
     option("--clients", type=int, default=4, help="processes of users")
     option("--dir", type=Path, default=Path(tempfile.gettempdir()) / "granatum-bench")
     results.add_options(parser)

@@ -28,12 +28,12 @@ from granatum.kernels.linear import linear
 from granatum.kernels.linear.linear import Config, block_rows, shape_key
 from granatum.models.families import LLAMA
 from granatum.runner.engine.execution import executor
-from granatum.runner.engine.scheduling.plan import Limits
+from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.inputs import StepShape, decode_shape, mixed_shape
 
 Table = dict[str, Config | None]
 POPULARITIES = ("distinct", "identical")
-PROMPT, STEP_TOKENS = 512, 512
+PROMPT, PREFILL_TOKENS = 512, 512
 RANK = 16
 TILES = (
     Config(64, 128, 1, 4, 3),
@@ -61,8 +61,8 @@ def both_ms(rig: Rig, batch: int) -> list[float]:
 def capture_only(batch: int) -> None:
     """Have engines capture no other steps than those measured here."""
 
-    def shapes(limits: Limits) -> tuple[StepShape, ...]:
-        mixed = mixed_shape(limits.step_tokens, batch, batch, batch, lora=True)
+    def shapes(limits: EngineLimits) -> tuple[StepShape, ...]:
+        mixed = mixed_shape(limits.prefill_tokens, batch, batch, batch, lora=True)
         return decode_shape(batch, lora=True), mixed
 
     executor._shapes = shapes  # noqa: SLF001
@@ -139,7 +139,7 @@ def main() -> None:
     print(*failures, sep="\n")
     for model in args.models.split(","):
         for batch in batches:
-            rig = Rig.build(SHAPES[model], batch, rank=RANK, step_tokens=STEP_TOKENS,
+            rig = Rig.build(SHAPES[model], batch, rank=RANK, prefill_tokens=PREFILL_TOKENS,
                             context=PROMPT, device=torch.device("cuda"))  # fmt: skip
             tune(rig, batch, args.table, args.linears.split(","), args.seconds)
             del rig

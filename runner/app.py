@@ -12,31 +12,34 @@ from granatum.models.base_model import BaseModel
 from granatum.models.config import read_config
 from granatum.runner.engine.child import EngineChild
 from granatum.runner.front.engine_keeper import EngineKeeper
-from granatum.runner.front.front import Front, RunnerService
-from granatum.runner.front.health import Health
+from granatum.runner.front.front import Front
+from granatum.runner.front.health import EngineHealth
 from granatum.runner.front.heartbeat import Heartbeat
-from granatum.runner.settings import Settings
-from granatum.runner.tasks import cancelled
+from granatum.runner.front.servicer import RunnerServicer
+from granatum.runner.settings import RunnerSettings
 from granatum.runner.text.tokenizer import Tokenizer
-from granatum.v1.cluster_pb2 import Runner as Figures
+from granatum.service.tasks import cancelled
+from granatum.v1.cluster_pb2 import Runner
 from granatum.v1.runner_pb2_grpc import add_RunnerServiceServicer_to_server
 from granatum.v1.transport import build_server, listen, open_channel
 
 SERVICE = "granatum.v1.RunnerService"
 _FLUSH_S = 1.0
+"""The time for the last messages of sessions that end."""
 _ENGINE_S = 5.0
+"""The time for the engine's process to end by itself."""
 
 log = structlog.get_logger(__name__)
 
 
-class Runner:
-    """Serves from `async with` on, once its engine is ready; `fail` returns only by an error.
+class RunnerApp:
+    """Listens from `async with` on, and serves once the engine `child` is ready.
 
-    Leaving it takes the runner out of the routers' sight, gives its streams back to them, and ends
-    the engine, `child`.
+    At the end of the `async with` the runner goes out of the routers' sight, gives its streams back
+    to them, and ends the engine.
     """
 
-    def __init__(self, settings: Settings, child: EngineChild) -> None:
+    def __init__(self, settings: RunnerSettings, child: EngineChild) -> None:
         self._settings = settings
         self._child = child
         self._key = settings.cluster_key.get_secret_value()
@@ -49,7 +52,7 @@ class Runner:
         tokenizer = Tokenizer(self._settings.model)
         self._front = Front(await self._child.connect(), tokenizer, self._vocabulary)
         self._keeper = EngineKeeper(self._front, self._child, lambda: EngineChild(self._settings))
-        self._health = Health(lambda: self._front.serving)
+        self._health = EngineHealth(lambda: self._front.serving)
         self._server = self._build_server()
         port = self._listen()
         self._heartbeat = Heartbeat(
@@ -66,7 +69,7 @@ class Runner:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Out of sight first, then the streams, then the engine."""
+        """Go out of the routers' sight first, then give streams back, then end the engine."""
         log.info("stopping", grace_s=self._settings.grace_s)
         await cancelled(self._checks, self._reports)
         self._health.stop()
@@ -80,11 +83,10 @@ class Runner:
         await self._stack.aclose()
         log.info("stopped", engine_status=end.status)
 
-    async def fail(self) -> None:
-        """Wait until a part of the runner fails, and raise its error."""
-        tasks = (self._engines, self._checks, self._reports)
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        await done.pop()
+    @property
+    def parts(self) -> tuple[asyncio.Task[None], ...]:
+        """What runs until the runner is left; a part that ends has failed."""
+        return self._engines, self._checks, self._reports
 
     async def _report(self) -> None:
         await self._front.loaded.wait()
@@ -93,7 +95,7 @@ class Runner:
 
     def _build_server(self) -> grpc.aio.Server:
         server = build_server([SERVICE])
-        add_RunnerServiceServicer_to_server(RunnerService(self._front, self._key), server)
+        add_RunnerServiceServicer_to_server(RunnerServicer(self._front, self._key), server)
         self._health.add_to(server)
         return server
 
@@ -111,13 +113,13 @@ class Runner:
             for address in settings.router
         ]
 
-    def _figures(self) -> Figures | None:
-        """The runner as its heartbeats describe it; None while no engine computes."""
+    def _figures(self) -> Runner | None:
+        """The runner's figures for its heartbeats; None while no engine computes."""
         front = self._front
         if not front.serving:
             return None
         ready, figures = front.ready, front.figures
-        return Figures(
+        return Runner(
             id=self._id,
             address=self._address,
             model=self._base.name,

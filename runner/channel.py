@@ -1,7 +1,7 @@
 """Messages between front and engine over a socket pair: a length, then a pickle.
 
-Both ends are our own processes and share a fate, so pickles are trusted. The end of the stream
-means that the other side is gone.
+Both ends are our own processes, so pickles are trusted. The end of the stream means that the other
+process is gone.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
 
 
 class Channel(Generic[Sent, Received]):
-    """The engine's end. Sending never waits; what the socket does not take goes out later."""
+    """The engine's end. `send` never waits: bytes that the socket does not take go out later."""
 
     def __init__(self, end: socket.socket) -> None:
         end.setblocking(False)
@@ -46,9 +46,9 @@ class Channel(Generic[Sent, Received]):
         self._flush()
 
     def receive_all(self, timeout: float) -> list[Received]:
-        """Every message that is there, waiting up to `timeout` seconds for the first.
+        """All messages that have arrived; waits up to `timeout` seconds for the first.
 
-        Raises ChannelClosed once the other side is gone and everything it sent was returned.
+        Raises ChannelClosed once the other process is gone and all of its messages were returned.
         """
         readable, writable = self._wait(timeout)
         if writable:
@@ -70,7 +70,7 @@ class Channel(Generic[Sent, Received]):
         return bool(events & ~select.POLLOUT), bool(events & select.POLLOUT)
 
     def _drain(self) -> bool:
-        """Take in what has arrived; whether the other side is gone."""
+        """Take in the bytes that have arrived; whether the other process is gone."""
         while True:
             try:
                 data = self._socket.recv(_CHUNK)
@@ -118,15 +118,15 @@ class AsyncChannel(Generic[Sent, Received]):
         return cls(reader, writer)
 
     def send(self, message: Sent) -> None:
-        """Send one message; what the socket does not take goes out later.
+        """Send one message; bytes that the socket does not take go out later.
 
-        To a process that is gone nothing is sent: `receive` tells.
+        Does nothing if the other process is gone: `receive` tells of that.
         """
         if not self._writer.transport.is_closing():
             self._writer.write(_encode(message))
 
     async def receive(self) -> Received:
-        """The next message. Raises ChannelClosed once the other side is gone."""
+        """The next message. Raises ChannelClosed once the other process is gone."""
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             data = await self._reader.readexactly(length)

@@ -1,4 +1,4 @@
-"""What front and engine tell each other, one message per engine step. No torch.
+"""What front and engine tell each other. No torch.
 
 front  -- Submit, Cancel, SetDraining, Stop -->  engine
 front  <-- Ready once, then StepReport ---------  engine
@@ -7,6 +7,8 @@ front  <-- Ready once, then StepReport ---------  engine
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Self
+
+from granatum.v1.errors import Code, GranatumError
 
 
 class Finish(Enum):
@@ -17,7 +19,7 @@ class Finish(Enum):
 
 
 class Departure(Enum):
-    """Why a sequence leaves unfinished, to be placed again with its tokens so far."""
+    """Why a sequence leaves unfinished; its router places it again with its tokens so far."""
 
     REFUSED = "refused"
     EVICTED = "evicted"
@@ -30,18 +32,23 @@ class Departure(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error that ends a sequence: a google.rpc.Code, a message for the client, a reason."""
+    """An error that ends a sequence, as its client is told."""
 
-    code: int
+    code: Code
     message: str
     reason: str
     field: str = ""
-    """The request's field that is wrong, if one is."""
+    """The request's field that is wrong; empty: none is."""
+
+    @classmethod
+    def of(cls, error: GranatumError) -> Self:
+        """The failure that tells a client of `error`."""
+        return cls(error.code, error.message, error.reason, error.field or "")
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How each next token is chosen; the defaults are greedy and neutral."""
+    """How tokens are chosen. The defaults take the most likely token and penalize nothing."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -54,7 +61,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken."""
+        """Whether the most likely token is always taken."""
         return self.temperature == 0.0
 
     @property
@@ -66,7 +73,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A sequence to run; `generated` are tokens that another runner already made."""
+    """A sequence to run; other runners have already made the tokens in `generated`."""
 
     sequence_id: int
     prompt: tuple[int, ...]
@@ -75,26 +82,26 @@ class Submit:
     """64 hexadecimal digits; None: the base model."""
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 1
-    """Of all generated tokens, `generated` included."""
+    """The most generated tokens in all, `generated` included."""
     min_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
     top_logprobs: int | None = None
-    """None: no log probabilities; n: the chosen token's and those of the n most likely."""
+    """None: no log probabilities. n: the chosen token's, and those of the n most likely tokens."""
     priority: int = 0
     suspicion: int = 0
-    """How often an engine failed in a step that computed it; above 0: steps of its own."""
+    """How often an engine failed in a step with the sequence; above 0: it gets its own steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """A sequence whose client is gone or whose stop string appeared; unknown ids are ignored."""
+    """Forget a sequence: its client is gone or a stop string appeared. Unknown ids are ignored."""
 
     sequence_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class SetDraining:
-    """While draining, the engine gives back what it has and refuses what comes."""
+    """Begin or end draining: the engine gives its sequences back and refuses new ones."""
 
     draining: bool
 
@@ -109,10 +116,11 @@ Command = Submit | Cancel | SetDraining | Stop
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log probabilities at one position: the chosen token's, and the most likely, best first."""
+    """Log probabilities at one position: of the chosen token, and of the most likely ones."""
 
     chosen: float
     top: tuple[tuple[int, float], ...] = ()
+    """(token id, log probability), the most likely first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +130,13 @@ class SequenceNews:
     sequence_id: int
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """As many as tokens, or none if not asked for."""
+    """One for each token, or none if the sequence asked for none."""
     outcome: Finish | Departure | Failure | None = None
     cause: Failure | None = None
-    """With LOAD_FAILED: the client's error if no other runner can load the adapter."""
+    """With LOAD_FAILED: the error for the client, should no other runner load the adapter."""
 
     def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
-        """One of every sequence is pickled in every step: three times as fast as by fields."""
+        """Pickle as a call, which is 3 times as fast: every step pickles news of every sequence."""
         fields = (self.sequence_id, self.tokens, self.logprobs, self.outcome)
         return type(self), fields if self.cause is None else (*fields, self.cause)
 
@@ -159,17 +167,17 @@ class Ready:
     figures: EngineFigures
     max_rank: int = 0
     max_adapter_elements: int = 0
-    """Of the largest adapter that device and host memory have room for."""
+    """Elements of the largest adapter that device and host memory have room for."""
     step_s: float = 0.0
     """How long the largest step takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One message per step, and one at least every half second when idle.
+    """One message for each step with news, and one at least every half second.
 
-    An idle engine sends it after a probe step on the device, so that its arrival proves a working
-    engine, not a living process.
+    An idle engine runs a probe step on the device before it reports. So a report proves that the
+    engine computes, not only that its process lives.
     """
 
     news: tuple[SequenceNews, ...]
@@ -180,10 +188,10 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class EngineFault:
-    """The engine's last word: a step failed and the device is of no more use."""
+    """The engine's last word: a step failed, and the device cannot be used any more."""
 
     sequences: tuple[int, ...]
-    """Those that the step computed."""
+    """The sequences that the step computed."""
     message: str
     """For the log."""
 

@@ -1,30 +1,46 @@
 """When an adapter whose load failed is tried again. No torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 from granatum.v1.errors import GranatumError
 
 BACKOFF_S = 1.0
-"""How long a failed load is not tried again; doubles with each failure in a row."""
+"""The pause after a failed load; each further failure in a row doubles it."""
 BACKOFF_MAX_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Backoff:
-    """A load that failed, and when it may be tried again."""
+class _Failure:
+    """The last of `times` failures in a row."""
 
     error: GranatumError
-    failures: int
+    times: int
     until: float
+    """The end of the pause."""
 
-    @classmethod
-    def after(cls, before: Self | None, error: GranatumError, now: float) -> Self:
-        """Of a load that fails now; `before` is the one of its last failure."""
-        failures = before.failures + 1 if before else 1
-        return cls(error, failures, now + min(BACKOFF_S * 2 ** (failures - 1), BACKOFF_MAX_S))
 
-    @property
-    def forgotten(self) -> float:
-        """When its failures stop counting."""
-        return self.until + 2 * BACKOFF_MAX_S
+class Backoffs:
+    """Pauses after failed loads, by digest. `clock` gives seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._failures: dict[str, _Failure] = {}
+
+    def check(self, digest: str) -> None:
+        """Raise the error of the adapter's last load while the adapter may not be tried again."""
+        last = self._failures.get(digest)
+        if last is not None and self._clock() < last.until:
+            raise last.error.with_traceback(None)
+
+    def fail(self, digest: str, error: GranatumError) -> None:
+        """A load failed: begin a pause."""
+        now = self._clock()
+        kept = {d: f for d, f in self._failures.items() if now < f.until + 2 * BACKOFF_MAX_S}
+        times = kept[digest].times + 1 if digest in kept else 1
+        pause = min(BACKOFF_S * 2 ** (times - 1), BACKOFF_MAX_S)
+        self._failures = {**kept, digest: _Failure(error, times, now + pause)}
+
+    def succeed(self, digest: str) -> None:
+        """A load succeeded: its earlier failures no longer count."""
+        self._failures.pop(digest, None)

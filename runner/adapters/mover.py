@@ -1,4 +1,4 @@
-"""What the adapter cache has moved for it, and how it hears of the end. No torch."""
+"""What moves adapters for the adapter cache, and the events that tell of the ends. No torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from granatum.v1.errors import GranatumError, Unavailable
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """How many pages an adapter takes."""
+    """An adapter's image is on the local disk and takes `pages` pages."""
 
     digest: str
     pages: int
@@ -41,50 +41,54 @@ Event = Measured | Read | Copied | Failed
 
 
 def abandoned() -> Unavailable:
-    """The error of a load that was given up, because nobody waits for it."""
+    """The error of a load that was given up, because nobody waits for it any more."""
     return Unavailable(
         "nobody waits for this adapter any more: try again", reason="ADAPTER_LOAD_ABANDONED"
     )
 
 
 class Mover(Protocol):
-    """Moves images. Every call returns at once; what it began ends as an event."""
+    """Moves images. Every call returns at once, and an event tells when the movement has ended."""
 
     @property
     def host_pages(self) -> int:
-        """Pages of host memory that it moves through."""
+        """Pages of host memory, through which all images go."""
         ...
 
     @property
     def quick_pages(self) -> int:
-        """Pages that are copied to the device within the shortest step or so."""
+        """The most pages whose copy takes no longer than about the shortest step."""
         ...
 
     def size(self, digest: str) -> int | None:
-        """Pages that the adapter takes, where that is known without I/O."""
+        """Pages that the adapter takes; None if that cannot be told without I/O."""
         ...
 
     def measure(self, digest: str) -> Callable[[], None] | None:
         """Find how many pages the adapter takes; ends as Measured or Failed.
 
-        What is returned, if anything, gives it up: it ends as Failed then, if it is not too late.
+        Returns a function that gives the measuring up, if that can be done: it then ends as Failed,
+        unless it has already ended.
         """
         ...
 
     def read(self, digest: str, host_pages: tuple[int, ...]) -> None:
-        """Bring the image into host pages; ends as Read or Failed."""
+        """Read the image into host pages; ends as Read or Failed."""
         ...
 
     def copy(
         self, digest: str, slot: int, host_pages: tuple[int, ...], pages: tuple[int, ...]
     ) -> None:
-        """Copy to the device, then write the slot's table row; ends as Copied, in order."""
+        """Copy to the device, then write the slot's table row; ends as Copied.
+
+        Copies end in the order of the calls.
+        """
         ...
 
     def fence(self, digest: str) -> None:
-        """Have the device run what is launched from now on after the copy, which is under way."""
+        """Have the device run what is launched from now on after the copy that is under way."""
         ...
 
     def events(self) -> list[Event]:
-        """What has ended since the last call."""
+        """The movements that have ended since the last call."""
         ...

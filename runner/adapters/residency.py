@@ -1,4 +1,4 @@
-"""What the engine asks of whoever keeps adapters on the device. No torch."""
+"""What the engine asks of the adapter cache. No torch."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,23 +6,24 @@ from typing import Protocol
 import structlog
 
 from granatum.runner.records import Departure, Failure
+from granatum.v1.errors import GranatumError, Internal, InvalidRequest
 
 _LARGER = ("ADAPTER_RANK_TOO_HIGH", "ADAPTER_TOO_LARGE")
-"""Errors of this runner's size: a larger runner may serve the adapter."""
+"""Reasons of errors that come from this runner's size: a larger runner may serve the adapter."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFigures:
-    """What the device holds of adapters."""
+    """The adapters on the device, in numbers."""
 
     resident: tuple[str, ...]
     """Digests on the device; the same object until they change."""
     loads: int
     """Adapters brought onto the device so far."""
     reclaimable_pages: int
-    """Pages of adapters in no use."""
+    """Pages of adapters without users."""
     trouble: str = ""
     """Why adapters cannot be loaded just now; empty: they can."""
 
@@ -33,8 +34,8 @@ class Adapters(Protocol):
     def acquire(self, digest: str) -> int | None:
         """The adapter's slot for steps launched after `await_copy`, with one user more.
 
-        None while it is being brought: the first call starts that, later ones poll. Raises if it
-        cannot be had.
+        None while the adapter is being brought: the first call starts the load, later ones poll.
+        Raises if the adapter cannot be had.
         """
 
     def await_copy(self) -> None:
@@ -50,58 +51,57 @@ class Adapters(Protocol):
         """Once per step: finish and start copies."""
 
     def reclaim(self, pages: int) -> int:
-        """Free up to about `pages` pages of unused adapters, oldest first; how many it was."""
+        """Free at least `pages` pages of unused adapters; returns how many were freed.
+
+        The oldest use goes first. Nothing is freed if they have fewer pages in all.
+        """
 
     @property
     def figures(self) -> AdapterFigures:
-        """As they are now."""
+        """The figures of the moment."""
 
 
 class NoAdapters:
-    """Serves the base model alone."""
+    """No adapters: the engine serves the base model alone."""
 
     figures = AdapterFigures((), 0, 0)
 
     def acquire(self, digest: str) -> int | None:
-        """Always refused."""
+        """Refuse every adapter."""
         raise LookupError(f"this engine was started without adapters and cannot serve {digest}")
 
     def await_copy(self) -> None:
         """Nothing is on its way."""
 
     def release(self, digest: str) -> None:
-        """Nothing to release."""
+        """Do nothing: nothing was acquired."""
 
     def pages_of(self, digest: str) -> int:  # noqa: ARG002 - the protocol's signature
-        """None."""
+        """No pages."""
         return 0
 
     def poll(self) -> None:
-        """Nothing to do."""
+        """Do nothing: nothing moves."""
 
     def reclaim(self, pages: int) -> int:  # noqa: ARG002 - the protocol's signature
-        """Nothing to give."""
+        """Free nothing."""
         return 0
 
 
 def failure_of(error: Exception) -> Failure:
-    """What a client is told of `error`."""
-    from granatum.v1.errors import GranatumError, Internal  # here: the loop itself needs no gRPC
-
+    """What a client is told of `error`; an unexpected one is logged, and not told in detail."""
     if not isinstance(error, GranatumError):
         log.error("adapter load", exc_info=error)
         error = Internal("the adapter could not be loaded: the runner's log has the details")
-    return Failure(error.code, error.message, error.reason, error.field or "")
+    return Failure.of(error)
 
 
 def outcome_of(error: Exception) -> tuple[Departure | Failure, Failure | None]:
-    """How a sequence ends whose adapter cannot be had, and the cause if it departs.
+    """How a sequence ends whose adapter cannot be had, and the cause if the sequence departs.
 
-    It departs where another runner may have the adapter: a healthy one, a larger one, or one with
-    the right store. An adapter that is wrong in itself is so everywhere.
+    The sequence departs where another runner may have the adapter: a healthy runner, a larger one,
+    or one with the right store. An adapter that is wrong in itself fails on every runner.
     """
-    from granatum.v1.errors import InvalidRequest
-
     failure = failure_of(error)
     if isinstance(error, InvalidRequest) and failure.reason not in _LARGER:
         return failure, None

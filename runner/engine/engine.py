@@ -1,8 +1,8 @@
 """One base model on one device: schedule, prepare, launch, collect.
 
-The host runs one step ahead of the device: while a step runs, the next one is scheduled, prepared
-and launched, fed with tokens that the device alone knows yet; only then the first one's tokens are
-collected.
+The host runs one step ahead of the device. While a step runs, the engine schedules, prepares and
+launches the next one. The next step is fed on the device with tokens that the host does not know
+yet. Only then does the engine collect the tokens of the first step.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from granatum.runner.engine.execution.executor import Executor, Flight
 from granatum.runner.engine.flight_recorder import FlightRecorder
 from granatum.runner.engine.scheduling.failures import STEP_FAILED
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits, Plan
+from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
 from granatum.runner.engine.scheduling.scheduler import Scheduler
 from granatum.runner.records import EngineFigures, SequenceNews, Submit
 
 MOST_UNPLANNED = 5
-"""The engine gives up after so many failures to plan in a row, if no sequence caused them."""
+"""The failures to plan in a row, caused by no sequence, after which the engine gives up."""
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 class EngineLost(Exception):
     """The engine cannot go on: its device is gone, or its books are wrong.
 
-    `sequences`: ids of the sequences in the steps in flight.
+    `sequences`: the ids of the sequences in the steps in flight.
     """
 
     def __init__(self, sequences: tuple[int, ...], message: str) -> None:
@@ -37,7 +37,7 @@ class EngineLost(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What the engine tells of itself beside its limits, as records.Ready explains."""
+    """What the engine says of itself beside its limits; records.Ready explains each."""
 
     max_rank: int = 0
     max_adapter_elements: int = 0
@@ -46,7 +46,7 @@ class Capacity:
 
 @dataclass(slots=True)
 class _Decoded:
-    """Totals of the steps that decoded."""
+    """Totals over all steps that decoded."""
 
     steps: int = 0
     sequences: int = 0
@@ -60,21 +60,21 @@ class _Decoded:
 
 
 class Engine:
-    """Runs sequences to their end, in process; `step` until `busy` is false.
+    """Runs sequences to their end, in this process; call `step` until `busy` is false.
 
-    `limits`, `pool` and `adapters` bound and feed the scheduler; `executor` computes; `recorder`
-    is told of each step before its launch.
+    `limits`, `pool` and `adapters` bound and feed the scheduler. `executor` computes. `recorder`
+    learns of each step before its launch.
 
-    An exception is pinned on the sequences of its step: they end or become suspects, and the others
-    go on. An exception that belongs to no sequence is raised as EngineLost if it comes again. One
-    that comes while the scheduler takes in results is raised so at once: its books are wrong, and
-    one tenant's pages might become another's.
+    An exception in a step is pinned on the step's sequences: they end or become suspects, and all
+    others go on. An exception of no sequence is raised as EngineLost if it comes again and again.
+    An exception while the scheduler takes in results is raised as EngineLost at once: the books are
+    wrong, and one tenant's pages might become another's.
     """
 
     def __init__(
         self,
         executor: Executor,
-        limits: Limits,
+        limits: EngineLimits,
         pool: PagePool,
         adapters: Adapters,
         recorder: FlightRecorder | None = None,
@@ -99,7 +99,7 @@ class Engine:
 
     @property
     def in_flight(self) -> bool:
-        """Whether the device has work; if it is busy without, it waits for adapters."""
+        """Whether the device has work; an engine that is busy without it waits for adapters."""
         return self._flight is not None
 
     @property
@@ -124,7 +124,7 @@ class Engine:
         return self._adapters.figures.resident
 
     def submit(self, submit: Submit) -> None:
-        """Take in a sequence; its news come from `step`."""
+        """Queue a sequence; `step` returns its news."""
         try:
             self._scheduler.submit(submit)
         except Exception:
@@ -132,24 +132,24 @@ class Engine:
             self._scheduler.refuse(submit.sequence_id, STEP_FAILED)
 
     def cancel(self, sequence_id: int) -> None:
-        """Forget a sequence: it computes nothing from the next step on, and has no more news."""
+        """Forget a sequence: no later step computes it, and there are no more news of it."""
         try:
             self._scheduler.cancel(sequence_id)
-        except Exception:  # what it holds is not given back, and so is nobody else's
+        except Exception:  # its pages stay taken, so nobody else can get them
             log.exception("a sequence could not be cancelled", sequence=sequence_id)
 
     def set_draining(self, draining: bool) -> None:
-        """Give everything back and refuse what comes, or end that."""
+        """Give all sequences back and refuse new ones, or serve again."""
         try:
             self._scheduler.set_draining(draining)
-        except Exception:  # the front's grace ends those that were not sent away
+        except Exception:  # the front waits for the others no longer than its grace
             log.exception("not every sequence could be sent away")
 
     def step(self) -> list[SequenceNews]:
         """Launch the next step and collect the one before.
 
-        A suspect's step has the device to itself: the one before is collected first, and its own
-        at once. So, if the process dies in it, nobody else is to blame.
+        A suspect's step has the device to itself: the step before it is collected first, and the
+        suspect's own step at once. If the process dies meanwhile, only the suspect is to blame.
 
         Raises:
             EngineLost: nothing can be computed any more.
@@ -164,7 +164,7 @@ class Engine:
         return news
 
     def probe(self) -> None:
-        """Run a step without sequences, to its end: proof that the device computes."""
+        """Run a step without sequences to its end, which proves that the device computes."""
         try:
             self._executor.probe()
         except Exception as error:
@@ -173,9 +173,9 @@ class Engine:
     def _plan(self) -> Plan:
         """The next step; an empty one if planning failed.
 
-        The scheduler changes its books one sequence at a time, so the failure belongs to the
-        sequence that it considered. If it considered none, the adapters' copies failed; the next
-        step tries again.
+        The scheduler changes its books one sequence at a time, so a failure belongs to the sequence
+        that it considered. If it considered none, the adapters' copies failed, and the next step
+        tries them again.
         """
         try:
             plan = self._scheduler.schedule()
@@ -191,7 +191,7 @@ class Engine:
         return plan
 
     def _launch(self, plan: Plan) -> None:
-        """Launch `plan` and then collect the step before; if that cannot be, pin it on `plan`."""
+        """Launch `plan` and then collect the step before; pin a failed launch on `plan`."""
         before, self._flight = self._flight, None
         fault: Exception | None = None
         if plan.rows:
@@ -208,17 +208,17 @@ class Engine:
             self._pin(plan, fault)
 
     def _collect(self) -> None:
-        """Collect the step in flight, with none behind it."""
+        """Collect the step in flight, and launch none behind it."""
         self._launch(Plan())
 
     def _land(self, flight: Flight) -> None:
-        """Take in the results of a step; if they do not come, pin that on its sequences."""
+        """Take in the results of a step; if they do not come, pin the failure on its sequences."""
         try:
             landed = flight.wait()
         except Exception as error:
             behind, self._flight = self._flight, None
-            self._raise_if_lost(error)  # if not, the step behind has ended by now as well
-            if behind is not None:  # it was fed with the tokens that do not come
+            self._raise_if_lost(error)  # otherwise the step behind has ended, too
+            if behind is not None:  # it was fed with tokens that are worth nothing
                 self._take_back(behind.plan)
             self._pin(flight.plan, error)
             return

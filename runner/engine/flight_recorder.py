@@ -1,15 +1,16 @@
-"""Which sequences the device computes, for whoever finds the engine's process dead. No torch.
+"""Which sequences the device computes, for a front whose engine has died. No torch.
 
     shared memory, for each of two steps:  [number of ids][id][id]...
 
-The front makes the recorder and hands it to the engine's process. The engine begins a step in it
-before the launch and ends it when the results are there, in the order of the launches.
+The front makes the recorder and hands it to the engine's process. The engine begins a step in the
+recorder before the launch, and ends it when the results are there. Steps end in the order of their
+launches.
 """
 
 from multiprocessing import RawArray
 
 _STEPS = 2
-"""The most that are in flight at a time."""
+"""The most steps in flight at a time."""
 
 
 class FlightRecorder:
@@ -21,18 +22,18 @@ class FlightRecorder:
         self._ended = 0
 
     def begin(self, ids: list[int]) -> None:
-        """A step that computes these is launched next."""
+        """A step that computes the sequences `ids` is launched next."""
         step = self._steps[self._begun % _STEPS]
         self._begun += 1
         step[1 : 1 + len(ids)] = ids
-        step[0] = len(ids)  # last: whoever dies while the ids are written leaves no wrong ones
+        step[0] = len(ids)  # last: a death between these lines leaves no wrong ids
 
     def end(self) -> None:
-        """The oldest step computes nothing any more."""
+        """The oldest step has ended."""
         self._steps[self._ended % _STEPS][0] = 0
         self._ended += 1
 
     def read(self) -> tuple[int, ...]:
-        """The ids of all steps in flight, each once; in any process."""
+        """The ids of all steps in flight, each once; front and engine may both read them."""
         noted = [i for step in self._steps for i in step[1 : 1 + step[0]]]
         return tuple(dict.fromkeys(noted))

@@ -26,7 +26,7 @@ from granatum.runner.engine.engine import Capacity, Engine, EngineLost
 from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.flight_recorder import FlightRecorder
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits
+from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.adapter_loader import AdapterLoader, ImageSource
 from granatum.runner.model.arena import allocate_arena, page_tokens, pages_that_fit
 from granatum.runner.model.decoder import Model
@@ -72,7 +72,7 @@ class EngineOptions:
     """`cuda`, `cuda:1`, ..., computing in bfloat16; `cpu`, in float32."""
     max_batch: int = 64
     max_waiting: int = 64
-    step_tokens: int = 512
+    prefill_tokens: int = 512
     """Rows of a step, decodes and prompt chunks together; at least `max_batch`."""
     max_context: int | None = None
     """Tokens of a sequence; None: as many as the model and the arena allow."""
@@ -80,11 +80,11 @@ class EngineOptions:
     """The largest rank of an adapter."""
     adapter_slots: int = 512
     """Adapters on the device at a time, as far as there are pages for them."""
-    host_bytes: int = 4 << 30
+    host_cache_bytes: int = 4 << 30
     """Pinned host memory for adapters."""
     arena_bytes: int | None = None
-    """Memory for KV and adapters; None: what the GPU has left, up to `memory_share`."""
-    memory_share: float = 0.9
+    """Memory for KV and adapters; None: what the GPU has left, up to `memory_fraction`."""
+    memory_fraction: float = 0.9
     random_weights: bool = False
     """Draw the weights instead of reading them; only the configuration is read."""
 
@@ -150,7 +150,7 @@ def build_engine(
     base = BaseModel.from_config(options.model)
     elements = arena.kv.page_elements
     source = open_source(ImageShape(base, str(options.dtype), elements, options.max_rank))
-    loader = AdapterLoader(arena.pages, table, source, options.host_bytes)
+    loader = AdapterLoader(arena.pages, table, source, options.host_cache_bytes)
     pool = PagePool(pages)
     executor = Executor(Model(config, weights, arena, table, limits), limits)
     largest = min(pages - 1, loader.host_pages) * arena.kv.page_elements
@@ -173,7 +173,7 @@ def _pages(options: EngineOptions, config: ModelConfig, tokens: int, device: tor
     if arena_bytes is None and device.type == "cpu":
         arena_bytes = CPU_ARENA_BYTES
     if arena_bytes is None:
-        pages = pages_that_fit(page_bytes, device, options.memory_share)
+        pages = pages_that_fit(page_bytes, device, options.memory_fraction)
     else:
         pages = arena_bytes // page_bytes
     if pages < 2:
@@ -184,12 +184,12 @@ def _pages(options: EngineOptions, config: ModelConfig, tokens: int, device: tor
     return pages
 
 
-def _limits(options: EngineOptions, config: ModelConfig, tokens: int, pages: int) -> Limits:
+def _limits(options: EngineOptions, config: ModelConfig, tokens: int, pages: int) -> EngineLimits:
     context = min(config.max_positions, pages * tokens)
-    return Limits(
+    return EngineLimits(
         max_batch=options.max_batch,
         max_waiting=options.max_waiting,
-        step_tokens=max(options.step_tokens, options.max_batch),
+        prefill_tokens=max(options.prefill_tokens, options.max_batch),
         page_tokens=tokens,
         max_context=min(options.max_context or context, context),
         vocabulary=config.vocab,

@@ -1,4 +1,4 @@
-"""How an engine's process ended, and what that says of its sequences. No torch."""
+"""How an engine's process ended, and which of its sequences may be the cause. No torch."""
 
 import signal
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from granatum.v1.errors import GranatumError
 _CRASHES = frozenset(
     {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP}
 )
-"""Signals that a process brings upon itself; any other one came from outside."""
+"""Signals that a process brings upon itself; all other signals come from outside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,21 +19,21 @@ class EngineEnd:
     status: int
     """Its exit status, or minus the signal that ended it."""
     step: tuple[int, ...] = ()
-    """The engine's ids of the sequences that it computed."""
+    """The engine's ids of the sequences in the steps in flight."""
     cause: str = ""
-    """What it said of it, for operators; empty: nothing."""
+    """What the engine said of its end, for operators; empty: nothing."""
     own: bool = False
-    """It failed by itself, whatever its status says."""
+    """Whether the engine failed by itself, whatever its status says."""
 
     def departure_of(self, engine_id: int) -> Departure:
-        """How a sequence departs: evidence points at it only if the engine failed over it."""
+        """How a sequence departs: only one that an engine failed on is under suspicion."""
         crashed = self.own or self.status > 0 or -self.status in _CRASHES
         if not crashed or engine_id not in self.step:
             return Departure.ENGINE_LOST
         return Departure.BLAMED if len(self.step) == 1 else Departure.SUSPECTED
 
     def __str__(self) -> str:
-        """Why it ended, and what to do."""
+        """Why the engine ended, and what to do."""
         if self.cause:
             return self.cause
         if self.status >= 0:

@@ -1,4 +1,4 @@
-"""Keeps an engine at work: says what the end of one means, and starts the next."""
+"""Keeps an engine at work: tells the front how an engine ended, and starts the next one."""
 
 import asyncio
 import dataclasses
@@ -11,20 +11,26 @@ from granatum.runner.channel import AsyncChannel
 from granatum.runner.front.engine_end import EngineEnd
 from granatum.runner.front.front import Front
 from granatum.runner.records import Command, EngineFault, Report
-from granatum.runner.tasks import cancelled
+from granatum.service.tasks import cancelled
 from granatum.v1.errors import PreconditionFailed
 
 GRACE_S = 5.0
-"""From an engine's last word, or the end of its channel, to the end of its process."""
+"""The time from an engine's last word, or its channel's end, to the end of its process."""
 _TURN_S = 0.25
 _SURE_TURNS = 2
-"""Turns of our own loop in which it stays silent: it was not this process that stood still."""
+"""Turns of our own loop in which a silent engine must stay silent before it counts as such.
+
+One turn is not enough: this process may have stood still and not read the reports.
+"""
 _HUNG_S = 60.0
-"""An engine that is silent for so long is ended."""
+"""An engine that is silent for this long is ended."""
 _START_S = 120.0
-"""A later engine that takes longer to start hangs, unless an earlier one took a quarter of that."""
+"""A later engine that takes longer to start has hung.
+
+The bound is at least four times as long as the slowest start so far.
+"""
 _LASTING_S = 10.0
-"""An engine that serves for less was as good as never started."""
+"""After an engine that served for less, the pause before the next one doubles."""
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 
@@ -48,10 +54,10 @@ class Child(Protocol):
 
 
 class EngineKeeper:
-    """Runs the engine `child` for `front`, which is connected to it, and those that `start` starts.
+    """Runs the engine `child`, to which `front` is connected, and then engines from `start`.
 
-    An engine that is lost takes no stream with it: the front gives them back, and the next engine
-    starts in its place.
+    An engine that is lost takes no stream with it: the front gives the streams back, and the next
+    engine starts.
     """
 
     def __init__(self, front: Front, child: Child, start: Callable[[], Child]) -> None:
@@ -59,7 +65,7 @@ class EngineKeeper:
         self._child = child
         self._start = start
         self._proven = False
-        """Whether an engine was ever ready."""
+        """Whether any engine was ready."""
         self._served_s = 0.0
         self._start_s = _START_S
         self._pause_s = _FIRST_PAUSE_S
@@ -108,7 +114,7 @@ class EngineKeeper:
             return None
 
     async def _watch(self) -> None:
-        """Have the front give up an engine that is silent; returns once there is no more hope."""
+        """Have the front give up an engine that is silent; return once the engine must be ended."""
         self._served_s, turns = 0.0, 0
         if not await self._starts():
             return

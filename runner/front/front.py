@@ -1,19 +1,14 @@
-"""The front's side of the engine, and the service that routers call."""
+"""The front's side of the engine: sequences of all sessions go in, and their news come out."""
 
 import asyncio
-import hmac
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
-
-import grpc
-import structlog
 
 from granatum.runner.channel import AsyncChannel, ChannelClosed
 from granatum.runner.front.intake import Intake
-from granatum.runner.front.session import EngineAway, Session
-from granatum.runner.front.submission import Bounds, Prepared
+from granatum.runner.front.session import EngineAway, RouterSession
+from granatum.runner.front.submission import Prepared, SequenceBounds
 from granatum.runner.records import (
     Cancel,
     Command,
@@ -28,29 +23,20 @@ from granatum.runner.records import (
     Stop,
 )
 from granatum.runner.text.tokenizer import Tokenizer
-from granatum.v1.errors import Unauthenticated, Unavailable
-from granatum.v1.runner_pb2 import SessionRequest, SessionResponse, SubmitSequence
-from granatum.v1.runner_pb2_grpc import RunnerServiceServicer
-from granatum.v1.transport import bearer_of
+from granatum.v1.errors import Unavailable
+from granatum.v1.runner_pb2 import SubmitSequence
 
 _STALE_S = 3.0
-"""An idle engine reports twice a second."""
+"""The longest silence of an idle engine, which reports twice a second."""
 _STALE_STEPS = 4
-"""And one that computes after each step; the largest takes `Ready.step_s`."""
-
-_FLUSH_S = 1.0
-"""For the last messages of a session that ends."""
-
-log = structlog.get_logger(__name__)
-
-Context = grpc.aio.ServicerContext[Any, Any]
+"""The longest silence of an engine that computes, in steps of the longest kind (`Ready.step_s`)."""
 
 
 class Front:
-    """Hands sequences of all sessions to the engine, and its news back to them.
+    """Hands sequences of all sessions to the engine, and the engine's news back to the sessions.
 
-    It outlives its engines. `run` carries the news of one until that one is gone; `lose` then says
-    so to its sequences, and `attach` brings the next engine.
+    The front outlives its engines. `run` carries the news of one engine until that engine is gone.
+    `lose` then tells the engine's sequences so, and `attach` brings the next engine.
     """
 
     def __init__(
@@ -58,8 +44,8 @@ class Front:
     ) -> None:
         self._channel = channel
         self._intake = Intake(tokenizer, vocabulary)
-        self._sessions: dict[int, Session] = {}  # by the engine's sequence id
-        self._open: set[Session] = set()
+        self._sessions: dict[int, RouterSession] = {}  # by the engine's sequence id
+        self._open: set[RouterSession] = set()
         self._last_id = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -70,12 +56,12 @@ class Front:
         self.resident: tuple[str, ...] = ()
         """Digests of the adapters on the device."""
         self.loaded = asyncio.Event()
-        """Set when the engine is ready; what is read of it before raises Unavailable."""
+        """Set while there is an engine that was ready."""
         self.draining = False
 
     @property
     def ready(self) -> Ready:
-        """What the engine said of itself when it was ready; if it is gone, the one before."""
+        """What the last engine that was ready said of itself. Unavailable if there was none yet."""
         if self._ready is None:
             raise _loading()
         return self._ready
@@ -86,13 +72,13 @@ class Front:
         return self.loaded.is_set() and not self._hung
 
     @property
-    def bounds(self) -> Bounds:
-        """What this runner can hold."""
-        return Bounds.of(self.ready, self._intake.vocabulary)
+    def bounds(self) -> SequenceBounds:
+        """What a sequence may be on this runner. Raises as `ready`."""
+        return SequenceBounds.of(self.ready, self._intake.vocabulary)
 
     @property
     def figures(self) -> EngineFigures:
-        """The engine's latest."""
+        """The engine's latest figures. Raises as `ready`."""
         return self._figures or self.ready.figures
 
     def is_stale(self) -> bool:
@@ -109,7 +95,7 @@ class Front:
             channel.send(SetDraining(True))
 
     async def run(self) -> EngineFault | None:
-        """Take in reports until the engine is gone; its last word, if it had one."""
+        """Take in reports until the engine is gone. Returns its last word, if it had one."""
         while True:
             try:
                 report = await self._channel.receive()
@@ -120,16 +106,19 @@ class Front:
             self._take(report)
 
     def lose(self, departure_of: Callable[[int], Departure]) -> None:
-        """The engine is gone: each sequence departs as `departure_of` says of its engine's id."""
+        """The engine is gone: its sequences depart.
+
+        `departure_of` says how, by the engine's id of a sequence.
+        """
         self.loaded.clear()
         self._reported, self._hung, self.resident = None, False, ()
         self._channel.close()
         self._depart(departure_of)
 
     def hang(self) -> None:
-        """The engine says nothing: its sequences depart, and it gets no others.
+        """The engine is silent: its sequences depart, and it gets no others.
 
-        Should it go on, it finds them cancelled, and serves again.
+        An engine that goes on after all finds its sequences cancelled, and serves again.
         """
         self._hung = True
         lost = tuple(self._sessions)
@@ -137,16 +126,16 @@ class Front:
         for engine_id in lost:
             self._channel.send(Cancel(engine_id))
 
-    def open(self) -> Session:
+    def open(self) -> RouterSession:
         """A session for one router. Raises Unavailable while the first engine loads."""
         if self._ready is None:
             raise _loading()
-        session = Session(self)
+        session = RouterSession(self)
         self._open.add(session)
         return session
 
-    def close(self, session: Session) -> None:
-        """End a session and cancel what it still runs."""
+    def close(self, session: RouterSession) -> None:
+        """End a session and cancel its sequences."""
         session.end()
         self._open.discard(session)
 
@@ -157,8 +146,8 @@ class Front:
         self._last_id += 1
         return await self._intake.prepare(self._last_id, message, self.bounds)
 
-    def submit(self, prepared: Prepared, session: Session) -> None:
-        """Run a sequence, whose news go to `session`. Raises EngineAway."""
+    def submit(self, prepared: Prepared, session: RouterSession) -> None:
+        """Run a sequence; its news go to `session`. Raises EngineAway."""
         if not self.serving:
             raise EngineAway
         self._channel.send(prepared.submit)
@@ -171,7 +160,7 @@ class Front:
         self._channel.send(Cancel(engine_id))
 
     def set_draining(self, draining: bool) -> None:
-        """Have the engine give back what it has and refuse what comes, or end that."""
+        """Have the engine give its sequences back and refuse new ones, or have it serve again."""
         if draining != self.draining:
             self.draining = draining
             self._channel.send(SetDraining(draining))
@@ -190,7 +179,7 @@ class Front:
         self._intake.close()
 
     def end_sessions(self) -> None:
-        """End every session; routers place again what was left."""
+        """End every session; the routers place the sequences again."""
         for session in tuple(self._open):
             self.close(session)
 
@@ -221,51 +210,6 @@ class Front:
         self._sessions.pop(engine_id, None)
         if not self._sessions:
             self._idle.set()
-
-
-class RunnerService(RunnerServiceServicer):
-    """RunnerService over a front. Every call needs the cluster key."""
-
-    def __init__(self, front: Front, cluster_key: str) -> None:
-        self._front = front
-        self._key = cluster_key.encode()
-
-    async def Session(  # noqa: N802
-        self, request_iterator: AsyncIterator[SessionRequest], context: Context
-    ) -> AsyncIterator[SessionResponse]:
-        """One router's session."""
-        self._check_key(context)
-        session = self._front.open()
-        commands = asyncio.create_task(session.follow(request_iterator))
-        guard = asyncio.create_task(_guard(self._front, session, asyncio.current_task()))
-        try:
-            async for response in session.responses():
-                yield response
-        finally:
-            self._front.close(session)
-            commands.cancel()
-            guard.cancel()
-            await asyncio.gather(commands, guard, session.ended(), return_exceptions=True)
-
-    def _check_key(self, context: Context) -> None:
-        key = bearer_of(context.invocation_metadata()) or ""
-        if not hmac.compare_digest(key.encode(), self._key):
-            raise Unauthenticated(
-                "this is not the cluster key: set the same GRANATUM_CLUSTER_KEY everywhere"
-            )
-
-
-async def _guard(front: Front, session: Session, call: "asyncio.Task[Any] | None") -> None:
-    """End the session of a router that does not speak or read.
-
-    Its call ends with it. A call that is in the middle of a message which nobody reads would
-    never end; it is cut.
-    """
-    log.warning("session ended", why=await session.neglected())
-    front.close(session)
-    await asyncio.sleep(_FLUSH_S)
-    assert call is not None
-    call.cancel()
 
 
 def _loading() -> Unavailable:

@@ -1,4 +1,4 @@
-"""grpc.health.v1: whether the engine computes, as its reports prove."""
+"""grpc.health.v1: a runner serves while its engine's reports prove that the engine computes."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,19 +12,19 @@ _CHECK_S = 0.25
 SERVICES = ("", "granatum.v1.RunnerService")
 
 
-class Health:
-    """Says SERVING while `serving` says so."""
+class EngineHealth:
+    """Says SERVING while `serving` is true."""
 
     def __init__(self, serving: Callable[[], bool]) -> None:
         self._serving = serving
         self._board = HealthBoard()
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Serve it."""
+        """Serve grpc.health.v1 on `server`."""
         health_pb2_grpc.add_HealthServicer_to_server(self._board, server)
 
     async def run(self) -> None:
-        """Keep the answer true."""
+        """Keep the status true until cancelled."""
         while True:
             self._board.set(SERVICES, serving=self._serving())
             await asyncio.sleep(_CHECK_S)

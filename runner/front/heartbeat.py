@@ -8,7 +8,7 @@ import structlog
 
 from granatum.v1.cluster_pb2 import DeregisterRequest, HeartbeatRequest, HeartbeatResponse, Runner
 from granatum.v1.cluster_pb2_grpc import RegistryServiceStub
-from granatum.v1.errors import from_rpc_error
+from granatum.v1.rich_status import from_rpc_error
 from granatum.v1.transport import bearer
 
 _TIMEOUT_S = 3.0
@@ -16,18 +16,18 @@ _RETRY_S = 0.5
 _SHORTEST_S = 0.05
 _LONGEST_S = 60.0
 _LOOK_S = 0.25
-"""Between looks whether the engine is gone, or back."""
+"""Between looks at whether the engine is gone or back."""
 DUPLICATE = "DUPLICATE_RUNNER"
-"""A router's reason: a live runner of another process has our id."""
+"""A router's reason to refuse a heartbeat: another process that lives has our runner id."""
 
 log = structlog.get_logger(__name__)
 
 
 class Heartbeat:
-    """Reports to any one of the routers, which share what they know.
+    """Reports to any one of the routers; they share what they know.
 
-    `runner` gives the figures of the moment, None while there is no engine that computes: the
-    runner is then taken out of the routers' sight. `set_draining` is told what the operators want.
+    `runner` gives the runner's figures of the moment. It gives None while no engine computes, and
+    the runner then goes out of the routers' sight. `set_draining` gets what the operators want.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class Heartbeat:
         self._runner = runner
         self._set_draining = set_draining
         self._registered: Runner | None = None
-        """As the routers know us; None: perhaps they do not."""
+        """The runner as the routers know it; None: perhaps they do not know it."""
         self._is_twin = False
         self._event = ""
 
     async def run(self) -> None:
-        """Report at the routers' interval, or soon again while none answers."""
+        """Report at the routers' interval; while none answers, report again soon."""
         while True:
             runner = self._runner()
             if runner is None:
@@ -62,9 +62,9 @@ class Heartbeat:
             await self._rest(min(max(response.interval_s, _SHORTEST_S), _LONGEST_S))
 
     async def deregister(self) -> None:
-        """Take the runner out at once; if no router answers, its lease ends by itself."""
+        """Take the runner out of the fleet; if no router answers, its lease ends by itself."""
         runner, self._registered = self._registered or self._runner(), None
-        if runner is None or self._is_twin:  # a twin would take the other one out
+        if runner is None or self._is_twin:  # the other runner of this id is the one that they know
             return
         request = DeregisterRequest(runner_id=runner.id, instance=runner.instance)
         for stub in tuple(self._stubs):
@@ -76,9 +76,10 @@ class Heartbeat:
                 return
 
     async def _vanish(self) -> None:
-        """Go out of sight; if operators drain us, by the end of the lease alone.
+        """Go out of the routers' sight, for there is no engine.
 
-        No router places on a drained runner, and to deregister would forget that it is one.
+        A drained runner lets its lease end instead. No router places on it meanwhile, and to
+        deregister it would make the routers forget that it is drained.
         """
         if self._registered is None:
             return
@@ -89,7 +90,7 @@ class Heartbeat:
             await self.deregister()
 
     async def _rest(self, seconds: float) -> None:
-        """Sleep, but not on after the engine is gone."""
+        """Sleep, but wake early if the engine is gone."""
         end = asyncio.get_running_loop().time() + seconds
         while (left := end - asyncio.get_running_loop().time()) > 0:
             await asyncio.sleep(min(left, _LOOK_S))
@@ -97,7 +98,7 @@ class Heartbeat:
                 return
 
     async def _beat(self, runner: Runner) -> HeartbeatResponse | None:
-        """The answer of the first router that gives one, which is asked first from now on."""
+        """The answer of the first router that gives one; it is asked first from now on."""
         request = HeartbeatRequest(runner=runner)
         failures = []
         for stub in tuple(self._stubs):
@@ -127,7 +128,7 @@ class Heartbeat:
         )
 
     def _note(self, write: Callable[..., object], event: str, **details: object) -> None:
-        """Log what has changed, once."""
+        """Log an event, unless the last event was equal."""
         if event != self._event:
             self._event = event
             write(event, **details)

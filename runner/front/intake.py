@@ -1,20 +1,23 @@
-"""Prepares submissions beside the loop, so that long texts hold up nobody else's streams."""
+"""Prepares submissions; long ones in threads, so that they hold up nobody else's streams."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
-from granatum.runner.front.submission import Bounds, Prepared, prepare
+from granatum.runner.front.submission import Prepared, SequenceBounds, prepare
 from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1.runner_pb2 import SubmitSequence
 
 INLINE_BYTES = 2048
-"""Submissions up to this size are prepared at once, longer ones in a thread."""
+"""Submissions up to this size are prepared on the event loop, larger ones in a thread."""
 INLINE_GENERATED = 64
-"""And with so many generated tokens: each is made text again, which takes 30 us."""
+"""The most generated tokens of a submission that is prepared on the loop.
+
+Each token is made text again, which takes 30 us.
+"""
 LONG_BYTES = 128 << 10
-"""From this size on they share one thread: a flood of them takes one core and no more."""
+"""Submissions from this size on share one thread, so that a flood of them takes one core."""
 
 log = structlog.get_logger(__name__)
 
@@ -35,7 +38,9 @@ class Intake:
                 vocabulary=vocabulary,
             )
 
-    async def prepare(self, sequence_id: int, message: SubmitSequence, bounds: Bounds) -> Prepared:
+    async def prepare(
+        self, sequence_id: int, message: SubmitSequence, bounds: SequenceBounds
+    ) -> Prepared:
         """Tokenize and check a submission. Raises InvalidRequest."""
         size = message.ByteSize()
         if size <= INLINE_BYTES and len(message.generated) <= INLINE_GENERATED:
@@ -47,6 +52,6 @@ class Intake:
         )
 
     def close(self) -> None:
-        """Begin nothing more; what has begun ends by itself."""
+        """Begin no more submissions; those that have begun end by themselves."""
         for threads in (self._middle, self._long):
             threads.shutdown(wait=False, cancel_futures=True)

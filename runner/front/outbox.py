@@ -1,4 +1,4 @@
-"""What a session has yet to tell its router, in messages that any router takes."""
+"""News that a session has not sent yet, in messages of a size that any router takes."""
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
@@ -8,35 +8,35 @@ from granatum.v1.inference_pb2 import Token
 from granatum.v1.runner_pb2 import SequenceOutput, SessionResponse
 
 PART_BYTES = 256 << 10
-"""From this size on, a sequence's output goes on in another one."""
+"""A sequence's output that has this size is full; its next tokens begin another output."""
 MESSAGE_BYTES = 1 << 20
-"""From this size on, the rest goes with the next message; far below what gRPC takes."""
+"""A message that has this size is full; it is far smaller than what gRPC takes."""
 _TOKEN_BYTES = 64
-"""What a token takes in memory beside its fields."""
+"""What a token takes in memory beside the bytes of its fields."""
 
 
 @dataclass(slots=True)
 class _Part:
-    """An output of one sequence and about how many bytes its tokens take."""
+    """An output of one sequence; `size` is about how many bytes its tokens take."""
 
     output: SequenceOutput
     size: int = 0
 
 
 class Outbox:
-    """Outputs by sequence, oldest first. What is not taken is merged, a sequence's into one."""
+    """Outputs by sequence, oldest first. News of a sequence are added to its output until sent."""
 
     def __init__(self) -> None:
         self._full: deque[_Part] = deque()
         self._last: OrderedDict[int, _Part] = OrderedDict()  # by sequence
         self.size = 0
-        """About how many bytes are in it."""
+        """About how many bytes all outputs take."""
 
     def __bool__(self) -> bool:
         return bool(self._full or self._last)
 
     def add(self, sequence_id: int, tokens: Iterable[Token], prompt_tokens: int) -> SequenceOutput:
-        """Add news of a sequence; the output with the last of them, which may get an outcome."""
+        """Add a sequence's tokens. Returns the output of the last one, for the caller's outcome."""
         part = self._last.get(sequence_id) or self._begin(sequence_id)
         part.output.prompt_tokens = part.output.prompt_tokens or prompt_tokens
         for token in tokens:
@@ -50,7 +50,7 @@ class Outbox:
         return part.output
 
     def take(self) -> SessionResponse:
-        """The next message, and out of here."""
+        """Take out the next message."""
         outputs, size = [], 0
         while (self._full or self._last) and size < MESSAGE_BYTES:
             part = self._full.popleft() if self._full else self._last.popitem(last=False)[1]
@@ -60,7 +60,7 @@ class Outbox:
         return SessionResponse(outputs=outputs)
 
     def discard(self, sequence_id: int) -> None:
-        """Forget what there is of a sequence."""
+        """Forget the outputs of a sequence."""
         last = self._last.pop(sequence_id, None)
         gone = [part for part in self._full if part.output.sequence_id == sequence_id]
         self._full = deque(part for part in self._full if part.output.sequence_id != sequence_id)

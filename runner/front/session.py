@@ -1,4 +1,4 @@
-"""One router's session: its commands in, one message per engine step out."""
+"""One router's session: the router's commands in, news of its sequences out."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -9,14 +9,13 @@ from typing import Protocol
 import structlog
 
 from granatum.runner.front.outbox import Outbox
+from granatum.runner.front.outcomes import set_outcome
 from granatum.runner.front.submission import Prepared
 from granatum.runner.records import Departure, Failure, Finish, SequenceNews, Submit
 from granatum.runner.text.sequence_text import SequenceText
-from granatum.v1 import inference_pb2, runner_pb2
 from granatum.v1.errors import GranatumError, Internal
 from granatum.v1.inference_pb2 import Token
 from granatum.v1.runner_pb2 import (
-    SequenceFailure,
     SequenceOutput,
     SessionRequest,
     SessionResponse,
@@ -24,45 +23,31 @@ from granatum.v1.runner_pb2 import (
 )
 
 LIFE_S = 1.0
-"""A router hears something at least this often."""
+"""The longest time without a message to a router."""
 SILENT_S = 10.0
-"""A router that says nothing for so long is gone; it pings every second."""
+"""A router that says nothing for this long is gone; a live one pings every second."""
 STUCK_S = 30.0
-"""A router that takes no message for so long does not read."""
+"""A router that takes no message for this long does not read."""
 UNREAD_BYTES = 64 << 20
-"""As much as may wait for a router that does not read."""
+"""The most that may wait for a router that does not read."""
 _OUR_FAULT = "the runner failed on this request: try again; its operators find why in its log"
 
 log = structlog.get_logger(__name__)
 
-_FINISHED = {
-    Finish.STOP: inference_pb2.FINISH_REASON_STOP,
-    Finish.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
-}
-_DEPARTED = {
-    Departure.REFUSED: runner_pb2.DEPARTURE_REFUSED,
-    Departure.EVICTED: runner_pb2.DEPARTURE_EVICTED,
-    Departure.DRAINED: runner_pb2.DEPARTURE_DRAINED,
-    Departure.ENGINE_LOST: runner_pb2.DEPARTURE_ENGINE_LOST,
-    Departure.SUSPECTED: runner_pb2.DEPARTURE_SUSPECTED,
-    Departure.BLAMED: runner_pb2.DEPARTURE_BLAMED,
-    Departure.LOAD_FAILED: runner_pb2.DEPARTURE_LOAD_FAILED,
-}
-
 
 class EngineAway(Exception):
-    """There is no engine just now that could take a sequence."""
+    """No engine can take a sequence just now."""
 
 
-class Engine(Protocol):
-    """What a session needs of the engine; sequences have ids of the engine's own."""
+class EngineAccess(Protocol):
+    """What a session needs of the engine, which has sequence ids of its own."""
 
     async def prepare(self, message: SubmitSequence) -> Prepared:
         """Tokenize and check; raises GranatumError or EngineAway."""
         ...
 
-    def submit(self, prepared: Prepared, session: "Session") -> None:
-        """Run a sequence, whose news then go to `session.take`. Raises EngineAway."""
+    def submit(self, prepared: Prepared, session: "RouterSession") -> None:
+        """Run a sequence; its news go to `session.take`. Raises EngineAway."""
         ...
 
     def cancel(self, engine_id: int) -> None:
@@ -83,9 +68,10 @@ class _Running:
 
 @dataclass(slots=True)
 class _Patience:
-    """How long a router has been silent, and how long a message has waited for it to read.
+    """How long a router has been silent, and how long a message has waited to be read.
 
-    Counted in turns of our own loop: while this process stood still, nobody else was late.
+    Both are counted in turns of our own event loop. While this process stands still, the router
+    cannot be heard, so that time does not count against it.
     """
 
     silent_s: float = 0.0
@@ -93,17 +79,18 @@ class _Patience:
     writing: bool = False
 
 
-class Session:
-    """Sequences of one router. What comes while a message is being written goes with the next.
+class RouterSession:
+    """The sequences of one router.
 
-    Whatever goes wrong with one sequence ends that sequence alone.
+    News that come while a message is being written go with the next message. An error in one
+    sequence ends that sequence alone.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineAccess) -> None:
         self._engine = engine
         self._running: dict[int, _Running] = {}  # by the engine's id
         self._preparing: dict[int, asyncio.Task[None]] = {}  # by the router's id
-        self._tasks: set[asyncio.Task[None]] = set()  # preparing, or cancelled and not yet over
+        self._tasks: set[asyncio.Task[None]] = set()  # of `_preparing`, and cancelled ones
         self._outbox = Outbox()
         self._news = asyncio.Event()
         self._patience = _Patience()
@@ -119,7 +106,7 @@ class Session:
             self.end()
 
     async def responses(self) -> AsyncIterator[SessionResponse]:
-        """What there is to tell the router, at least a sign of life, until the session ends."""
+        """Messages for the router until the session ends; an empty one is a sign of life."""
         while not self._over or self._outbox:
             if not self._outbox:
                 self._news.clear()
@@ -133,7 +120,7 @@ class Session:
             self._patience.writing = False
 
     async def neglected(self) -> str:
-        """Wait until the router neither speaks nor reads any more; which of them."""
+        """Wait until the router no longer speaks, or no longer reads; says which."""
         patience, turn_s = self._patience, LIFE_S / 4
         while True:
             await asyncio.sleep(turn_s)
@@ -158,7 +145,7 @@ class Session:
             self._fail(sequence.id, Internal(_OUR_FAULT))
 
     def end(self) -> None:
-        """The router is gone, or we are: its sequences are cancelled."""
+        """The router is gone, or the runner stops: cancel the router's sequences."""
         self._over = True
         self._news.set()
         for task in self._tasks:
@@ -168,7 +155,7 @@ class Session:
         self._running.clear()
 
     async def ended(self) -> None:
-        """After `end`: wait until nothing of it goes on."""
+        """After `end`: wait for the tasks of the session."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _obey(self, command: SessionRequest) -> None:
@@ -202,7 +189,7 @@ class Session:
         except GranatumError as error:
             self._fail(number, error)
         except EngineAway:
-            _set_outcome(self._output(number), Departure.REFUSED)
+            set_outcome(self._output(number), Departure.REFUSED)
         except Exception as error:
             log.error("beginning a sequence", sequence=number, exc_info=error)
             self._fail(number, Internal(_OUR_FAULT))
@@ -212,8 +199,8 @@ class Session:
 
     def _run(self, sequence_id: int, prepared: Prepared) -> None:
         prompt_tokens = len(prepared.submit.prompt)
-        if prepared.text.stopped:  # a stop string was complete before it came here
-            _set_outcome(self._output(sequence_id, (), prompt_tokens), Finish.STOP)
+        if prepared.text.stopped:  # another runner had made a stop string complete
+            set_outcome(self._output(sequence_id, (), prompt_tokens), Finish.STOP)
             return
         self._engine.submit(prepared, self)
         sequence = _Running(sequence_id, prompt_tokens, prepared.text, prepared.submit)
@@ -237,25 +224,22 @@ class Session:
             self._stop(news, sequence, tokens)
             return
         output = self._output(sequence.id, tokens, sequence.prompt_tokens)
-        sequence.prompt_tokens = 0  # said once
+        sequence.prompt_tokens = 0  # the router was told
         if news.outcome is not None:
             del self._running[news.sequence_id]
-            _set_outcome(output, news.outcome)
+            set_outcome(output, news.outcome, news.cause)
             if news.outcome in (Departure.SUSPECTED, Departure.BLAMED):
                 _log_suspect(sequence, news.outcome)
-        if news.cause is not None:
-            output.cause.CopyFrom(_failure(news.cause))
 
     def _stop(self, news: SequenceNews, sequence: _Running, tokens: Sequence[Token]) -> None:
-        """A stop string has appeared: the sequence is complete, whatever the engine thinks."""
+        """A stop string has appeared: the sequence is complete, even if the engine goes on."""
         del self._running[news.sequence_id]
-        _set_outcome(self._output(sequence.id, tokens, sequence.prompt_tokens), Finish.STOP)
+        set_outcome(self._output(sequence.id, tokens, sequence.prompt_tokens), Finish.STOP)
         if news.outcome is None:
             self._engine.cancel(news.sequence_id)
 
     def _fail(self, sequence_id: int, error: GranatumError) -> None:
-        failure = Failure(error.code, error.message, error.reason, error.field or "")
-        _set_outcome(self._output(sequence_id), failure)
+        set_outcome(self._output(sequence_id), Failure.of(error))
 
     def _output(
         self, sequence_id: int, tokens: Sequence[Token] = (), prompt_tokens: int = 0
@@ -263,16 +247,6 @@ class Session:
         """The sequence's part of the next message, with `tokens` added."""
         self._news.set()
         return self._outbox.add(sequence_id, tokens, prompt_tokens)
-
-
-def _set_outcome(output: SequenceOutput, outcome: Finish | Departure | Failure) -> None:
-    match outcome:
-        case Finish():
-            output.finished = _FINISHED[outcome]
-        case Departure():
-            output.departed = _DEPARTED[outcome]
-        case Failure():
-            output.failed.CopyFrom(_failure(outcome))
 
 
 def _log_suspect(sequence: _Running, verdict: Departure | Finish | Failure) -> None:
@@ -285,10 +259,4 @@ def _log_suspect(sequence: _Running, verdict: Departure | Finish | Failure) -> N
         prompt_tokens=len(submit.prompt),
         suspicion=submit.suspicion,
         sampling=str(submit.sampling),
-    )
-
-
-def _failure(failure: Failure) -> SequenceFailure:
-    return SequenceFailure(
-        code=failure.code, message=failure.message, reason=failure.reason, field=failure.field
     )

@@ -14,15 +14,15 @@ _DIGEST = "sha256:"
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """What this runner can hold."""
+class SequenceBounds:
+    """What a sequence may be on this runner."""
 
     vocabulary: int
     context: int
-    """Tokens of a sequence, prompt and output, that model and pages have room for."""
+    """The most tokens of a sequence, prompt and output, that model and pages have room for."""
 
     @classmethod
-    def of(cls, ready: Ready, vocabulary: int) -> "Bounds":
+    def of(cls, ready: Ready, vocabulary: int) -> "SequenceBounds":
         """The bounds of an engine that is ready."""
         room = ready.figures.total_pages * ready.page_tokens
         return cls(vocabulary, min(ready.max_context, room))
@@ -37,11 +37,11 @@ class Prepared:
 
 
 def prepare(
-    sequence_id: int, message: SubmitSequence, tokenizer: Tokenizer, bounds: Bounds
+    sequence_id: int, message: SubmitSequence, tokenizer: Tokenizer, bounds: SequenceBounds
 ) -> Prepared:
-    """Tokenize and check a submission; the engine will call it `sequence_id`.
+    """Tokenize and check a submission; `sequence_id` is the engine's id for it.
 
-    Takes time with long texts. Raises InvalidRequest for what cannot be served.
+    The time grows with the text. Raises InvalidRequest if this runner cannot serve it.
     """
     request = message.request
     check(request)
@@ -68,8 +68,10 @@ def prepare(
     return Prepared(submit, SequenceText(tokenizer, submit, strings, message.text_delivered))
 
 
-def _prompt(request: GenerateRequest, tokenizer: Tokenizer, bounds: Bounds) -> tuple[int, ...]:
-    """The prompt's ids, fewer than the context; longer ones are not even made."""
+def _prompt(
+    request: GenerateRequest, tokenizer: Tokenizer, bounds: SequenceBounds
+) -> tuple[int, ...]:
+    """The prompt's ids, fewer than the context has; of a longer prompt not all ids are made."""
     most = bounds.context - 1
     field = {"token_ids": "token_ids.ids", "chat": "chat.messages"}.get(
         request.WhichOneof("input") or "", "prompt"
@@ -106,7 +108,7 @@ def _ids(request: GenerateRequest, tokenizer: Tokenizer, most: int) -> list[int]
 
 
 def _check_tokenized(ids: list[int], field: str, vocabulary: int) -> None:
-    """A tokenizer may have tokens of its own that nobody trained, past the model's last one."""
+    """Refuse ids past the model's last one: a tokenizer may have tokens that the model lacks."""
     if max(ids) >= vocabulary:
         wrong = next(token for token in ids if token >= vocabulary)
         raise _wrong(

@@ -78,7 +78,7 @@ class MemoryImages:
 
 
 @dataclass(frozen=True, slots=True)
-class _Flight:
+class _Copy:
     """A copy to the device that has been launched."""
 
     digest: str
@@ -94,22 +94,23 @@ class AdapterLoader:
     """The mover of an AdapterCache (adapter_cache.py), for one arena and one adapter table.
 
     `arena` is `[pages, page_elements]`; `table` is written in the same stream as the pages, before
-    the event that tells of both. Host memory is at most `host_bytes`, taken at once. Only `events`
-    and the calls of `Mover` belong to the engine's thread; threads touch nothing but host pages.
+    the event that tells of both. Host memory is at most `host_cache_bytes`, taken at once. Only
+    `events` and the calls of `Mover` belong to the engine's thread; threads touch nothing but host
+    pages.
     """
 
     def __init__(
-        self, arena: torch.Tensor, table: AdapterTable, source: ImageSource, host_bytes: int
+        self, arena: torch.Tensor, table: AdapterTable, source: ImageSource, host_cache_bytes: int
     ) -> None:
         self._arena = arena
         self._table = table
         self._source = source
         self._stream = _stream(arena.device)
-        self._host = _host_pages(arena, host_bytes)
+        self._host = _host_pages(arena, host_cache_bytes)
         self._buffers = [page.view(torch.uint8).numpy().data for page in self._host]
         self._rows: dict[int, TableRow] = {}  # by the image's first host page
         self._stage = _Stage(table, pin=self._stream is not None)
-        self._flights: list[_Flight] = []
+        self._copies: list[_Copy] = []
         self._ended: SimpleQueue[Event] = SimpleQueue()
         self._fetchers = ThreadPoolExecutor(FETCHES, thread_name_prefix="adapter-load")
         self._readers = ThreadPoolExecutor(READS, thread_name_prefix="adapter-read")
@@ -179,19 +180,19 @@ class AdapterLoader:
             self._launch(slot, row, host_pages, pages)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(self._stream)
-        self._flights.append(_Flight(digest, arrived))
+        self._copies.append(_Copy(digest, arrived))
 
     def fence(self, digest: str) -> None:
         """Have the current stream wait for the copy; on a CPU it has ended already."""
-        for flight in self._flights:
-            if flight.digest == digest:
-                torch.cuda.current_stream(self._arena.device).wait_event(flight.arrived)
+        for copy in self._copies:
+            if copy.digest == digest:
+                torch.cuda.current_stream(self._arena.device).wait_event(copy.arrived)
 
     def events(self) -> list[Event]:
         """What has ended since the last call."""
         ended: list[Event] = []
-        while self._flights and self._flights[0].has_landed:  # one stream: they end in order
-            ended.append(Copied(self._flights.pop(0).digest))
+        while self._copies and self._copies[0].has_landed:  # one stream: they end in order
+            ended.append(Copied(self._copies.pop(0).digest))
         while True:
             try:
                 ended.append(self._ended.get_nowait())
@@ -279,10 +280,10 @@ def _failed(digest: str, error: Exception) -> Failed:
     )
 
 
-def _host_pages(arena: torch.Tensor, host_bytes: int) -> list[torch.Tensor]:
-    """As many pages of host memory as fit `host_bytes`, pinned in chunks where there is a GPU."""
+def _host_pages(arena: torch.Tensor, host_cache_bytes: int) -> list[torch.Tensor]:
+    """Pages of host memory that fit `host_cache_bytes`, pinned in chunks where there is a GPU."""
     page_bytes = arena.shape[1] * arena.element_size()
-    count, per_chunk = host_bytes // page_bytes, max(CHUNK_BYTES // page_bytes, 1)
+    count, per_chunk = host_cache_bytes // page_bytes, max(CHUNK_BYTES // page_bytes, 1)
     pages: list[torch.Tensor] = []
     while len(pages) < count:
         chunk = torch.empty(

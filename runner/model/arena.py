@@ -44,7 +44,7 @@ def page_tokens(config: ModelConfig, max_rank: int) -> int:
     return tokens
 
 
-def host_bytes(model: Path, max_rank: int) -> int:
+def cpu_host_cache_bytes(model: Path, max_rank: int) -> int:
     """Host memory on a CPU: room for the largest adapter that may be uploaded, and some more."""
     try:
         base = BaseModel.from_config(model)

@@ -18,7 +18,7 @@ from granatum.kernels.lora.ops import (
 )
 from granatum.kernels.lora.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
 from granatum.models.config import ModelConfig
-from granatum.runner.engine.scheduling.plan import Limits
+from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.arena import Arena
 from granatum.runner.model.inputs import FEW_ROWS, QUERY_TILE_ROWS, Step
 from granatum.runner.model.weights import Linear, Weights
@@ -36,7 +36,7 @@ class Model:
         weights: Weights,
         arena: Arena,
         table: AdapterTable,
-        limits: Limits,
+        limits: EngineLimits,
     ) -> None:
         self.config = config
         self.device = weights.device
@@ -50,7 +50,7 @@ class Model:
         first = weights.layers[0]
         linears = (first.qkv, first.o, first.gate_up, first.down)
         shapes = [*(part.weight for part in linears), weights.head]
-        self._sums = allocate_workspace(limits.step_tokens, shapes)
+        self._sums = allocate_workspace(limits.prefill_tokens, shapes)
 
     def forward(self, step: Step, last: torch.Tensor) -> torch.Tensor:
         """Logits [samples, vocab] of the step's sampling rows; KV of all its rows is written.
@@ -163,11 +163,11 @@ class Model:
         names = [known.name for known in self.config.family.groups]
         return self._arena.pages, self._table, index, names.index(group), outs
 
-    def _allocate_partials(self, limits: Limits) -> torch.Tensor:
+    def _allocate_partials(self, limits: EngineLimits) -> torch.Tensor:
         """Room for the LoRA kernels' partial sums in the largest step."""
         config, rank = self.config, self._table.max_rank
         few = max(limits.max_batch, FEW_ROWS)
-        sizes = ((few, DECODE_BLOCK_M), (limits.step_tokens, PREFILL_BLOCK_M))
+        sizes = ((few, DECODE_BLOCK_M), (limits.prefill_tokens, PREFILL_BLOCK_M))
         elements = max(
             workspace_elements(
                 rows, config.in_features[g], config.out_features[g], block_m, rank, self.device

@@ -23,7 +23,7 @@ import torch
 from granatum.kernels.layout import Tiles, make_query_tiles, make_tiles
 from granatum.kernels.lora.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
 from granatum.runner.engine.execution.draws import uniform
-from granatum.runner.engine.scheduling.plan import Limits, Plan, Span
+from granatum.runner.engine.scheduling.plan import EngineLimits, Plan, Span
 
 QUERY_TILE_ROWS = 64
 """Rows of a prompt chunk that attend together."""
@@ -112,7 +112,7 @@ _TILES = ("short_tiles", "long_tiles", "query_tiles")
 _SAMPLING = ("temperature", "top_p", "min_p", "uniform", "repetition", "presence", "frequency")
 
 
-def _sections(limits: Limits) -> dict[str, tuple[int, tuple[int, ...]]]:
+def _sections(limits: EngineLimits) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Of each section, the element at which it begins, 128-byte aligned, and its shape."""
     offset, sections = 0, {}
     for name, shape in _shapes(limits).items():
@@ -121,8 +121,8 @@ def _sections(limits: Limits) -> dict[str, tuple[int, tuple[int, ...]]]:
     return sections
 
 
-def _shapes(limits: Limits) -> dict[str, tuple[int, ...]]:
-    rows, batch = limits.step_tokens, limits.max_batch
+def _shapes(limits: EngineLimits) -> dict[str, tuple[int, ...]]:
+    rows, batch = limits.prefill_tokens, limits.max_batch
     largest = mixed_shape(rows, batch, batch, batch, lora=True)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("tokens", "positions", "kv_slots"), (rows,))
     shapes |= dict.fromkeys(("lengths", "seats", "sample_rows", "top_k", *_SAMPLING), (batch,))
@@ -136,7 +136,7 @@ def _shapes(limits: Limits) -> dict[str, tuple[int, ...]]:
 class HostInputs:
     """A pinned buffer as numpy arrays by section."""
 
-    def __init__(self, limits: Limits, pinned: bool) -> None:
+    def __init__(self, limits: EngineLimits, pinned: bool) -> None:
         self.limits = limits
         sections = _sections(limits)
         self._head, table = sections["page_table"]
@@ -238,7 +238,7 @@ class HostInputs:
 class DeviceInputs:
     """The buffer on the device, at a fixed address, and its views by shape."""
 
-    def __init__(self, limits: Limits, device: torch.device) -> None:
+    def __init__(self, limits: EngineLimits, device: torch.device) -> None:
         sections = _sections(limits)
         head, table = sections["page_table"]
         self._buffer = torch.zeros(head + prod(table), dtype=torch.int32, device=device)

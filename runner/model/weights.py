@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from granatum.models.config import ModelConfig
 from granatum.models.families import Group
+from granatum.v1.errors import InvalidRequest
 
 INDEX = "model.safetensors.index.json"
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -168,6 +169,4 @@ def _copy(target: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
 
 
 def _invalid(message: str) -> Exception:
-    from granatum.v1.errors import InvalidRequest  # here: the arithmetic needs no gRPC
-
     return InvalidRequest(f"the model cannot be loaded: {message}")

@@ -3,17 +3,18 @@
 from collections.abc import Iterable, Sequence
 
 from granatum.runner.records import Finish, Submit, TokenLogprobs
+from granatum.runner.text.detokenizer import Detokenizer
 from granatum.runner.text.stop_strings import StopStrings
-from granatum.runner.text.tokenizer import Detokenizer, Tokenizer
+from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1.inference_pb2 import Logprob, Token, TopLogprob
 
 
 class SequenceText:
-    """The text side of one sequence.
+    """Makes a sequence's tokens into what its client gets.
 
-    `submit.generated` was made elsewhere and goes through here again, so that half characters and
-    half stop strings are as they were; of its text the client has `delivered` characters, and only
-    what follows goes out.
+    `submit.generated` are tokens of other runners. They are made text again here, so that half a
+    character or half a stop string at their end goes on as it would have. The client already has
+    the first `delivered` characters of all text, and gets what follows.
     """
 
     def __init__(
@@ -25,10 +26,10 @@ class SequenceText:
         self._stops = StopStrings(stop_strings)
         self._made = 0
         self.stopped = False
-        """Whether a stop string has appeared; nothing more goes out."""
+        """Whether a stop string has appeared; no text goes out after it."""
         text = "".join([self._push(token) for token in submit.generated])
-        self._owed = text[delivered:]
-        self._ahead = max(delivered - len(text), 0)
+        self._owed = text[delivered:]  # goes out with the next token
+        self._ahead = max(delivered - len(text), 0)  # characters still to come that the client has
 
     def take(
         self,
@@ -36,10 +37,11 @@ class SequenceText:
         logprobs: Sequence[TokenLogprobs] = (),
         finish: Finish | None = None,
     ) -> list[Token]:
-        """The step's tokens for the client; with `finish`, they are the last.
+        """A step's tokens for the client; with `finish`, they are the sequence's last.
 
-        Tokens after a stop string are left out. There are none if all were made elsewhere: the
-        last of those brought what was kept.
+        Tokens after a stop string are left out. Text that is still kept goes out with the last
+        token. Without tokens, which happens where another runner made the last one, nothing goes
+        out: that runner delivered the kept text.
         """
         taken: list[Token] = []
         ids = list(tokens)
@@ -69,7 +71,7 @@ class SequenceText:
         return text
 
     def _flush(self) -> str:
-        """The text that was kept, up to a stop string that half a character may complete."""
+        """The text still kept; half a character in it may complete a stop string, which ends it."""
         text, self.stopped = self._stops.push(self._detokenizer.flush())
         return text if self.stopped else text + self._stops.flush()
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Passes text on, but keeps what may yet become a stop string, and ends before one."""
+    """Passes text on up to the first stop string, and keeps text that may become one."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = tuple(strings)
@@ -24,16 +24,16 @@ class StopStrings:
         return text[:going], False
 
     def flush(self) -> str:
-        """What is kept still."""
+        """The text still kept."""
         kept, self._kept = self._kept, ""
         return kept
 
 
 def _beginning(string: str, text: str) -> int:
-    """How many characters at the end of `text` begin `string`, which is not in it.
+    """How many characters at the end of `text` begin `string`, which is not in `text`.
 
-    Looks at places with its first character alone. What fails at one of them is kept no longer, so
-    that a character costs one comparison in all, however long the string is.
+    Looks only at the places of the string's first character. A place that fails is not kept for the
+    next call, so each character is compared once on average, however long the string is.
     """
     at = text.find(string[0], max(len(text) - len(string) + 1, 0))
     while at >= 0 and not string.startswith(text[at:]):

@@ -1,9 +1,8 @@
-"""The model's own tokenizer: text to ids, chats to ids, and ids to text as they come."""
+"""The model's own tokenizer: texts and chats to ids, and ids to text."""
 
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
-from itertools import islice
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,20 +15,12 @@ from transformers import AutoTokenizer
 from granatum.v1.errors import InvalidRequest, PreconditionFailed
 from granatum.v1.validation import MAX_PROMPT_BYTES
 
-REPLACEMENT = "\ufffd"
-"""What stands for bytes that are no character, or not yet one."""
-_CONTEXT_TOKENS = 8
-"""So many tokens before the first new one decide how it is written (its leading space)."""
-_CHARACTER_TOKENS = 4
-"""A character has at most so many bytes, and so tokens."""
-_MOST_KEPT = 64
-"""Tokens that wait for one another; what they cost grows with their square."""
 _PIECE_CHARACTERS = 1 << 14
-"""The smallest piece of a text that is counted alone."""
+"""The smallest piece into which a long text is cut to count its tokens."""
 _MAX_RENDERED = 2 * MAX_PROMPT_BYTES
-"""Characters that a chat template may make of messages."""
+"""The most characters that a chat template may make of messages."""
 _MAX_REFUSAL = 500
-"""Characters of a chat template's own message that a client gets."""
+"""The most characters of a chat template's own message that a client gets."""
 
 log = structlog.get_logger(__name__)
 
@@ -38,7 +29,7 @@ Result = TypeVar("Result")
 
 
 def _without_panic(call: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """A panic of the tokenizers library is no Exception; as it leaves `call`, it is one."""
+    """Turn a panic of the tokenizers library, which is no Exception, into a RuntimeError."""
 
     @wraps(call)
     def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -53,7 +44,7 @@ def _without_panic(call: Callable[Parameters, Result]) -> Callable[Parameters, R
 
 
 class TooManyTokens(Exception):
-    """A text has more tokens than asked for; `tokens` says how many, as "301" or "over 512"."""
+    """A text has too many tokens; `tokens` says how many, as "301" or "over 512"."""
 
     def __init__(self, tokens: str) -> None:
         super().__init__(tokens)
@@ -89,13 +80,13 @@ class Tokenizer:
         self.token_text = lru_cache(1 << 16)(self._token_text)
 
     def ends_within(self, vocabulary: int) -> frozenset[int]:
-        """The tokens that end a sequence, of those that the model has."""
+        """The ids below `vocabulary`, the model's ids, that end a sequence."""
         return frozenset(token for token in self.end_ids if 0 <= token < vocabulary)
 
     def encode(self, text: str, most: int | None = None) -> list[int]:
         """Ids of `text`, with the special tokens that the model puts around a prompt.
 
-        Other threads go on meanwhile. Raises TooManyTokens if there are more than `most`.
+        Runs without the interpreter's lock. Raises TooManyTokens if there are more than `most` ids.
         """
         return self._ids(text, most, special=True)
 
@@ -104,8 +95,8 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of (role, content) messages in the model's chat template, up to the answer.
 
-        Raises InvalidRequest if the model has no template or the template refuses the messages,
-        TooManyTokens if there are more than `most`.
+        Raises InvalidRequest if the model has no template or the template refuses the messages, and
+        TooManyTokens if there are more than `most` ids.
         """
         return self._ids(self._rendered(messages), most, special=False)
 
@@ -126,10 +117,10 @@ class Tokenizer:
     def _refuse_endless(self, text: str, most: int) -> None:
         """Raise TooManyTokens for a text so long that even its pieces cannot fit.
 
-        Every piece but the last brings some thousand tokens, and a cut changes a few around it.
-        Twice as many tokens as fit are therefore too many wherever the cuts are. So what is
-        computed and kept in memory depends on `most`, not on the length of the text: to free four
-        million tokens holds up the whole process.
+        The pieces are counted one by one until they have more than twice `most` tokens. A cut
+        changes only a few tokens around it, so the whole text then has more than `most`. Time and
+        memory depend on `most`, not on the length of the text: to free the four million tokens of
+        a long text would hold up the whole process.
         """
         size = max(4 * most, _PIECE_CHARACTERS)
         count = 0
@@ -140,7 +131,7 @@ class Tokenizer:
 
     @_without_panic
     def _encoded(self, text: str, *, special: bool) -> Encoding:
-        """Unlike `encode`, a batch is encoded without the interpreter's lock."""
+        """Encode as a batch: the library lets go of the interpreter's lock for batches alone."""
         (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=special)
         return encoding
 
@@ -173,78 +164,18 @@ def _refused(message: str) -> InvalidRequest:
 
 
 def _refusal_of(error: Exception) -> InvalidRequest:
-    """What the client is told: the template's own words, and nothing of how it failed.
+    """What a client is told of a template's error: only what the template itself says.
 
-    A template's raise_exception is a TemplateError; what jinja itself raises is a subclass.
+    A template's raise_exception raises TemplateError itself; jinja raises subclasses.
     """
     if type(error) is TemplateError:
         said = str(error)[:_MAX_REFUSAL]
         return _refused(f"the model's chat template refuses them: {said}")
-    log.warning("the chat template failed", error=type(error).__name__)  # the rest may be theirs
+    # The error's text is not logged: it may hold a tenant's messages.
+    log.warning("the chat template failed", error=type(error).__name__)
     return _refused(
         "the model's chat template cannot write them: check their roles and their order"
     )
-
-
-class Detokenizer:
-    """The text of a sequence's tokens as they are generated.
-
-    All texts together are decode(prompt + generated) without decode(prompt). Text that ends in
-    half a character is kept until the rest comes. Where a tokenizer writes single bytes as tokens
-    and one of them spoils those before it, what was already given stays.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._decode = tokenizer.decode
-        self._special = tokenizer.special_ids
-        plain = (token for token in reversed(prompt) if token not in self._special)
-        self._context = list(islice(plain, _CONTEXT_TOKENS))[::-1]
-        self._before = self._decode(self._context)
-        self._kept: list[int] = []
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes."""
-        if token in self._special:
-            return ""
-        self._kept.append(token)
-        text = self._text(self._kept)
-        if not text:  # a model may have more ids than its tokenizer has tokens
-            del self._kept[:-_CHARACTER_TOKENS]
-            return ""
-        if not text.endswith(REPLACEMENT):
-            return self._give(text, len(self._kept))
-        return self._give_garbage(text)
-
-    def flush(self) -> str:
-        """What is kept still, half characters as replacement characters."""
-        return self._give(self._text(self._kept), len(self._kept)) if self._kept else ""
-
-    def _text(self, kept: list[int]) -> str:
-        after = self._decode(self._context + kept)
-        if after.startswith(self._before):
-            return after[len(self._before) :]
-        return self._decode(kept)
-
-    def _give(self, text: str, tokens: int) -> str:
-        """`text` of the first `tokens` kept ones, which become the context of the rest."""
-        self._context, self._kept = self._kept[:tokens], self._kept[tokens:]
-        self._before = self._decode(self._context)
-        return text
-
-    def _give_garbage(self, text: str) -> str:
-        """Of more tokens than a character can have, those that no further token can repair.
-
-        A tokenizer may write a run of any length as garbage for one byte in it: of that, what it is
-        so far is given now and then.
-        """
-        count = len(self._kept)
-        if count <= _CHARACTER_TOKENS:
-            return ""
-        for first in range(count - 1, count - 1 - _CHARACTER_TOKENS, -1):
-            head = self._text(self._kept[:first])
-            if head and head + self._decode(self._kept[first:]) == text:
-                return self._give(head, first)
-        return self._give(text, count) if count >= _MOST_KEPT else ""
 
 
 def _end_ids(directory: Path, own: int | None) -> frozenset[int]:

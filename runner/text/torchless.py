@@ -1,8 +1,8 @@
 """transformers without torch.
 
-We need its configurations and tokenizers alone, yet wherever torch is installed it imports that
-and much around it: seconds of every start, and hundreds of megabytes in a front that computes
-nothing.
+We need only configurations and tokenizers of transformers. Where torch is installed, transformers
+imports torch and much around it. That would cost seconds of every start, and hundreds of megabytes
+in a front that computes nothing.
 """
 
 import os
@@ -10,10 +10,10 @@ import sys
 
 
 def import_transformers() -> None:
-    """Import transformers so that it takes torch for missing, now and later in this process.
+    """Import transformers in such a way that it takes torch for missing as long as we run.
 
-    For our own processes, first thing: where torch is imported already, nothing can be saved, and
-    transformers stays whole. torch itself can be imported afterwards.
+    Our processes call this before they import anything large. Where torch is already imported,
+    nothing can be saved and transformers is left as it is. torch can be imported afterwards.
     """
     if "torch" in sys.modules:
         return

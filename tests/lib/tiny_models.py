@@ -32,7 +32,7 @@ from granatum.runner.adapters.images.image import ImageShape, build_image
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits
+from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.adapter_loader import AdapterLoader, MemoryImages
 from granatum.runner.model.arena import allocate_arena, page_tokens
 from granatum.runner.model.decoder import Model
@@ -166,7 +166,7 @@ class TinyEngine:
         pages = changes.pop("pages", 64)
         rank = changes.pop("max_rank", 256)
         tokens = page_tokens(config, rank)
-        bounds = Limits(16, 10_000, 64, tokens, config.max_positions)
+        bounds = EngineLimits(16, 10_000, 64, tokens, config.max_positions)
         limits = replace(bounds, **changes)
         arena = allocate_arena(config, tokens, pages, torch.float32, CPU)
         self.pool = PagePool(pages)
@@ -175,8 +175,8 @@ class TinyEngine:
         images = {n: build_image(adapters / n, shape) for n in names} if adapters else {}
         for name in huge:
             images[name].pages.fill(1e30)
-        host_bytes = (1 + sum(len(i.pages) for i in images.values())) * shape.page_bytes
-        self.loader = AdapterLoader(arena.pages, table, MemoryImages(images), host_bytes)
+        host_cache_bytes = (1 + sum(len(i.pages) for i in images.values())) * shape.page_bytes
+        self.loader = AdapterLoader(arena.pages, table, MemoryImages(images), host_cache_bytes)
         self.cache = AdapterCache(self.pool, self.loader, 32)
         weights = load_weights(config, model, torch.float32, CPU)
         self.model = Model(config, weights, arena, table, limits)

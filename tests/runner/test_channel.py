@@ -11,6 +11,7 @@ import pytest
 
 from granatum.runner.channel import AsyncChannel, Channel, ChannelClosed, socket_pair
 from granatum.runner.records import Failure, Finish, SequenceNews, TokenLogprobs
+from granatum.v1.errors import Code
 
 
 async def ends() -> tuple[AsyncChannel[object, object], Channel[object, object]]:
@@ -109,7 +110,7 @@ def test_torch_stays_out() -> None:
 
 def test_news_arrive_whole() -> None:
     logprobs = (TokenLogprobs(-0.5, ((7, -0.5), (9, -1.0))),)
-    cause = Failure(5, "the store lacks it", "NOT_FOUND", "adapter")
+    cause = Failure(Code.NOT_FOUND, "the store lacks it", "NOT_FOUND", "adapter")
     news = SequenceNews(3, (7,), logprobs, Finish.STOP, cause)
     assert all(getattr(news, field.name) for field in fields(news)), "a field that is not tested"
     for whole in (news, replace(news, cause=None)):

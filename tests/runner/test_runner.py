@@ -20,10 +20,12 @@ from granatum.runner.adapters.disk.source import AdapterSource
 from granatum.runner.channel import AsyncChannel, Channel, ChannelClosed, socket_pair
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.process import EngineOptions, build_engine, serve
-from granatum.runner.front.front import Front, RunnerService
+from granatum.runner.front.front import Front
+from granatum.runner.front.servicer import RunnerServicer
 from granatum.runner.records import Command, Report
 from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1 import inference_pb2, runner_pb2
+from granatum.v1.errors import Code
 from granatum.v1.inference_pb2 import GenerateRequest, LogprobOptions, StopConditions
 from granatum.v1.runner_pb2 import Ping, SequenceOutput, SessionRequest, SubmitSequence
 from granatum.v1.runner_pb2_grpc import RunnerServiceStub, add_RunnerServiceServicer_to_server
@@ -105,7 +107,7 @@ def engine(
     adapters: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Engine:
     options = EngineOptions(
-        BASE_MODEL, device="cpu", max_batch=12, host_bytes=32 << 20, arena_bytes=48 << 20
+        BASE_MODEL, device="cpu", max_batch=12, host_cache_bytes=32 << 20, arena_bytes=48 << 20
     )
     source = AdapterSource(adapters[0].as_uri(), tmp_path_factory.mktemp("cache"), 1 << 30)
     return build_engine(options, source)
@@ -128,7 +130,7 @@ async def serving(engine: Engine) -> AsyncIterator[str]:
     )
     relay = asyncio.create_task(front.run())
     server = build_server(["granatum.v1.RunnerService"])
-    add_RunnerServiceServicer_to_server(RunnerService(front, KEY), server)
+    add_RunnerServiceServicer_to_server(RunnerServicer(front, KEY), server)
     port = listen(server, "127.0.0.1:0")
     await server.start()
     await front.loaded.wait()
@@ -236,7 +238,7 @@ async def test_adapter_that_the_store_lacks_leaves_alone(session: Session) -> No
         session.run(asks("granite>", "\n"), "0" * 64), session.run(asks("granite>", "\n"))
     )
     assert missing.departed == runner_pb2.DEPARTURE_LOAD_FAILED
-    assert missing.cause.code == grpc.StatusCode.NOT_FOUND.value[0]
+    assert missing.cause.code == Code.NOT_FOUND
     assert missing.prompt_tokens
     assert text(base) == "granite"
 

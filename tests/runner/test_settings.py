@@ -14,7 +14,7 @@ from granatum.runner.adapters.images.image import ImageShape
 from granatum.runner.adapters.images.layout import lay_out
 from granatum.runner.engine.child import _options
 from granatum.runner.model.arena import page_tokens
-from granatum.runner.settings import Settings
+from granatum.runner.settings import RunnerSettings
 from granatum.v1.errors import InvalidRequest
 
 FLAGS = ["--model", str(BASE_MODEL), "--store", "memory://", "--cache-dir", "cache"]
@@ -25,8 +25,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRANATUM_CLUSTER_KEY", "secret")
 
 
-def read(*flags: str) -> Settings:
-    return Settings(_cli_parse_args=[*FLAGS, *flags])  # type: ignore[call-arg]
+def read(*flags: str) -> RunnerSettings:
+    return RunnerSettings(_cli_parse_args=[*FLAGS, *flags])  # type: ignore[call-arg]
 
 
 def test_flags_and_the_key_of_the_environment() -> None:
@@ -40,7 +40,7 @@ def test_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("MODEL", str(BASE_MODEL)), ("STORE", "memory://"), ("CACHE_DIR", "c")):
         monkeypatch.setenv(f"GRANATUM_RUNNER_{name}", value)
     monkeypatch.setenv("GRANATUM_RUNNER_ROUTER", "a:1, b:2")
-    settings = Settings(_cli_parse_args=[])  # type: ignore[call-arg]
+    settings = RunnerSettings(_cli_parse_args=[])  # type: ignore[call-arg]
     assert settings.router == ("a:1", "b:2")
 
 
@@ -115,7 +115,7 @@ def test_host_memory_of_a_cpu_holds_the_largest_adapter_that_may_be_uploaded(
     shape = ImageShape(BaseModel.from_config(tmp_path), "float32", elements, rank)
     modules = {(i, name): ModuleSpec(rank, 1.0) for i in range(30) for name in shape.base.modules}
     largest = lay_out(shape.base, modules, elements).pages * shape.page_bytes
-    assert found.host_bytes >= max(2 * largest, 64 << 20)
+    assert found.host_cache_bytes >= max(2 * largest, 64 << 20)
     asked = read("--router", "a:1", "--host-cache-bytes", "12345", "--model", str(tmp_path))
-    assert _options(asked, "cpu").host_bytes == 12345
-    assert _options(settings, "cuda").host_bytes == 4 << 30
+    assert _options(asked, "cpu").host_cache_bytes == 12345
+    assert _options(settings, "cuda").host_cache_bytes == 4 << 30

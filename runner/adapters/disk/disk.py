@@ -2,8 +2,8 @@
 
     cache directory/<shape>/<digest>.image
 
-Runners may share the directory. Each image is made by one of them, under a lock, and the limit is
-on what lies there, whoever made it. What we did not write is left alone.
+Runners may share the directory. One of them makes each image, under a lock. The limit counts the
+images of all runners. Files that no runner wrote are left alone.
 """
 
 import errno
@@ -30,7 +30,7 @@ from granatum.runner.adapters.images.layout import TableRow
 from granatum.v1.errors import InvalidAdapter, Unavailable
 
 MAKING_S = 180.0
-"""Longest wait for another runner that makes the same image: what fetching and packing may take."""
+"""The longest wait for another runner that makes the same image: fetching and packing take less."""
 _SHRINKING_S = 5.0
 _RETRY_AFTER_S = 5.0
 _IMAGE = re.compile(r"[0-9a-f]{64}\.image")
@@ -41,18 +41,20 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 log = structlog.get_logger(__name__)
 
 Fetch = Callable[[str, Path], Path]
-"""Brings an adapter, by its digest, below a directory, and says where its two files are.
+"""Fetches the adapter of a digest below a directory; returns the folder of its two files.
 
-Blocks; raises GranatumError.
+Blocks. Raises GranatumError.
 """
 Pack = Callable[[Path, Path, str], int]
-"""Makes of the files in a directory the image file of a digest; its pages. Blocks; raises likewise.
+"""Packs the files of a folder into the image file of a digest; returns the image's pages.
+
+Blocks. Raises GranatumError.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """An image that lies in the directory."""
+    """An image file in the directory."""
 
     path: Path
     used_ns: int
@@ -62,8 +64,9 @@ class _Found:
 class DiskImages:
     """Images of one shape under `directory`, which holds at most `limit_bytes` of any shape.
 
-    The oldest use goes first. Methods that block are for the loader's threads; two never work on
-    one digest at a time. An image that another process removed is made again.
+    The image whose last use is oldest goes first. The loader's threads call the methods that block;
+    two of them never work on one digest at a time. An image that another process removed is made
+    again.
     """
 
     def __init__(
@@ -86,11 +89,11 @@ class DiskImages:
         self._scan()
 
     def size(self, digest: str) -> int | None:
-        """Pages of an image that is there, as far as is known."""
+        """Pages of the digest's image; None if no image is known."""
         return self._pages.get(digest)
 
     def measure(self, digest: str) -> int:
-        """Pages of the adapter; makes its image if there is none. Raises GranatumError."""
+        """Pages of the adapter, whose image is made if there is none. Raises GranatumError."""
         with _translated(digest):
             path = self._path(check_digest(digest))
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -100,7 +103,7 @@ class DiskImages:
         return pages
 
     def read(self, digest: str, pages: Sequence[memoryview]) -> TableRow:
-        """Read the image into page buffers; DamagedImage if that must be made again first."""
+        """Read the image into page buffers. Raises DamagedImage if the image must be made again."""
         path = self._path(digest)
         try:
             row = read_image(path, digest, self._shape, pages)
@@ -114,11 +117,11 @@ class DiskImages:
         return row
 
     def abandon(self, digest: str) -> None:
-        """Give up the fetching of a digest: `measure` raises then, soon."""
+        """Give up the fetching of a digest: its `measure` soon raises."""
         self._abandon(digest)
 
     def _look(self, path: Path) -> int | None:
-        """Pages of a whole image; what claims to be one and is not goes away."""
+        """Pages of a whole image; None if there is none. A damaged one is removed."""
         try:
             return image_pages(path, self._shape)
         except OSError:
@@ -129,7 +132,7 @@ class DiskImages:
             return None
 
     def _make(self, digest: str, path: Path) -> int:
-        """Bring the files and pack them; they are gone afterwards, and what a packer left there."""
+        """Fetch the files and pack them; the files are removed afterwards."""
         with tempfile.TemporaryDirectory(
             dir=self._directory, prefix=f".files-{digest}-", ignore_cleanup_errors=True
         ) as name:
@@ -156,7 +159,7 @@ class DiskImages:
             log.warning("adapter images over the limit remain", reason=str(error))
 
     def _find(self) -> Iterator[_Found]:
-        """Every runner's images in the directory, of this shape or another."""
+        """The images of all runners and shapes in the directory."""
         for path in self._root.glob("*/*.image"):
             with suppress(OSError):
                 status = path.lstat()
@@ -164,12 +167,12 @@ class DiskImages:
                     yield _Found(path, status.st_mtime_ns, self._counted(path, status.st_size))
 
     def _counted(self, path: Path, size: int) -> int:
-        """The limit is on pages: headers, where we know them, do not count."""
+        """The bytes of an image that count against the limit: of our own shape, only its pages."""
         is_ours = path.parent == self._directory
         return size - size % self._shape.page_bytes if is_ours else size
 
     def _scan(self) -> None:
-        """Find the images that are there. With a broken disk loads fail; the engine starts."""
+        """Find the images of the directory. A broken disk fails loads, not the engine's start."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._clear_half_made()
@@ -189,7 +192,7 @@ class DiskImages:
                 self._pages[path.stem] = pages
 
     def _clear_half_made(self) -> None:
-        """Remove what killed processes left half made: nobody has its lock any more."""
+        """Remove what killed processes left half made: whose lock nobody holds."""
         for path in self._directory.glob(".files-*"):
             if named := _HALF_MADE.fullmatch(path.name):
                 lock = self._directory / f"{named[1]}.lock"
@@ -198,14 +201,14 @@ class DiskImages:
         for path in self._directory.glob("*.lock"):
             if _LOCK.fullmatch(path.name):
                 with suppress(OSError), locked(path, 0):
-                    pass  # nobody held it, and it goes away
+                    pass  # nobody held the lock: letting go of it removes the file
 
     def _path(self, digest: str) -> Path:
         return self._directory / f"{digest}.image"
 
 
 def _remove(path: Path) -> bool:
-    """Whether the file is gone; a directory stays, for it is none of ours."""
+    """Remove a file; whether it is gone. A directory stays, for no runner made it."""
     try:
         path.unlink()
     except FileNotFoundError:
@@ -217,7 +220,7 @@ def _remove(path: Path) -> bool:
 
 
 def _touch(path: Path) -> None:
-    """Tell every process of the use, finer than the file system's own clock."""
+    """Note the use for all processes, in finer time than the file system's own clock."""
     now = time.time_ns()
     with suppress(OSError):
         os.utime(path, ns=(now, now))
@@ -235,7 +238,7 @@ def _translated(digest: str) -> Iterator[None]:
             retry_after_s=_RETRY_AFTER_S,
         ) from error
     except FileNotFoundError:
-        raise  # no fault of the disk
+        raise  # not the disk's fault
     except OSError as error:
         full = error.errno in _FULL
         log.error("adapter cache failed", digest=digest, reason=str(error))

@@ -1,4 +1,4 @@
-"""Brings adapters' files from the object store, all of them on one event loop."""
+"""Fetches adapters' files from the object store, all of them on one event loop."""
 
 import asyncio
 import threading
@@ -14,9 +14,9 @@ from granatum.runner.adapters.mover import abandoned
 from granatum.v1.errors import Unavailable
 
 FETCH_S = 120.0
-"""Longest time that the object store has for one adapter."""
+"""The longest time for one adapter."""
 STALL_S = 10.0
-"""Longest time in which nothing at all arrives of one."""
+"""The longest time in which nothing of an adapter arrives."""
 _CANCELLING_S = 1.0
 _RETRY_AFTER_S = 5.0
 
@@ -24,9 +24,10 @@ log = structlog.get_logger(__name__)
 
 
 class Fetches:
-    """Fetches from one store. The event loop has a thread of its own, which lasts as long as we do.
+    """Fetches from one store.
 
-    So any number may hang without keeping the others waiting.
+    The event loop has a thread of its own, which lasts as long as the process. So any number of
+    fetches may hang without keeping the others waiting.
     """
 
     def __init__(
@@ -40,10 +41,10 @@ class Fetches:
         threading.Thread(target=self._loop.run_forever, name="adapter-fetch", daemon=True).start()
 
     def fetch(self, digest: str, directory: Path) -> Path:
-        """Bring an adapter's files below `directory`, verified; where they are. Blocks.
+        """Fetch an adapter's files below `directory` and verify them; returns their folder. Blocks.
 
-        Raises GranatumError: Unavailable (reason ADAPTER_LOAD_STALLED) if nothing arrives for a
-        while or all takes too long, (reason ADAPTER_LOAD_ABANDONED) after `abandon`.
+        Raises GranatumError. Reason ADAPTER_LOAD_STALLED: nothing arrived for `stall_s`, or all of
+        it took longer than `fetch_s`. Reason ADAPTER_LOAD_ABANDONED: `abandon` was called.
         """
         future = asyncio.run_coroutine_threadsafe(self._bring(digest, directory), self._loop)
         self._running[digest] = future
@@ -55,7 +56,7 @@ class Fetches:
             self._running.pop(digest, None)
 
     def abandon(self, digest: str) -> None:
-        """Give up what is being fetched, if it is."""
+        """Give up the fetch of a digest, if there is one."""
         future = self._running.get(digest)
         if future is not None:
             future.cancel()
@@ -86,7 +87,7 @@ class Fetches:
 
 
 class _Progress:
-    """When something last arrived."""
+    """Notes when something last arrived."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()
@@ -96,7 +97,7 @@ class _Progress:
 
 
 async def _end(task: "asyncio.Task[object]", digest: str) -> None:
-    """Cancel the task; one that does not obey is left to itself."""
+    """Cancel the task; a task that does not end soon is left to itself."""
     if task.done():
         return
     task.cancel()

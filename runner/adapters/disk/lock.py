@@ -1,4 +1,4 @@
-"""Locks between processes that share a directory; whoever dies lets go."""
+"""Locks between processes that share a directory; a process that dies lets go of its locks."""
 
 import fcntl
 import os
@@ -12,17 +12,17 @@ _LOOK_AGAIN_S = 0.05
 
 @contextmanager
 def locked(path: Path, patience_s: float) -> Iterator[None]:
-    """Hold the lock that the file `path` stands for; the file goes away with the lock.
+    """Hold the lock of the file `path`; the file is removed with the lock.
 
-    Raises TimeoutError if others hold the lock for longer than the patience, OSError if no file can
-    be there.
+    Raises TimeoutError if others hold the lock for longer than the patience, and OSError if the
+    file cannot be made.
     """
     descriptor = _acquire(path, time.monotonic() + patience_s)
     try:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # before the lock is let go: who waited for this file takes a new one
+            path.unlink()  # while it is locked: whoever waits for this file then makes a new one
         os.close(descriptor)
 
 
@@ -50,7 +50,7 @@ def _try(descriptor: int) -> bool:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the locked file is still the one that others find under its name."""
+    """Whether the locked file still stands under its name, where others find it."""
     try:
         there = path.stat()
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """Packs adapters' files into images, in processes of their own.
 
-Packing is work in Python on what strangers uploaded: in the engine's process it would hold the
-interpreter while a step waits, and what kills it would kill every stream. Here it takes the
-processors' spare time only, and what kills it fails one load.
+Packing is Python work on files of strangers. In the engine's process it would hold the interpreter
+while a step waits, and a crash would end every stream. A packer's process takes only the
+processors' spare time, and its crash fails one load.
 """
 
 import os
@@ -19,26 +19,30 @@ import structlog
 
 from granatum.runner.adapters.images.file import write_image
 from granatum.runner.adapters.images.image import ImageShape, build_image
-from granatum.runner.logs import log_as_json
+from granatum.service.logs import log_as_json
 from granatum.v1.errors import GranatumError, Internal, Unavailable
 
 PROCESSES = 2
-"""So that one adapter that takes long does not hold up all others."""
+"""More than one, so that an adapter that takes long does not hold up all others."""
 PACKING_S = 60.0
-"""Longest time for one adapter; the largest takes a few seconds."""
+"""The longest time for one adapter; the largest takes a few seconds."""
 _CPU_S, _CPU_BYTES_PER_S = 2.0, 50e6
-"""Processor time of one adapter: this, and more by its size. A config whose patterns take longer
-must not hold up the others.
+"""The processor time for one adapter: seconds for all, and more in proportion to its bytes.
+
+A config whose patterns take longer must not hold up other adapters.
 """
 _NICENESS = 5
 _OOM_SCORE = "500"
-"""Where memory is short, the system ends a packer before an engine."""
+"""Makes the system end a packer before an engine where memory is short."""
 
 log = structlog.get_logger(__name__)
 
 
 def pack_image(shape: ImageShape, files: Path, target: Path, digest: str) -> int:
-    """Make the image file `target` of an adapter's two files; its pages. Raises InvalidAdapter."""
+    """Pack an adapter's two files into the image file `target`; returns the image's pages.
+
+    Raises InvalidAdapter.
+    """
     image = build_image(files, shape)
     write_image(target, digest, shape, image)
     return int(image.pages.shape[0])
@@ -46,7 +50,7 @@ def pack_image(shape: ImageShape, files: Path, target: Path, digest: str) -> int
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What `pack_image` is asked for."""
+    """The arguments of `pack_image`, but for the shape."""
 
     files: Path
     target: Path
@@ -54,17 +58,17 @@ class _Job:
 
 
 class Packers:
-    """Processes that pack images of one shape. They end with this process, whatever ends it."""
+    """Processes that pack images of one shape. They end when this process ends, however it ends."""
 
     def __init__(self, shape: ImageShape) -> None:
         self._shape = shape
         self._idle: LifoQueue[_Packer | None] = LifoQueue()
         for _ in range(PROCESSES - 1):
-            self._idle.put(None)  # started when the others have too much to do
+            self._idle.put(None)  # a process that is started once all others are busy
         self._idle.put(_Packer(shape))
 
     def pack(self, files: Path, target: Path, digest: str) -> int:
-        """As `pack_image`, there. Raises Unavailable if the process ended or took too long."""
+        """Do `pack_image` in a process. Raises Unavailable if it ended or took too long."""
         try:
             packer = self._idle.get(timeout=PACKING_S)
         except Empty as error:
@@ -77,7 +81,7 @@ class Packers:
             self._idle.put(packer)
 
     def close(self) -> None:
-        """End the processes that do nothing."""
+        """End the idle processes."""
         while not self._idle.empty():
             packer = self._idle.get()
             if packer is not None:
@@ -131,7 +135,7 @@ def _unpacked(why: str) -> Unavailable:
 
 
 def _attempt(shape: ImageShape, job: _Job) -> int | Exception:
-    """The pages, or what to raise instead; too much work ends the process."""
+    """The image's pages, or the error to raise; the timer ends a process that works too long."""
     try:
         size = sum(file.stat().st_size for file in job.files.iterdir())
         signal.setitimer(signal.ITIMER_PROF, _CPU_S + size / _CPU_BYTES_PER_S)
@@ -148,7 +152,7 @@ def _attempt(shape: ImageShape, job: _Job) -> int | Exception:
 def main() -> None:
     """A packer's process: one job at a time until the other end is closed."""
     log_as_json()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine decides when we end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine ends us
     os.nice(_NICENESS)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)

@@ -12,7 +12,7 @@ from granatum.runner.adapters.images.image import ImageShape
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """Says where adapters come from; can be pickled, and opened in the engine's process."""
+    """Where adapters come from. Made in the front, pickled, and opened in the engine's process."""
 
     store: str
     """The object store's URL."""
@@ -20,7 +20,7 @@ class AdapterSource:
     disk_bytes: int
 
     def __call__(self, shape: ImageShape) -> DiskImages:
-        """Images of a shape. Raises InvalidRequest if the store cannot be."""
+        """The images of a shape. Raises InvalidRequest if `store` is no store's URL."""
         fetches = Fetches(open_objects(self.store))
         packers = Packers(shape)
         return DiskImages(

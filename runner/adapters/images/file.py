@@ -2,10 +2,11 @@
 
     header, padded to 4096 bytes | page 0 | page 1 | ...
 
-The header holds what the table row needs and a checksum of every page; it has one of its own. The
-pages are the arena's own bytes, so that bringing an adapter from disk is one read and one checksum
-per page. Flipped bits, a cut-off file and another adapter's content are found at each read. What
-checks out must still stay within this runner's memory, for others may write to the disk.
+The header holds the adapter's table row, a checksum of every page, and a checksum of itself. The
+pages are the arena's own bytes, so bringing an adapter from disk takes one read and one checksum
+per page. Every read finds flipped bits, a file that was cut off, and another adapter's content.
+Others may write to the disk, so a table row whose checksum is right must still lead to no memory
+beyond the adapter's pages.
 """
 
 import os
@@ -45,21 +46,21 @@ _FIELDS: dict[str, type[np.generic]] = {
 
 
 class DamagedImage(Exception):
-    """A file that is no whole image of what was asked for; it can be made again."""
+    """A file is no whole image of the adapter; the image can be made again."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """What a header says once it has been checked."""
+    """The content of a header that has been checked."""
 
     digest: str
     row: TableRow
     checksums: npt.NDArray[np.uint64]
-    """Of each page."""
+    """One checksum for each page."""
 
 
 def write_image(path: Path, digest: str, shape: ImageShape, image: AdapterImage) -> None:
-    """Write the file at once or not at all."""
+    """Write the image file; it stands whole under its name, or not at all."""
     pages = image.pages.view(np.uint8)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
     try:
@@ -73,15 +74,16 @@ def write_image(path: Path, digest: str, shape: ImageShape, image: AdapterImage)
 
 
 def image_pages(path: Path, shape: ImageShape) -> int:
-    """Pages of the image, as its header says; raises as `read_image`."""
+    """Pages of the image, by its header. Raises as `read_image`."""
     with _open(path) as file:
         return len(_read_header(file, shape).checksums)
 
 
 def read_image(path: Path, digest: str, shape: ImageShape, pages: Sequence[memoryview]) -> TableRow:
-    """Read the file into as many page buffers as it has pages.
+    """Read the file into page buffers, one for each page.
 
-    Raises OSError, DamagedImage if it is not whole, InvalidAdapter if its ranks are too high here.
+    Raises OSError, DamagedImage if the file is no whole image, and InvalidAdapter if the adapter's
+    ranks are too high for this runner.
     """
     with _open(path) as file:
         header = _read_header(file, shape)
@@ -92,7 +94,7 @@ def read_image(path: Path, digest: str, shape: ImageShape, pages: Sequence[memor
 
 
 def _read_pages(file: BinaryIO, pages: Sequence[memoryview], checksums: Sequence[int]) -> None:
-    """Fill the buffers. A page is checked in a thread of its own while the next one is read."""
+    """Fill the buffers. Another thread checks a page while the next one is read."""
     with ThreadPoolExecutor(1, thread_name_prefix="adapter-check") as checking:
         found = []
         for page in pages:
@@ -105,7 +107,7 @@ def _read_pages(file: BinaryIO, pages: Sequence[memoryview], checksums: Sequence
 
 
 def _open(path: Path) -> BinaryIO:
-    """The file, unbuffered. Whatever else has its name, such as a pipe, is not waited for."""
+    """The file, unbuffered. Something else of that name, such as a pipe, is not waited for."""
     file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -119,9 +121,9 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def _read_ahead(file: BinaryIO) -> None:
-    """Have the disk bring the whole file, with as many requests at a time as it can serve."""
+    """Have the system read the whole file ahead, with many requests to the disk at a time."""
     if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):  # no file system has to know it
+        with suppress(OSError):  # a file system need not support it
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
@@ -149,14 +151,14 @@ def _width(field: str, family: Family) -> int:
 
 
 def _checksum(header: bytes | bytearray) -> int:
-    """Of all that is in a header beside this number."""
+    """The checksum of a header without the checksum's own bytes."""
     checksum = xxhash.xxh3_64(header[:_CHECKSUM_AT])
     checksum.update(header[_FIXED.size :])
     return checksum.intdigest()
 
 
 def _read_header(file: BinaryIO, shape: ImageShape) -> _Header:
-    """The header, checked; leaves the file at its first page."""
+    """Read and check the header. The file then stands at its first page."""
     layers = shape.base.num_layers
     fixed = file.read(_FIXED.size)
     if len(fixed) != _FIXED.size:
@@ -187,7 +189,7 @@ def _table_row(header: bytes, base: BaseModel) -> tuple[TableRow, int]:
 
 
 def _check_row(row: TableRow, shape: ImageShape, pages: int, name: str) -> None:
-    """A row that was written by somebody else must not lead the kernels out of their memory."""
+    """Refuse a row that would lead the kernels out of the adapter's pages."""
     fault = row.fault(shape.base, pages, shape.page_elements)
     if fault:
         raise DamagedImage(f"{name} would lead out of its pages: {fault}")

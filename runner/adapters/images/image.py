@@ -30,7 +30,7 @@ from granatum.runner.adapters.images.layout import AdapterLayout, Place, TableRo
 from granatum.v1.errors import InvalidAdapter
 
 FORMAT = 2
-"""Of the files (adapter_file.py) and of the layout within them."""
+"""The version of the image files (file.py) and of the layout within them."""
 _STORED: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(np.uint16),
@@ -61,7 +61,7 @@ class ImageShape:
     max_rank: int = DEFAULT_LIMITS.max_rank
 
     def __post_init__(self) -> None:
-        """Take torch's own name of the dtype, too."""
+        """Cut torch's name off the dtype."""
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         assert self.dtype in _STORED, f"no model computes in {self.dtype}"
 
@@ -72,7 +72,7 @@ class ImageShape:
 
     @property
     def page_bytes(self) -> int:
-        """Size of a page."""
+        """Bytes of a page."""
         return self.page_elements * self.stored.itemsize
 
     @property
@@ -128,7 +128,7 @@ def random_image(shape: ImageShape, rank: int, seed: int) -> AdapterImage:
 
 
 class _Weights:
-    """The tensors of a safetensors file, as the model's dtype has them."""
+    """The tensors of a safetensors file, in the model's dtype."""
 
     def __init__(self, path: Path, shape: ImageShape) -> None:
         self.base = shape.base
@@ -167,7 +167,7 @@ class _Weights:
         return self._converted(numbers, entry).reshape(count, columns)
 
     def _converted(self, numbers: Numbers, entry: TensorEntry) -> Numbers:
-        """In the model's dtype, rounded to the nearest as torch does; all of them finite."""
+        """The numbers in the model's dtype, rounded as torch does. Raises if one is not finite."""
         with np.errstate(over="ignore"):
             wide: Numbers = (
                 _widened(numbers) if entry.dtype == "BF16" else numbers.astype(np.float32)
@@ -188,12 +188,12 @@ def _unpackable(text: str) -> InvalidAdapter:
 
 
 def _widened(numbers: Numbers) -> Numbers:
-    """A bfloat16 is the upper half of a float32."""
+    """bfloat16 to float32: a bfloat16 is the upper half of a float32."""
     return (numbers.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _narrowed(numbers: Numbers) -> Numbers:
-    """The bfloat16 next to each float32, ties to even."""
+    """float32 to the nearest bfloat16, ties to even."""
     bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)

@@ -10,7 +10,7 @@ from granatum.kernels.lora.tuning import PREFILL_BLOCK_M
 from granatum.kernels.sampling.sampling import greedy, greedy_workspace_elements
 from granatum.runner.engine.execution.graphs import Graphs
 from granatum.runner.engine.execution.sampler import PendingLogprobs, Sampler
-from granatum.runner.engine.scheduling.plan import Limits, Plan
+from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.inputs import (
     DeviceInputs,
@@ -54,10 +54,10 @@ class Executor:
     one is filled again, the step that was copied from it has been collected.
     """
 
-    def __init__(self, model: Model, limits: Limits, *, graphs: bool = True) -> None:
+    def __init__(self, model: Model, limits: EngineLimits, *, graphs: bool = True) -> None:
         self._model = model
         self._shapes = _shapes(limits)
-        self._rows, self._context = limits.step_tokens, limits.max_context
+        self._rows, self._context = limits.prefill_tokens, limits.max_context
         device = model.device
         self._cuda = device.type == "cuda"
         self._hosts = [HostInputs(limits, self._cuda) for _ in range(2)]
@@ -173,7 +173,7 @@ def _holds(shape: StepShape, plan: Plan) -> bool:
     return shape.lora >= plan.lora and bool(shape.query_tiles) >= bool(plan.chunks)
 
 
-def _shapes(limits: Limits) -> tuple[StepShape, ...]:
+def _shapes(limits: EngineLimits) -> tuple[StepShape, ...]:
     """The shapes with a graph: of decodes alone, then with prompts' chunks, smallest first.
 
     Chunks that come alone, and steps without adapters, have graphs of their own.
@@ -188,9 +188,9 @@ def _shapes(limits: Limits) -> tuple[StepShape, ...]:
     return (*alone, *mixed)
 
 
-def _mixed_rows(limits: Limits) -> list[int]:
+def _mixed_rows(limits: EngineLimits) -> list[int]:
     """Rows of steps with chunks: from long tiles on, four sizes to a doubling."""
-    largest = limits.step_tokens
+    largest = limits.prefill_tokens
     rows = {largest}
     while (half := min(rows) // 2) >= max(limits.max_batch, 32):
         rows.add(half)

@@ -1,53 +1,56 @@
 """What a client is told when the engine ends its sequence with an error. No torch."""
 
 from granatum.runner.records import Failure, Submit
+from granatum.v1.errors import Internal, InvalidRequest, Overloaded, PreconditionFailed
 
-INVALID_ARGUMENT, RESOURCE_EXHAUSTED, FAILED_PRECONDITION, INTERNAL = 3, 8, 9, 13
-"""Of google.rpc.Code."""
-
-STEP_FAILED = Failure(
-    INTERNAL,
-    "an internal error ended this request: the runner's log has the details",
-    "STEP_FAILED",
+STEP_FAILED = Failure.of(
+    Internal(
+        "an internal error ended this request: the runner's log has the details",
+        reason="STEP_FAILED",
+    )
 )
 
 
 def prompt_length(tokens: int, most: int) -> Failure:
     """The prompt is empty or too long."""
-    return Failure(
-        INVALID_ARGUMENT,
-        f"the prompt has {tokens} tokens and must have 1 to {most}: shorten it",
-        "PROMPT_LENGTH",
+    return Failure.of(
+        InvalidRequest(
+            f"the prompt has {tokens} tokens and must have 1 to {most}: shorten it",
+            reason="PROMPT_LENGTH",
+        )
     )
 
 
 def token_out_of_vocabulary(token: int, vocabulary: int) -> Failure:
-    """A token is none of the model's."""
-    return Failure(
-        INVALID_ARGUMENT,
-        f"token id {token} is not one of the model's 0 to {vocabulary - 1}",
-        "TOKEN_ID",
-        "token_ids",
+    """The model has no such token."""
+    return Failure.of(
+        InvalidRequest(
+            f"token id {token} is not one of the model's 0 to {vocabulary - 1}",
+            reason="TOKEN_ID",
+            field="token_ids",
+        )
     )
 
 
 def too_large(tokens: int, pages: int, page_tokens: int) -> Failure:
-    """The sequence does not fit even if it has the engine to itself."""
-    return Failure(
-        RESOURCE_EXHAUSTED,
-        f"{tokens} tokens with their adapter do not fit into this runner's {pages} pages of "
-        f"{page_tokens} tokens: shorten the request, or give the runner more memory",
-        "SEQUENCE_TOO_LARGE",
+    """The sequence would not fit even if it had all pages to itself."""
+    return Failure.of(
+        Overloaded(
+            f"{tokens} tokens with their adapter do not fit into this runner's {pages} pages of "
+            f"{page_tokens} tokens: shorten the request, or give the runner more memory",
+            reason="SEQUENCE_TOO_LARGE",
+        )
     )
 
 
 def not_finite(submit: Submit, generated: int) -> Failure:
     """The logits after `generated` tokens are not finite, so that no token can be chosen."""
-    return Failure(
-        FAILED_PRECONDITION,
-        f"the logits of generated token {generated + 1} are not finite, so that no token can be "
-        f"chosen: {_overflowing(submit)}",
-        "LOGITS_NOT_FINITE",
+    return Failure.of(
+        PreconditionFailed(
+            f"the logits of generated token {generated + 1} are not finite, so that no token can "
+            f"be chosen: {_overflowing(submit)}",
+            reason="LOGITS_NOT_FINITE",
+        )
     )
 
 

@@ -1,10 +1,10 @@
-"""The arena's pages and who may have them. No torch."""
+"""Pages, and which of them are free. No torch."""
 
 from collections.abc import Iterable
 
 
 class PagePool:
-    """Pages 0 .. total - 1, shared by KV and adapters; those freed last are handed out first."""
+    """Pages 0 .. total - 1. The pages that were freed last are handed out first."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -12,11 +12,11 @@ class PagePool:
 
     @property
     def free_pages(self) -> int:
-        """Pages nobody has."""
+        """Pages that nobody has."""
         return len(self._free)
 
     def allocate(self, count: int) -> tuple[int, ...] | None:
-        """`count` pages, in any order; None, and nothing taken, if there are not so many."""
+        """`count` pages, in any order; None, and nothing taken, if fewer are free."""
         if count > len(self._free):
             return None
         return tuple(self._free.pop() for _ in range(count))

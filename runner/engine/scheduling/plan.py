@@ -1,4 +1,4 @@
-"""A step's rows, and the bounds of the engine that computes them. No torch."""
+"""The rows of a step, and the bounds of the engine that computes them. No torch."""
 
 from dataclasses import dataclass
 
@@ -6,20 +6,20 @@ from granatum.runner.engine.scheduling.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class EngineLimits:
     """Bounds of one engine."""
 
     max_batch: int
     """Sequences that run at a time."""
     max_waiting: int
-    """Sequences beyond those; more are refused."""
-    step_tokens: int
-    """Rows of one step, those of decodes included."""
+    """Sequences that wait beside the running ones; more are refused."""
+    prefill_tokens: int
+    """Rows of one step, decodes and chunks of prompts together."""
     page_tokens: int
     max_context: int
     """Tokens of a sequence, prompt and output."""
     vocabulary: int = 1 << 31
-    """Token ids are below."""
+    """Every token id is below this number."""
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` tokens."""
@@ -36,26 +36,26 @@ class Span:
     samples: bool
     """Whether the last row's logits make the sequence's next token."""
     fed: bool
-    """Whether its token was sampled by the step before and is known to the device alone."""
+    """Whether the step before sampled its token, so that only the device knows the token yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step: decodes are one row each, ordered by adapter slot; chunks are prompts' parts."""
+    """A step: decodes of one row each, ordered by adapter slot, and chunks of prompts."""
 
     decodes: tuple[Span, ...] = ()
     chunks: tuple[Span, ...] = ()
     solo: bool = False
-    """Whether it is a suspect's, and shares the device with no other step."""
+    """Whether it is a suspect's step, which shares the device with no other step."""
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """All of them, in the order of their rows."""
+        """Decodes and chunks, in the order of their rows."""
         return self.decodes + self.chunks
 
     @property
     def sampling(self) -> tuple[Span, ...]:
-        """Those that make a token, in the order of their rows."""
+        """The spans that make a token, in the order of their rows."""
         return tuple(span for span in self.spans if span.samples)
 
     @property
@@ -77,7 +77,10 @@ def span_of(sequence: Sequence, rows: int) -> Span:
 
 
 def launch(decodes: list[Span], chunks: list[Span], *, solo: bool = False) -> Plan:
-    """The plan without those sent away while it was made; the rest are in flight."""
+    """The plan of these spans, which count as in flight from now on.
+
+    Sequences that were sent away while the step was planned are left out.
+    """
     stay = sorted((s for s in decodes if s.sequence.schedulable), key=lambda s: s.sequence.slot)
     plan = Plan(tuple(stay), tuple(s for s in chunks if s.sequence.schedulable), solo)
     for span in plan.spans:

@@ -1,8 +1,8 @@
 """Which sequences are computed in steps of their own, and whose turn it is. No torch.
 
-A step that failed says that one of its sequences may be at fault, not which. Each of them is then
-a suspect: it is computed in steps that hold nothing else until it has passed enough of them. A
-step that fails with one sequence alone names the culprit.
+A step that failed says that one of its sequences may be at fault, but not which one. So each of
+them becomes a suspect: it is computed in steps of its own until it has passed enough of them. A
+step of one sequence that fails names the culprit.
 """
 
 import math
@@ -11,25 +11,27 @@ from collections.abc import Iterable
 from granatum.runner.engine.scheduling.sequence import Sequence
 
 TRIALS = (0, 16)
-"""Steps of its own that a sequence must pass, by how often other engines suspected it. Beyond the
-table, all of its steps are its own.
+"""The steps of its own that a sequence must pass, by how often other engines suspected it.
+
+A sequence that was suspected more often has steps of its own for good.
 """
 LOCAL_TRIALS = (0, 1, 16)
-"""The same by how many steps failed here. The first failure asks for one step only, because it
-suspects every sequence of a batch.
+"""The steps of its own that a sequence must pass, by how many of its steps failed in this engine.
+
+The first failure asks for one step only, because it makes a suspect of every sequence in the batch.
 """
 
 
 class Quarantine:
     """Sequences under suspicion, by id, and how many steps of its own each has yet to pass.
 
-    `has_turn`: whether the next step belongs to a suspect, if one can run; suspects and the others
-    take turns, so that neither waits for the other's end.
+    `has_turn`: whether the next step belongs to a suspect, if one can run. Suspects and all others
+    take turns, so that neither side waits for the other side's end.
     """
 
     def __init__(self) -> None:
         self.has_turn = True
-        self._left: dict[int, float] = {}  # the first has waited longest
+        self._left: dict[int, float] = {}  # who has waited longest comes first
         self._faults: dict[int, int] = {}
 
     def __contains__(self, sequence_id: int) -> bool:
@@ -41,30 +43,30 @@ class Quarantine:
             self._left[sequence_id] = _trials(TRIALS, suspicion)
 
     def suspect(self, sequence_id: int) -> None:
-        """A step failed here that computed it beside others."""
+        """A step failed that computed this sequence among others."""
         faults = self._faults[sequence_id] = self._faults.get(sequence_id, 0) + 1
         left = self._left.get(sequence_id, 0)
         self._left[sequence_id] = max(left, _trials(LOCAL_TRIALS, faults))
 
     def acquit(self, sequence_id: int) -> None:
-        """It passed a step of its own, and waits behind the other suspects for its next."""
+        """The sequence passed a step of its own; it goes behind the other suspects."""
         left = self._left.pop(sequence_id, 0) - 1
         if left > 0:
             self._left[sequence_id] = left
 
     def forget(self, sequence_id: int) -> None:
-        """It is gone."""
+        """The sequence is gone."""
         self._left.pop(sequence_id, None)
         self._faults.pop(sequence_id, None)
 
     def company(self, running: list[Sequence]) -> list[Sequence]:
-        """Those of `running` that are under no suspicion."""
+        """The sequences of `running` that are under no suspicion."""
         if not self._left:
             return running
         return [sequence for sequence in running if sequence.id not in self._left]
 
     def in_turn(self, running: Iterable[Sequence]) -> list[Sequence]:
-        """The suspects among `running`, the one that has waited longest first."""
+        """The suspects among `running`; who has waited longest comes first."""
         if not self._left:
             return []
         by_id = {sequence.id: sequence for sequence in running}

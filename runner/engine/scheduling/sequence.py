@@ -1,4 +1,4 @@
-"""One sequence in the engine: its tokens, its pages, how far it is. No torch."""
+"""One sequence in the engine: its tokens, its pages, its progress. No torch."""
 
 from dataclasses import dataclass, field
 
@@ -11,9 +11,9 @@ Outcome = Finish | Departure | Failure
 class Sequence:
     """A sequence from its submission until it leaves.
 
-    `tokens` are those the host knows; `pending` more (0 or 1) were sampled on the device by a step
-    that is not collected yet. `computed` tokens have their KV in `pages`, those of steps in flight
-    included.
+    `tokens` are the tokens that the host knows. A step that is not collected yet may have sampled
+    one more on the device; `pending` counts it (0 or 1). `computed` tokens have their KV in
+    `pages`, tokens of steps in flight included.
     """
 
     submit: Submit
@@ -25,19 +25,19 @@ class Sequence:
     computed: int = 0
     pending: int = 0
     in_flight: int = 0
-    """Steps that use its pages and are not collected."""
+    """Steps in flight that use its pages."""
     seat: int | None = None
     slot: int = -1
-    """Of its adapter; -1: the base model."""
+    """The slot of its adapter; -1: the base model."""
     outcome: Outcome | None = None
-    """Set as soon as it is known that it will not be scheduled again."""
+    """Set as soon as it is known that no further step computes the sequence."""
     told: bool = False
-    """Its outcome is out: nothing more is said of it, whatever steps in flight bring."""
+    """Whether the front knows the outcome; nothing is told after it."""
     cancelled: bool = False
 
     @property
     def id(self) -> int:
-        """As the front calls it."""
+        """The front's id of the sequence."""
         return self.submit.sequence_id
 
     @property
@@ -47,7 +47,7 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens whose KV is still to be computed; 1 for a decode."""
+        """Tokens without KV so far, the pending one included; 1 for a decode."""
         return len(self.tokens) + self.pending - self.computed
 
     @property
@@ -57,16 +57,16 @@ class Sequence:
 
     @property
     def schedulable(self) -> bool:
-        """Whether it has another token to make, as far as the host knows."""
+        """Whether it has another token to make, by what the host knows."""
         return self.outcome is None and not self.cancelled and self.length < self.limit
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Smaller goes first: by priority, then by arrival."""
+        """The order of service, smallest first: by priority, then by arrival."""
         return (-self.submit.priority, self.arrival)
 
     def finish_of(self, token: int) -> Finish | None:
-        """Whether `token`, just appended, ends it."""
+        """How the sequence ends if its last token is `token`; None if it goes on."""
         made = len(self.tokens) - len(self.submit.prompt)
         if token in self.submit.stop_ids and made > self.submit.min_tokens:
             return Finish.STOP

@@ -1,114 +1,16 @@
 """The adapter cache against a mover that only keeps books."""
 
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import pytest
+from book_mover import BookMover, Clock, bring, settle
 
 from granatum.runner.adapters.backoff import BACKOFF_S
 from granatum.runner.adapters.cache import ABANDON_S, PATIENCE_S, AdapterCache
-from granatum.runner.adapters.mover import Copied, Event, Failed, Measured, Read, abandoned
+from granatum.runner.adapters.mover import Copied, Measured
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits
+from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.engine.scheduling.scheduler import Scheduler
 from granatum.runner.records import Submit
-from granatum.v1.errors import GranatumError, InvalidRequest, Unavailable
-
-
-@dataclass
-class BookMover:
-    """Moves nothing; the test says when what was begun ends. Sizes are given by digest."""
-
-    sizes: dict[str, int]
-    host_pages: int = 16
-    quick_pages: int = 16
-    known: bool = True
-    broken: set[str] = field(default_factory=set)
-    begun: list[Event] = field(default_factory=list)
-    ended: list[Event] = field(default_factory=list)
-    writing: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    copies: list[str] = field(default_factory=list)
-    fences: list[str] = field(default_factory=list)
-    given_up: list[str] = field(default_factory=list)
-
-    def size(self, digest: str) -> int | None:
-        return self.sizes[digest] if self.known else None
-
-    def measure(self, digest: str) -> Callable[[], None]:
-        begun = self._end(digest, Measured(digest, self.sizes[digest]))
-        self.begun.append(begun)
-
-        def give_up() -> None:
-            self.given_up.append(digest)
-            if begun in self.begun:
-                self.begun[self.begun.index(begun)] = Failed(digest, abandoned())
-
-        return give_up
-
-    def read(self, digest: str, host_pages: tuple[int, ...]) -> None:
-        assert len(host_pages) == self.sizes[digest]
-        self._hold(digest, host_pages, ())
-        self.begun.append(self._end(digest, Read(digest)))
-
-    def copy(
-        self, digest: str, slot: int, host_pages: tuple[int, ...], pages: tuple[int, ...]
-    ) -> None:
-        assert len(host_pages) == len(pages) == self.sizes[digest]
-        self._hold(digest, host_pages, pages)
-        self.copies.append(digest)
-        self.begun.append(Copied(digest))
-
-    def fence(self, digest: str) -> None:
-        assert Copied(digest) in self.begun + self.ended, "there is nothing to wait for"
-        self.fences.append(digest)
-
-    def events(self) -> list[Event]:
-        ended, self.ended = self.ended, []
-        for event in ended:
-            self.writing.pop(event.digest, None)
-        return ended
-
-    def finish(self, count: int = 1_000_000) -> None:
-        """Let the oldest `count` movements end."""
-        self.ended += self.begun[:count]
-        del self.begun[:count]
-
-    def _end(self, digest: str, event: Event) -> Event:
-        error = Unavailable("the object store is away: try again")
-        return Failed(digest, error) if digest in self.broken else event
-
-    def _hold(self, digest: str, host: tuple[int, ...], pages: tuple[int, ...]) -> None:
-        assert digest not in self.writing
-        for other_host, other_pages in self.writing.values():
-            assert not set(host) & set(other_host)
-            assert not set(pages) & set(other_pages)
-        self.writing[digest] = (host, pages)
-
-
-@dataclass
-class Clock:
-    now: float = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def settle(cache: AdapterCache, mover: BookMover, rounds: int = 4) -> None:
-    for _ in range(rounds):
-        mover.finish()
-        cache.poll()
-
-
-def bring(cache: AdapterCache, mover: BookMover, digest: str) -> int:
-    """The slot of `digest`, acquired, after as many polls as it takes."""
-    for _ in range(6):
-        slot = cache.acquire(digest)
-        if slot is not None:
-            return slot
-        mover.finish()
-        cache.poll()
-    raise AssertionError(f"{digest} never came")
+from granatum.v1.errors import InvalidRequest, Unavailable
 
 
 def test_first_use_goes_through_every_tier() -> None:
@@ -214,7 +116,7 @@ def test_scheduled_next_from_the_device_or_from_host_memory_alike(cold: bool) ->
     settle(cache, mover)
     if cold:
         cache.reclaim(2)
-    scheduler = Scheduler(Limits(4, 4, 16, 4, 64), pool, cache)
+    scheduler = Scheduler(EngineLimits(4, 4, 16, 4, 64), pool, cache)
     scheduler.submit(Submit(1, (1, 2, 3), adapter="a", max_tokens=4))
     (chunk,) = scheduler.schedule().chunks
     assert (chunk.rows, chunk.sequence.slot) == (3, 0)
@@ -398,114 +300,3 @@ def test_host_pages_of_the_least_recently_asked_for_give_way() -> None:
     assert mover.copies == ["b"], "b is still in host memory"
     assert cache.acquire("a") is None
     assert mover.copies == ["b"], "a gave its host pages to c and is read again"
-
-
-class Chaos:
-    """Random users of one cache; after every operation the books must balance."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.digests = [f"{i:02}" for i in range(24)]
-        sizes = {digest: self.random.randint(1, 5) for digest in self.digests}
-        self.mover = BookMover(sizes, host_pages=20, known=False)
-        self.pool = PagePool(24)
-        self.clock = Clock()
-        self.cache = AdapterCache(self.pool, self.mover, slots=5, clock=self.clock)
-        self.users: list[str] = []
-        self.kv: list[tuple[int, ...]] = []
-        self.slots: dict[str, int] = {}
-
-    def step(self) -> None:
-        self.clock.now += self.random.random() * 0.3
-        choice = self.random.choice
-        choice((self.acquire, self.acquire, self.release, self.poll, self.grow, self.shrink))()
-        self.check()
-
-    def acquire(self) -> None:
-        digest = self.random.choice(self.digests)
-        try:
-            slot = self.cache.acquire(digest)
-        except GranatumError:
-            return
-        if slot is not None:
-            assert self.slots.setdefault(digest, slot) == slot
-            self.users.append(digest)
-
-    def release(self) -> None:
-        if self.users:
-            digest = self.users.pop(self.random.randrange(len(self.users)))
-            self.cache.release(digest)
-            if digest not in self.users:
-                del self.slots[digest]
-
-    def poll(self) -> None:
-        for digest in self.digests:
-            (self.mover.broken.add if self.random.random() < 0.1 else self.mover.broken.discard)(
-                digest
-            )
-        self.mover.finish(self.random.randint(0, 3))
-        self.cache.poll()
-
-    def grow(self) -> None:
-        count = self.random.randint(1, 6)
-        pages = self.pool.allocate(count)
-        if pages is None:
-            before = self.pool.free_pages
-            assert self.cache.reclaim(count) == self.pool.free_pages - before
-            pages = self.pool.allocate(count)
-        if pages:
-            self.kv.append(pages)
-
-    def shrink(self) -> None:
-        if self.kv:
-            self.pool.free(self.kv.pop(self.random.randrange(len(self.kv))))
-
-    def check(self) -> None:
-        entries = self.cache._entries.values()
-        on_device = {entry.digest for entry in entries if entry.pages}
-        assert set(self.users) <= on_device, "an adapter in use has left"
-        assert set(self.cache.figures.resident) <= on_device
-        idle = [entry.size for entry in self.cache._idle.values()]
-        assert self.cache.figures.reclaimable_pages == sum(idle)
-        assert len(set(self.slots.values())) == len(self.slots), "two adapters share a slot"
-        held = [page for entry in entries for page in entry.pages]
-        held += [page for pages in self.kv for page in pages]
-        assert len(held) == len(set(held)), "a page has two owners"
-        assert len(held) + self.pool.free_pages == self.pool.total
-        host = [page for entry in entries for page in entry.host_pages]
-        assert len(host) == len(set(host))
-        assert len(host) + self.cache._host.free_pages == self.mover.host_pages
-        slots = [entry.slot for entry in entries if entry.pages]
-        assert sorted(slots + self.cache._free_slots) == list(range(5))
-
-    def wind_down(self) -> None:
-        """Everybody leaves; nothing may remain but idle adapters, and all of them can go."""
-        while self.users:
-            self.release()
-        while self.kv:
-            self.shrink()
-        settle(self.cache, self.mover, rounds=6)
-        self.cache.reclaim(self.cache.figures.reclaimable_pages)
-        assert self.pool.free_pages == self.pool.total
-        assert self.cache.figures.resident == ()
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_ten_thousand_random_operations_leak_nothing(seed: int) -> None:
-    chaos = Chaos(seed)
-    for _ in range(10_000):
-        chaos.step()
-    assert chaos.cache.figures.loads > 300
-    chaos.wind_down()
-
-
-def test_every_adapter_can_still_be_had_after_chaos() -> None:
-    chaos = Chaos(99)
-    for _ in range(2_000):
-        chaos.step()
-    chaos.wind_down()
-    chaos.mover.broken.clear()
-    chaos.clock.now += 1_000
-    for digest in chaos.digests:
-        bring(chaos.cache, chaos.mover, digest)
-        chaos.cache.release(digest)

@@ -19,7 +19,7 @@ from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.process import EngineOptions, build_engine
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits
+from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.adapter_loader import AdapterLoader, MemoryImages
 from granatum.runner.model.arena import Arena, allocate_arena, page_tokens
 from granatum.runner.model.decoder import Model
@@ -39,7 +39,7 @@ CONFIG = ModelConfig(
     max_positions=512, rope=Rope(1e4), qk_norm=True, biased=frozenset({"qkv"}),
 )  # fmt: skip
 ADAPTERS, PAGES, RANK = 5, 120, 16
-LIMITS = Limits(8, 100, 64, page_tokens(CONFIG, RANK), 400)
+LIMITS = EngineLimits(8, 100, 64, page_tokens(CONFIG, RANK), 400)
 SAMPLINGS = (
     Sampling(),
     Sampling(temperature=0.9, seed=3, top_p=0.9),
@@ -170,7 +170,12 @@ def test_adapters_come_and_go_between_steps() -> None:
 
 def test_the_engine_process_builds_on_a_gpu_without_a_number() -> None:
     options = EngineOptions(
-        BASE_MODEL, "cuda", max_batch=4, step_tokens=64, arena_bytes=32 << 20, host_bytes=8 << 20
+        BASE_MODEL,
+        "cuda",
+        max_batch=4,
+        prefill_tokens=64,
+        arena_bytes=32 << 20,
+        host_cache_bytes=8 << 20,
     )
     engine = build_engine(options, lambda _: MemoryImages({}))
     begin = 257

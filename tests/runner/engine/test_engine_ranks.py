@@ -23,8 +23,8 @@ def tokens_of(model: Path, max_rank: int, rank: int) -> list[int]:
         return MemoryImages({ADAPTER: image})
 
     options = EngineOptions(
-        model, "cpu", max_batch=4, step_tokens=32, max_rank=max_rank, arena_bytes=8 << 20,
-        host_bytes=8 << 20,
+        model, "cpu", max_batch=4, prefill_tokens=32, max_rank=max_rank, arena_bytes=8 << 20,
+        host_cache_bytes=8 << 20,
     )  # fmt: skip
     engine = build_engine(options, open_source)
     engine.submit(Submit(1, tuple(range(1, 12)), adapter=ADAPTER, max_tokens=16))

@@ -178,7 +178,7 @@ def test_alone_and_in_a_crowd(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("budget", [16, 23])
 def test_small_chunks(budget: int, bed: Bed, started: Any) -> None:
     submits = crowd(4, top_logprobs=2)
-    told = started(step_tokens=budget).run(*submits)
+    told = started(prefill_tokens=budget).run(*submits)
     for submit in submits:
         bed.assert_right(submit, told[submit.sequence_id])
 

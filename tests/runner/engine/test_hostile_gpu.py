@@ -13,7 +13,7 @@ from granatum.models.rope import Rope
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits
+from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.arena import allocate_arena, page_tokens
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import random_weights, targets
@@ -55,7 +55,7 @@ class Bed:
     def __init__(self, config: ModelConfig) -> None:
         device = torch.device("cuda")
         tokens = page_tokens(config, RANK)
-        limits = Limits(8, 100, 64, tokens, 400, config.vocab)
+        limits = EngineLimits(8, 100, 64, tokens, 400, config.vocab)
         weights = random_weights(config, torch.bfloat16, device)
         for name, tensor in targets(config, weights):
             tensor.mul_(1 if "norm" in name else 6)

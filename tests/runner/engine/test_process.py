@@ -86,8 +86,8 @@ def start(model: Path, main: Callable[..., None] = run) -> Started:
     recorder = FlightRecorder(4)
     ours, theirs = socket_pair()
     options = EngineOptions(
-        model, "cpu", max_batch=4, max_waiting=4, step_tokens=32, max_rank=8, arena_bytes=1 << 20,
-        host_bytes=1 << 18,
+        model, "cpu", max_batch=4, max_waiting=4, prefill_tokens=32, max_rank=8,
+        arena_bytes=1 << 20, host_cache_bytes=1 << 18,
     )  # fmt: skip
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=main, args=(options, one_image, theirs, recorder), daemon=True)

@@ -3,17 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
-from granatum.examples.tokenizer import byte_tokenizer
 from granatum.runner.channel import AsyncChannel, ChannelClosed, socket_pair
 from granatum.runner.front import engine_keeper
 from granatum.runner.front.engine_end import EngineEnd
 from granatum.runner.front.engine_keeper import EngineKeeper
 from granatum.runner.front.front import Front
-from granatum.runner.front.session import Session
+from granatum.runner.front.session import RouterSession
 from granatum.runner.records import (
     Cancel,
     Command,
@@ -26,8 +24,8 @@ from granatum.runner.records import (
     StepReport,
     Submit,
 )
-from granatum.runner.tasks import cancelled
 from granatum.runner.text.tokenizer import Tokenizer
+from granatum.service.tasks import cancelled
 from granatum.v1 import runner_pb2
 from granatum.v1.errors import PreconditionFailed
 from granatum.v1.inference_pb2 import GenerateRequest
@@ -35,13 +33,6 @@ from granatum.v1.runner_pb2 import SequenceOutput, SessionRequest, SubmitSequenc
 
 FIGURES = EngineFigures(0, 100, 100, 0, 0, 0, 0, 0)
 READY = Ready(max_batch=4, page_tokens=16, max_context=256, figures=FIGURES)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    directory: Path = tmp_path_factory.mktemp("tokenizer")
-    byte_tokenizer().save_pretrained(directory)
-    return Tokenizer(directory)
 
 
 class Child:
@@ -106,7 +97,7 @@ class Rig:
         while True:
             yield await self.commands.get()
 
-    async def hears(self, session: Session) -> None:
+    async def hears(self, session: RouterSession) -> None:
         async for response in session.responses():
             for output in response.outputs:
                 self.heard.put_nowait(output)

@@ -10,7 +10,7 @@ import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from granatum.runner.front.health import Health
+from granatum.runner.front.health import EngineHealth
 from granatum.runner.front.heartbeat import Heartbeat
 from granatum.v1.cluster_pb2 import (
     DeregisterRequest,
@@ -185,7 +185,7 @@ async def test_runner_whose_id_is_taken_says_so_and_waits(fleet: Fleet) -> None:
 
 async def test_health_is_what_the_engine_is() -> None:
     serving = [False]
-    health = Health(lambda: serving[0])
+    health = EngineHealth(lambda: serving[0])
     server = build_server([])
     health.add_to(server)
     port = listen(server, "127.0.0.1:0")
@@ -198,7 +198,7 @@ async def test_health_is_what_the_engine_is() -> None:
         await server.stop(None)
 
 
-async def follow_health(health: Health, port: int, serving: list[bool]) -> None:
+async def follow_health(health: EngineHealth, port: int, serving: list[bool]) -> None:
     status = health_pb2.HealthCheckResponse
     async with open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(10):
         stub: Any = health_pb2_grpc.HealthStub(channel)

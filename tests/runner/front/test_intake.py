@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from granatum.examples.tokenizer import byte_tokenizer
 from granatum.runner.front.intake import INLINE_BYTES, INLINE_GENERATED, LONG_BYTES, Intake
-from granatum.runner.front.submission import Bounds, Prepared
+from granatum.runner.front.submission import Prepared, SequenceBounds
 from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1.errors import InvalidRequest
 from granatum.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, StopConditions, TokenIds
@@ -23,7 +23,7 @@ from granatum.v1.validation import MAX_PROMPT_BYTES
 
 PAD, BOS, EOS = 256, 257, 258
 WORDS = "the quick brown fox jumps over the lazy dog, größer und schöner; "
-WIDE = Bounds(259, 5_000_000)
+WIDE = SequenceBounds(259, 5_000_000)
 
 
 def saved(directory: Path, template: str | None = None) -> Tokenizer:
@@ -50,11 +50,13 @@ def text_of(size: int) -> str:
     return (WORDS * (size // len(WORDS) + 1)).encode()[:size].decode(errors="ignore")
 
 
-async def prepared(intake: Intake, request: GenerateRequest, bounds: Bounds) -> Prepared:
+async def prepared(intake: Intake, request: GenerateRequest, bounds: SequenceBounds) -> Prepared:
     return await intake.prepare(1, SubmitSequence(request=request), bounds)
 
 
-async def refusal(intake: Intake, request: GenerateRequest, bounds: Bounds) -> InvalidRequest:
+async def refusal(
+    intake: Intake, request: GenerateRequest, bounds: SequenceBounds
+) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as refused:
         await prepared(intake, request, bounds)
     return refused.value
@@ -107,7 +109,7 @@ async def test_text_that_cannot_fit_costs_what_fits(
 
     monkeypatch.setattr(Tokenizer, "_encoded", noted)
     request = GenerateRequest(prompt=text_of(MAX_PROMPT_BYTES))
-    refused = await refusal(intake, request, Bounds(259, 1000))
+    refused = await refusal(intake, request, SequenceBounds(259, 1000))
     assert refused.field == "prompt"
     assert "at most 999" in refused.message
     assert sum(seen) < 40_000, "most of the text is never looked at"
@@ -119,9 +121,9 @@ async def test_text_of_long_tokens_fits_though_it_has_many_characters(tmp_path: 
     PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path)
     intake = Intake(Tokenizer(tmp_path), 2)
     text = " ".join(["a" * 50] * 2000)
-    made_of = await prepared(intake, GenerateRequest(prompt=text), Bounds(2, 2001))
+    made_of = await prepared(intake, GenerateRequest(prompt=text), SequenceBounds(2, 2001))
     assert made_of.submit.prompt == (0,) * 2000
-    refused = await refusal(intake, GenerateRequest(prompt=text), Bounds(2, 2000))
+    refused = await refusal(intake, GenerateRequest(prompt=text), SequenceBounds(2, 2000))
     assert "2000 tokens" in refused.message
     intake.close()
 
@@ -171,7 +173,7 @@ ASKS: dict[str, Ask] = {
 async def test_ids_that_the_model_lacks_name_their_field(tmp_path: Path, field: str) -> None:
     """A model of 256 tokens whose tokenizer has three more."""
     intake = Intake(saved(tmp_path, "{{ messages[0]['content'] }}"), 256)
-    refused = await refusal(intake, ASKS[field]("<pad> hi"), Bounds(256, 100))
+    refused = await refusal(intake, ASKS[field]("<pad> hi"), SequenceBounds(256, 100))
     assert refused.field == field
     assert "256" in refused.message
     intake.close()
@@ -184,7 +186,7 @@ async def test_end_tokens_that_the_model_lacks_end_nothing_and_are_told_once(
     with structlog.testing.capture_logs() as logs:
         intake = Intake(saved(tmp_path), 259)
         request = GenerateRequest(prompt="hi")
-        made = [await prepared(intake, request, Bounds(259, 100)) for _ in range(2)]
+        made = [await prepared(intake, request, SequenceBounds(259, 100)) for _ in range(2)]
     assert [m.submit.stop_ids for m in made] == [{7, EOS}] * 2
     (warning,) = logs
     assert (warning["log_level"], warning["ids"]) == ("warning", [-1, 4_000_000_000])

@@ -3,19 +3,17 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
-from google.rpc import code_pb2
 
-from granatum.examples.tokenizer import byte_tokenizer
 from granatum.runner.front import session as session_module
-from granatum.runner.front.session import EngineAway, Session
-from granatum.runner.front.submission import Bounds, Prepared, prepare
+from granatum.runner.front.session import EngineAway, RouterSession
+from granatum.runner.front.submission import Prepared, SequenceBounds, prepare
 from granatum.runner.records import Departure, Failure, Finish, SequenceNews
 from granatum.runner.text.sequence_text import SequenceText
 from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1 import inference_pb2, runner_pb2
+from granatum.v1.errors import Code
 from granatum.v1.inference_pb2 import GenerateRequest
 from granatum.v1.runner_pb2 import (
     CancelSequence,
@@ -24,13 +22,6 @@ from granatum.v1.runner_pb2 import (
     SessionRequest,
     SubmitSequence,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    directory: Path = tmp_path_factory.mktemp("tokenizer")
-    byte_tokenizer().save_pretrained(directory)
-    return Tokenizer(directory)
 
 
 @dataclass
@@ -49,9 +40,9 @@ class Engine:
         if self.hold is not None:
             await self.hold.wait()
         number = 100 + message.sequence_id
-        return prepare(number, message, self.tokenizer, Bounds(259, 10_000_000))
+        return prepare(number, message, self.tokenizer, SequenceBounds(259, 10_000_000))
 
-    def submit(self, prepared: Prepared, session: Session) -> None:
+    def submit(self, prepared: Prepared, session: RouterSession) -> None:
         if self.away:
             raise EngineAway
         self.submitted.append(prepared.submit.sequence_id)
@@ -63,7 +54,7 @@ class Engine:
 class Router:
     """The other side of a session: what it says, and what it has heard, without empty messages."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: RouterSession) -> None:
         self.session = session
         self.commands: asyncio.Queue[SessionRequest | None] = asyncio.Queue()
         self.heard: asyncio.Queue[SequenceOutput] = asyncio.Queue()
@@ -95,7 +86,7 @@ def engine(tokenizer: Tokenizer) -> Engine:
 
 @pytest.fixture
 async def router(engine: Engine) -> AsyncIterator[Router]:
-    router = Router(Session(engine))
+    router = Router(RouterSession(engine))
     yield router
     router.session.end()
     await router.session.ended()
@@ -112,11 +103,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 def is_neutral(output: SequenceOutput, secret: str) -> bool:
     failed = output.failed
-    return (
-        failed.code == code_pb2.INTERNAL
-        and secret not in failed.message
-        and "try" in failed.message
-    )
+    return failed.code == Code.INTERNAL and secret not in failed.message and "try" in failed.message
 
 
 @pytest.mark.parametrize("token", [-1, 1 << 40])
@@ -192,13 +179,13 @@ async def test_wrong_field_is_named_beside_the_message(router: Router) -> None:
     submit = SubmitSequence(sequence_id=1, request=request)
     router.commands.put_nowait(SessionRequest(submit=submit))
     failed = (await router.next()).failed
-    assert (failed.code, failed.field) == (code_pb2.INVALID_ARGUMENT, "sampling.temperature")
+    assert (failed.code, failed.field) == (Code.INVALID_ARGUMENT, "sampling.temperature")
 
 
 async def test_failed_load_departs_with_its_cause(engine: Engine, router: Router) -> None:
     router.submit(1)
     await until(lambda: engine.submitted == [101])
-    cause = Failure(code_pb2.NOT_FOUND, "the store lacks it", "NOT_FOUND", "adapter")
+    cause = Failure(Code.NOT_FOUND, "the store lacks it", "NOT_FOUND", "adapter")
     router.session.take(SequenceNews(101, outcome=Departure.LOAD_FAILED, cause=cause))
     output = await router.next()
     assert output.departed == runner_pb2.DEPARTURE_LOAD_FAILED
@@ -216,7 +203,7 @@ async def test_second_sequence_of_an_id_leaves_nothing_behind(
     if not preparing:
         await until(lambda: engine.submitted == [101])
     router.submit(1)
-    assert (await router.next()).failed.code == code_pb2.INTERNAL
+    assert (await router.next()).failed.code == Code.INTERNAL
     engine.hold.set()
     router.submit(3)
     await until(lambda: 103 in engine.submitted)
@@ -264,7 +251,7 @@ async def test_idle_session_shows_signs_of_life(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session_module, "LIFE_S", 0.01)
-    router = Router(Session(engine))
+    router = Router(RouterSession(engine))
     await until(lambda: router.signs >= 3)
     router.session.end()
     await asyncio.wait_for(router.tasks[1], 5)
@@ -276,7 +263,7 @@ async def test_silent_router_is_noticed_and_a_ping_is_no_silence(
 ) -> None:
     monkeypatch.setattr(session_module, "LIFE_S", 0.04)
     monkeypatch.setattr(session_module, "SILENT_S", 0.4)
-    router = Router(Session(engine))
+    router = Router(RouterSession(engine))
     neglected = asyncio.create_task(router.session.neglected())
     for _ in range(20):
         router.commands.put_nowait(SessionRequest(ping=Ping()))
@@ -292,7 +279,7 @@ async def test_router_that_does_not_read_is_noticed(
 ) -> None:
     monkeypatch.setattr(session_module, "LIFE_S", 0.02)
     monkeypatch.setattr(session_module, "STUCK_S", 0.2)
-    session = Session(engine)
+    session = RouterSession(engine)
     responses = session.responses()
     neglected = asyncio.create_task(session.neglected())
     for _ in range(30):  # a reader, however slow

@@ -12,7 +12,7 @@ from granatum.kernels.lora import ops as lora
 from granatum.models.config import ModelConfig
 from granatum.models.rope import Rope
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits, Plan, Span
+from granatum.runner.engine.scheduling.plan import EngineLimits, Plan, Span
 from granatum.runner.engine.scheduling.sequence import Sequence
 from granatum.runner.model.arena import allocate_arena, page_tokens
 from granatum.runner.model.decoder import Model
@@ -54,7 +54,7 @@ def prompts_logits(
     model_config: ModelConfig, rank: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Logits after each prompt, of numbers that bfloat16 holds."""
-    limits = Limits(8, 0, 512, page_tokens(model_config, rank), 400)
+    limits = EngineLimits(8, 0, 512, page_tokens(model_config, rank), 400)
     weights = empty_weights(model_config, dtype, device)
     drawn = random_weights(model_config, torch.float32, torch.device("cpu"))
     source = dict(targets(model_config, drawn))

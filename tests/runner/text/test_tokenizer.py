@@ -10,7 +10,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from granatum.examples.tokenizer import byte_tokenizer
-from granatum.runner.text.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
+from granatum.runner.text.detokenizer import REPLACEMENT, Detokenizer
+from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1.errors import InvalidRequest, PreconditionFailed
 
 CORPUS = ["the cat sat on the mat ", "größer, schöner 東京都 ", "naïve café 😀😁 €uro"] * 3

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from granatum.kernels.lora.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
 from granatum.runner.engine.execution.executor import _holds, _shapes
-from granatum.runner.engine.scheduling.plan import Limits, Plan, Span
+from granatum.runner.engine.scheduling.plan import EngineLimits, Plan, Span
 from granatum.runner.engine.scheduling.sequence import Sequence
 from granatum.runner.model.inputs import FEW_ROWS, HostInputs, StepShape
 from granatum.runner.records import Submit
 
-LIMITS = Limits(max_batch=32, max_waiting=0, step_tokens=512, page_tokens=16, max_context=600)
+LIMITS = EngineLimits(32, max_waiting=0, prefill_tokens=512, page_tokens=16, max_context=600)
 SHAPES = _shapes(LIMITS)
 HOST = HostInputs(LIMITS, pinned=False)
 SLOTS = st.integers(-1, 3)
@@ -33,7 +33,7 @@ def plans(draw: st.DrawFn) -> Plan:
     slots = sorted(draw(st.lists(SLOTS, max_size=LIMITS.max_batch)))
     decodes = [span(seat, slot, 40, 1) for seat, slot in enumerate(slots)]
     chunks: list[Span] = []
-    left = LIMITS.step_tokens - len(decodes)
+    left = LIMITS.prefill_tokens - len(decodes)
     while left > 1 and len(slots) + len(chunks) < LIMITS.max_batch and draw(st.booleans()):
         rows = draw(st.integers(2, min(left, draw(st.sampled_from((3, 70, 512))) + 2)))
         chunks.append(span(len(slots) + len(chunks), draw(SLOTS), 0, rows))
@@ -101,7 +101,7 @@ def test_the_smallest_shape_that_serves(
 
 
 @pytest.mark.parametrize(
-    ("step_tokens", "max_batch", "expected"),
+    ("prefill_tokens", "max_batch", "expected"),
     [
         (512, 32, [32, 64, 128, 192, 256, 320, 384, 448, 512]),
         (512, 256, [256, 320, 384, 448, 512]),
@@ -110,8 +110,10 @@ def test_the_smallest_shape_that_serves(
         (16, 16, [16]),
     ],
 )
-def test_rows_of_steps_with_chunks(step_tokens: int, max_batch: int, expected: list[int]) -> None:
-    shapes = _shapes(Limits(max_batch, 0, step_tokens, 16, 600))
+def test_rows_of_steps_with_chunks(
+    prefill_tokens: int, max_batch: int, expected: list[int]
+) -> None:
+    shapes = _shapes(EngineLimits(max_batch, 0, prefill_tokens, 16, 600))
     mixed = [shape for shape in shapes if shape.query_tiles]
     assert np.unique([shape.rows for shape in mixed]).tolist() == expected
     assert all(bool(s.long_tiles) == (s.lora and s.rows > FEW_ROWS) for s in mixed)

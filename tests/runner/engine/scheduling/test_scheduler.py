@@ -6,152 +6,16 @@ import sys
 from dataclasses import replace
 
 import pytest
+from toy_engine import ToyEngine, limits
+from toy_model import expected
 
-from granatum.runner.adapters.residency import AdapterFigures, NoAdapters
+from granatum.runner.adapters.residency import NoAdapters
 from granatum.runner.engine.scheduling.pages import PagePool
-from granatum.runner.engine.scheduling.plan import Limits, Plan
 from granatum.runner.engine.scheduling.scheduler import Scheduler
 from granatum.runner.records import Departure, Failure, Finish, SequenceNews, Submit
-from granatum.v1.errors import (
-    InvalidAdapter,
-    InvalidRequest,
-    NotFound,
-    Unavailable,
-)
+from granatum.v1.errors import InvalidAdapter, InvalidRequest, NotFound, Unavailable
 
 STOP = 7
-
-
-def next_token(tokens: list[int]) -> int:
-    """A toy model: the next token depends on all before it."""
-    return hash(tuple(tokens)) % 50
-
-
-class ToyAdapters:
-    """Adapters of `size` pages each that arrive `delay` polls after they were asked for."""
-
-    def __init__(self, pool: PagePool, size: int = 2, delay: int = 2) -> None:
-        self.pool, self.size, self.delay = pool, size, delay
-        self.coming: dict[str, int] = {}
-        self.pages: dict[str, tuple[int, ...]] = {}
-        self.users: dict[str, int] = {}
-        self.loads = 0
-
-    def acquire(self, digest: str) -> int | None:
-        if digest.startswith("bad"):
-            raise Unavailable("the store is away")
-        if digest in self.pages:
-            self.users[digest] += 1
-            self.pages[digest] = self.pages.pop(digest)
-            return int(digest, 16)
-        self.coming.setdefault(digest, self.delay)
-        return None
-
-    def await_copy(self) -> None:
-        pass
-
-    def release(self, digest: str) -> None:
-        self.users[digest] -= 1
-        assert self.users[digest] >= 0
-
-    def pages_of(self, digest: str) -> int:
-        return self.size
-
-    def poll(self) -> None:
-        for digest in tuple(self.coming):
-            self.coming[digest] -= 1
-            if self.coming[digest] <= 0:
-                missing = self.size - self.pool.free_pages
-                if missing > 0:
-                    self.reclaim(missing)
-                pages = self.pool.allocate(self.size)
-                if pages is not None:
-                    del self.coming[digest]
-                    self.pages[digest], self.users[digest] = pages, 0
-                    self.loads += 1
-
-    def reclaim(self, pages: int) -> int:
-        freed = 0
-        for digest in tuple(self.pages):
-            if freed < pages and not self.users[digest]:
-                gone = self.pages.pop(digest)
-                self.pool.free(gone)
-                freed += len(gone)
-        return freed
-
-    @property
-    def figures(self) -> AdapterFigures:
-        idle = sum(len(p) for d, p in self.pages.items() if not self.users[d])
-        return AdapterFigures(tuple(self.pages), self.loads, idle)
-
-
-class ToyEngine:
-    """Runs a scheduler one step ahead and keeps what each sequence was told."""
-
-    def __init__(self, limits: Limits, pages: int, adapters: bool = True) -> None:
-        self.pool = PagePool(pages)
-        self.adapters = ToyAdapters(self.pool)
-        self.scheduler = Scheduler(limits, self.pool, self.adapters if adapters else NoAdapters())
-        self.flight: tuple[Plan, list[int]] | None = None
-        self.device: dict[int, list[int]] = {}
-        self.tokens: dict[int, list[int]] = {}
-        self.outcomes: dict[int, object] = {}
-        self.plans: list[Plan] = []
-
-    def submit(self, submit: Submit) -> None:
-        self.scheduler.submit(submit)
-        self.device[submit.sequence_id] = [*submit.prompt, *submit.generated]
-        self.tokens[submit.sequence_id] = []
-
-    def step(self) -> None:
-        plan = self.scheduler.schedule()
-        self.plans.append(plan)
-        launched = (plan, [self.draw(s.sequence.id, s.start + s.rows) for s in plan.sampling])
-        if self.flight is not None:
-            self.hear(self.scheduler.collect(self.flight[0], self.flight[1], {}))
-        self.hear(self.scheduler.take_news())
-        self.flight = launched
-
-    def draw(self, sequence_id: int, length: int) -> int:
-        tokens = self.device[sequence_id]
-        assert len(tokens) == length, "the step's input is not what came before"
-        tokens.append(next_token(tokens))
-        return tokens[-1]
-
-    def hear(self, news: list[SequenceNews]) -> None:
-        for item in news:
-            assert item.sequence_id not in self.outcomes, "news after the last"
-            self.tokens[item.sequence_id].extend(item.tokens)
-            if item.outcome is not None:
-                self.outcomes[item.sequence_id] = item.outcome
-
-    def run(self, steps: int = 1000) -> None:
-        for _ in range(steps):
-            self.step()
-            if not self.scheduler.sequences:
-                return
-        raise AssertionError("sequences are left")
-
-    def assert_empty(self) -> None:
-        self.adapters.reclaim(self.pool.total)
-        assert self.pool.free_pages == self.pool.total
-        assert not any(self.adapters.users.values())
-
-
-def limits(**changes: int) -> Limits:
-    bounds = Limits(max_batch=4, max_waiting=100, step_tokens=16, page_tokens=4, max_context=64)
-    return replace(bounds, **changes)
-
-
-def expected(submit: Submit, limit: int = 64) -> list[int]:
-    tokens = [*submit.prompt, *submit.generated]
-    made = list(submit.generated)
-    while len(made) < submit.max_tokens and len(tokens) < limit:
-        tokens.append(next_token(tokens))
-        made.append(tokens[-1])
-        if made[-1] in submit.stop_ids and len(made) > submit.min_tokens:
-            break
-    return made[len(submit.generated) :]
 
 
 def test_a_sequence_runs_to_its_length() -> None:
@@ -389,7 +253,7 @@ def test_any_mix_ends_with_the_right_tokens_and_nothing_left(seed: int) -> None:
     rng = random.Random(seed)
     bounds = limits(
         max_batch=rng.randint(1, 6),
-        step_tokens=rng.randint(6, 20),
+        prefill_tokens=rng.randint(6, 20),
         page_tokens=rng.choice([1, 4, 8]),
     )
     engine = ToyEngine(bounds, rng.randint(12, 70))
