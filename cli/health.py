@@ -5,7 +5,7 @@ import asyncio
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from granatum.v1.errors import from_rpc_error
+from granatum.v1.rich_status import from_rpc_error
 from granatum.v1.transport import Tls, open_channel
 
 _POLL_S = 0.1

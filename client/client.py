@@ -27,7 +27,8 @@ from granatum.v1 import (
     inference_pb2,
     inference_pb2_grpc,
 )
-from granatum.v1.errors import Internal, from_rpc_error
+from granatum.v1.errors import Internal
+from granatum.v1.rich_status import from_rpc_error
 from granatum.v1.transport import Tls, bearer, open_channel
 
 _PAGE_SIZE = 500

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from granatum.v1.errors import InvalidRequest
+
 GROUPS = ("qkv", "o", "gate_up", "down")
 """The linears of a layer, each the fusion of the projections that read the same input."""
 
@@ -186,8 +188,6 @@ def _refuse_sliding_window(config: Any) -> None:
 
 
 def _refuse(field: str, value: object, supported: str) -> NoReturn:
-    from granatum.v1.errors import InvalidRequest  # here: the arithmetic needs no gRPC
-
     raise InvalidRequest(
         f"config.json: {field} = {value!r} is not supported by this runner: it must be {supported}"
     )

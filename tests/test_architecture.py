@@ -118,11 +118,23 @@ def test_kernels_is_no_regular_package() -> None:
     "module", ["granatum.router.__main__", "granatum.runner.__main__", "granatum.cli.main"]
 )
 def test_light_processes_stay_light(module: str) -> None:
-    program = f"import sys, {module}; print(*{{*sys.modules}} & {{*{HEAVY!r}}})"
+    assert loaded_by(module, HEAVY) == []
+
+
+@pytest.mark.parametrize(
+    "module", ["adapters_store.store", "models.identity", "runner.engine.engine", "v1.validation"]
+)
+def test_what_is_no_service_needs_no_grpc(module: str) -> None:
+    assert loaded_by(f"granatum.{module}", ("grpc",)) == []
+
+
+def loaded_by(module: str, suspects: tuple[str, ...]) -> list[str]:
+    """Which of the suspects a process loads when it imports the module."""
+    program = f"import sys, {module}; print(*{{*sys.modules}} & {{*{suspects!r}}})"
     loaded = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert loaded.stdout.split() == []
+    return loaded.stdout.split()
 
 
 def sources(place: str) -> Iterator[Path]:

@@ -6,6 +6,7 @@ from typing import Protocol
 import structlog
 
 from granatum.runner.records import Departure, Failure
+from granatum.v1.errors import GranatumError, Internal, InvalidRequest
 
 _LARGER = ("ADAPTER_RANK_TOO_HIGH", "ADAPTER_TOO_LARGE")
 """Errors of this runner's size: a larger runner may serve the adapter."""
@@ -86,8 +87,6 @@ class NoAdapters:
 
 def failure_of(error: Exception) -> Failure:
     """What a client is told of `error`."""
-    from granatum.v1.errors import GranatumError, Internal  # here: the loop itself needs no gRPC
-
     if not isinstance(error, GranatumError):
         log.error("adapter load", exc_info=error)
         error = Internal("the adapter could not be loaded: the runner's log has the details")
@@ -100,8 +99,6 @@ def outcome_of(error: Exception) -> tuple[Departure | Failure, Failure | None]:
     It departs where another runner may have the adapter: a healthy one, a larger one, or one with
     the right store. An adapter that is wrong in itself is so everywhere.
     """
-    from granatum.v1.errors import InvalidRequest
-
     failure = failure_of(error)
     if isinstance(error, InvalidRequest) and failure.reason not in _LARGER:
         return failure, None

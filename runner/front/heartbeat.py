@@ -8,7 +8,7 @@ import structlog
 
 from granatum.v1.cluster_pb2 import DeregisterRequest, HeartbeatRequest, HeartbeatResponse, Runner
 from granatum.v1.cluster_pb2_grpc import RegistryServiceStub
-from granatum.v1.errors import from_rpc_error
+from granatum.v1.rich_status import from_rpc_error
 from granatum.v1.transport import bearer
 
 _TIMEOUT_S = 3.0

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from granatum.models.config import GROUPS, ModelConfig
+from granatum.v1.errors import InvalidRequest
 
 INDEX = "model.safetensors.index.json"
 _PROJECTIONS = {
@@ -171,6 +172,4 @@ def _copy(target: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
 
 
 def _invalid(message: str) -> Exception:
-    from granatum.v1.errors import InvalidRequest  # here: the arithmetic needs no gRPC
-
     return InvalidRequest(f"the model cannot be loaded: {message}")

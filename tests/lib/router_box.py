@@ -19,7 +19,7 @@ from granatum.router.settings import Settings
 from granatum.v1.adapters_pb2_grpc import AdapterServiceStub
 from granatum.v1.cluster_pb2 import ListRunnersRequest, RunnerStatus
 from granatum.v1.cluster_pb2_grpc import ClusterServiceStub
-from granatum.v1.errors import GranatumError, from_rpc_error
+from granatum.v1.errors import GranatumError
 from granatum.v1.inference_pb2 import (
     FINISH_REASON_LENGTH,
     GenerateRequest,
@@ -27,6 +27,7 @@ from granatum.v1.inference_pb2 import (
     StopConditions,
 )
 from granatum.v1.inference_pb2_grpc import InferenceServiceStub
+from granatum.v1.rich_status import from_rpc_error
 from granatum.v1.transport import bearer
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ import pytest
 from router_box import Box
 
 from granatum.v1 import adapters_pb2 as pb
-from granatum.v1.errors import GranatumError, from_rpc_error
+from granatum.v1.errors import GranatumError
 from granatum.v1.inference_pb2 import GenerateRequest, StopConditions
+from granatum.v1.rich_status import from_rpc_error
 from granatum.v1.transport import bearer
 
 

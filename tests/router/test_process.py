@@ -14,9 +14,10 @@ import pytest
 from router_box import CLUSTER_KEY, Box
 from scripted_runner import Script, ScriptedRunner, expected_ids
 
-from granatum.v1.errors import Unavailable, from_rpc_error
+from granatum.v1.errors import Unavailable
 from granatum.v1.inference_pb2 import GenerateRequest, StopConditions
 from granatum.v1.inference_pb2_grpc import InferenceServiceStub
+from granatum.v1.rich_status import from_rpc_error
 from granatum.v1.transport import bearer
 
 

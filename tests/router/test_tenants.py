@@ -3,7 +3,6 @@
 import asyncio
 import random
 
-import grpc
 import pytest
 from router_box import CLUSTER_KEY, Box
 from scripted_runner import Script
@@ -18,7 +17,7 @@ from granatum.v1.cluster_pb2 import (
     ResumeRunnerRequest,
 )
 from granatum.v1.cluster_pb2_grpc import RegistryServiceStub
-from granatum.v1.errors import AlreadyExists, NotFound, PreconditionFailed
+from granatum.v1.errors import AlreadyExists, Code, NotFound, PreconditionFailed
 from granatum.v1.inference_pb2 import GenerateRequest, StopConditions
 from granatum.v1.transport import bearer
 
@@ -86,7 +85,7 @@ async def test_an_upload_out_of_order_is_refused(box: Box, case: str) -> None:
         "nothing": [],
     }[case]
     call = box.adapters().UploadAdapter(iter(requests), metadata=bearer(box.acme), timeout=5)
-    assert (await error_of(call)).status is grpc.StatusCode.INVALID_ARGUMENT
+    assert (await error_of(call)).code is Code.INVALID_ARGUMENT
     listed = await box.adapters().ListAdapters(pb.ListAdaptersRequest(), metadata=bearer(box.acme))
     assert not listed.adapters
 
@@ -199,7 +198,7 @@ async def test_a_runner_that_says_nonsense_is_refused(box: Box, field: str, valu
     stub = RegistryServiceStub(box.channel())
     request = HeartbeatRequest(runner=record)
     error = await error_of(stub.Heartbeat(request, metadata=bearer(CLUSTER_KEY), timeout=5))
-    assert error.status is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.code is Code.INVALID_ARGUMENT
     assert f"runner.{field}" in error.message
 
 
@@ -231,7 +230,7 @@ async def test_a_key_bounds_its_priority(
     call = box.inference().Generate(request, metadata=bearer(key), timeout=10)
     if given is None:
         error = await error_of(call.read())
-        assert error.status is grpc.StatusCode.INVALID_ARGUMENT
+        assert error.code is Code.INVALID_ARGUMENT
         assert error.message.startswith(f"priority: {asked} is above {bound}")
         assert not box.runners["a"].submissions
     else:

@@ -11,9 +11,10 @@ from cluster import free_port
 from router_box import CLUSTER_KEY, Box
 from scripted_runner import ScriptedRunner, expected_ids
 
-from granatum.v1.errors import InvalidRequest, Unavailable, from_rpc_error
+from granatum.v1.errors import InvalidRequest, Unavailable
 from granatum.v1.inference_pb2 import GenerateRequest, StopConditions
 from granatum.v1.inference_pb2_grpc import InferenceServiceStub
+from granatum.v1.rich_status import from_rpc_error
 from granatum.v1.transport import Tls, bearer, open_channel
 
 

@@ -24,6 +24,7 @@ from granatum.runner.front.front import Front, RunnerService
 from granatum.runner.records import Command, Report
 from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1 import inference_pb2, runner_pb2
+from granatum.v1.errors import Code
 from granatum.v1.inference_pb2 import GenerateRequest, LogprobOptions, StopConditions
 from granatum.v1.runner_pb2 import Ping, SequenceOutput, SessionRequest, SubmitSequence
 from granatum.v1.runner_pb2_grpc import RunnerServiceStub, add_RunnerServiceServicer_to_server
@@ -236,7 +237,7 @@ async def test_adapter_that_the_store_lacks_leaves_alone(session: Session) -> No
         session.run(asks("granite>", "\n"), "0" * 64), session.run(asks("granite>", "\n"))
     )
     assert missing.departed == runner_pb2.DEPARTURE_LOAD_FAILED
-    assert missing.cause.code == grpc.StatusCode.NOT_FOUND.value[0]
+    assert missing.cause.code == Code.NOT_FOUND
     assert missing.prompt_tokens
     assert text(base) == "granite"
 

@@ -16,7 +16,8 @@ from granatum.client.requests import Options
 from granatum.examples.tasks import ADAPTER_TASKS, BASE_MODEL
 from granatum.models.base_model import BaseModel
 from granatum.v1 import adapters_pb2, adapters_pb2_grpc
-from granatum.v1.errors import InvalidRequest, NotFound, Unavailable, from_rpc_error
+from granatum.v1.errors import InvalidRequest, NotFound, Unavailable
+from granatum.v1.rich_status import from_rpc_error
 from granatum.v1.transport import bearer, open_channel
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]

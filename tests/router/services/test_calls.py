@@ -10,9 +10,10 @@ from scripted_runner import Script, expected_ids, text_of
 
 from granatum.router.app import Router
 from granatum.router.streams.remote_sequence import MESSAGE_BYTES
-from granatum.v1.errors import GranatumError, Overloaded, Unavailable, from_rpc_error
+from granatum.v1.errors import GranatumError, Overloaded, Unavailable
 from granatum.v1.inference_pb2 import GenerateRequest, GenerateResponse, StopConditions
 from granatum.v1.inference_pb2_grpc import InferenceServiceStub
+from granatum.v1.rich_status import from_rpc_error
 from granatum.v1.transport import bearer
 
 GREEDY = Script(step_s=0.001, burst=200)

@@ -2,7 +2,6 @@
 
 import math
 
-import grpc
 import pytest
 from router_box import CLUSTER_KEY, Box
 from wire_adapters import error_of
@@ -15,7 +14,7 @@ from granatum.v1.cluster_pb2 import (
     Runner,
 )
 from granatum.v1.cluster_pb2_grpc import RegistryServiceStub
-from granatum.v1.errors import GranatumError, PreconditionFailed
+from granatum.v1.errors import Code, GranatumError, PreconditionFailed
 from granatum.v1.transport import bearer
 
 ODD_IDS = ["", "a b", "é", "a\x00", "x" * 129, "x" * 100_000, "a\n", "'\"", "{a}"]
@@ -28,7 +27,7 @@ async def beat(box: Box, record: Runner) -> None:
 
 
 def names(error: GranatumError, field: str) -> bool:
-    return error.status is grpc.StatusCode.INVALID_ARGUMENT and field in error.message
+    return error.code is Code.INVALID_ARGUMENT and field in error.message
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,13 @@ from router_box import Answer, Box, whole
 from scripted_runner import Script
 
 from granatum.v1.cluster_pb2 import DrainRunnerRequest, ResumeRunnerRequest
-from granatum.v1.errors import (
-    AlreadyExists,
-    InvalidRequest,
-    Overloaded,
-    Unavailable,
-    from_rpc_error,
-)
+from granatum.v1.errors import AlreadyExists, InvalidRequest, Overloaded, Unavailable
 from granatum.v1.inference_pb2 import (
     GenerateRequest,
     SamplingParams,
     StopConditions,
 )
+from granatum.v1.rich_status import from_rpc_error
 from granatum.v1.runner_pb2 import SequenceFailure
 from granatum.v1.transport import bearer
 
