@@ -17,6 +17,7 @@ from granatum.cli.box.address import reachable
 from granatum.cli.box.box import ADMIN, Box
 from granatum.cli.box.layout import Layout
 from granatum.cli.health import is_serving
+from granatum.cli.keys import keys
 from granatum.v1.errors import GranatumError, InvalidRequest
 from granatum.v1.transport import Tls, is_loopback
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command("generate")(commands.generate)
 app.add_typer(commands.adapters, name="adapters")
 app.add_typer(commands.runners, name="runners")
+app.add_typer(keys, name="keys")
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 _Cert = Annotated[Path | None, typer.Option(help="Serve clients with this certificate (PEM).")]
@@ -193,12 +195,6 @@ def router(context: typer.Context) -> None:
 def runner(context: typer.Context) -> None:
     """Run a runner (granatum runner --help)."""
     _become("granatum.runner", context.args)
-
-
-@app.command(context_settings=_FOREIGN)
-def keys(context: typer.Context) -> None:
-    """Make and revoke tenants' and admins' keys (granatum keys --help)."""
-    _become("granatum.router.services.keys", context.args)
 
 
 def _become(module: str, arguments: list[str]) -> NoReturn:

@@ -13,8 +13,8 @@ from scripted_runner import ScriptedRunner, expected_ids, text_of
 
 from granatum.models.base_model import BaseModel
 from granatum.router.app import Router
-from granatum.router.services import keys
-from granatum.router.services.keys import Identity
+from granatum.router.services import keys_file
+from granatum.router.services.keys_file import Identity
 from granatum.router.settings import Settings
 from granatum.v1.adapters_pb2_grpc import AdapterServiceStub
 from granatum.v1.cluster_pb2 import ListRunnersRequest, RunnerStatus
@@ -82,7 +82,7 @@ class Box:
         (self.folder / "config.json").write_text(json.dumps(self.config))
         self.fingerprint = BaseModel.from_config(self.folder).fingerprint
         self.keys = self.folder / "keys.json"
-        self.admin = keys.add(self.keys, Identity(None))
+        self.admin = keys_file.add(self.keys, Identity(None))
         self.acme = self.tenant("acme")
         return self
 
@@ -90,7 +90,7 @@ class Box:
         await self._stack.aclose()
 
     def tenant(self, name: str) -> str:
-        return keys.add(self.keys, Identity(name))
+        return keys_file.add(self.keys, Identity(name))
 
     def settings(self, **changes: Any) -> Settings:
         usual: dict[str, Any] = {
