@@ -6,8 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 NAMESPACE := build/namespace
-CODE := adapters_store benchmarks cli client deploy examples kernels models router runner tests
-PACKAGES := adapters_store cli client examples kernels models router runner v1
+CODE := adapters_store benchmarks cli client deploy examples kernels models router runner service tests
+PACKAGES := adapters_store cli client examples kernels models router runner service v1
 PROTOS := $(wildcard protos/granatum/v1/*.proto)
 
 ifeq ($(origin PY),undefined)

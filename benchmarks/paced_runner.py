@@ -25,7 +25,7 @@ from granatum.runner.engine.process import serve
 from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import Limits, Plan
 from granatum.runner.records import Command, Report, TokenLogprobs
-from granatum.runner.settings import Settings
+from granatum.runner.settings import RunnerSettings
 
 STEP_MS = "GRANATUM_BENCH_STEP_MS"
 _PAGES = 1 << 16
@@ -104,7 +104,7 @@ class PacedExecutor:
 
 
 def run_engine(
-    settings: Settings,
+    settings: RunnerSettings,
     end: socket.socket,
     recorder: FlightRecorder,
     words: LastWords,  # noqa: ARG001 - as the child's own main

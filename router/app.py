@@ -26,7 +26,7 @@ from granatum.router.services.resolver import Resolver
 from granatum.router.settings import Settings
 from granatum.router.streams.session import Sessions
 from granatum.router.streams.stream import Streams
-from granatum.router.upkeep import keep_up
+from granatum.service.tasks import cancelled, keep_up
 from granatum.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server
 from granatum.v1.cluster_pb2_grpc import (
     add_ClusterServiceServicer_to_server,
@@ -88,8 +88,7 @@ class Router:
         self._health.stop()
         await self._end_calls()
         await self._sessions.close()
-        self.background.cancel()
-        await asyncio.gather(self.background, return_exceptions=True)
+        await cancelled(self.background)
         await self._leases.close()
         await self._registry.close()
 

@@ -2,12 +2,21 @@
 
 from pathlib import Path
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, Field
+from pydantic_settings import BaseSettings
 
 from granatum.adapters_store.limits import DEFAULT_LIMITS, Limits
 from granatum.router.services.quotas import Bounds
 from granatum.router.streams.stream import Patience
+from granatum.service.settings import (
+    Certificate,
+    CertificateKey,
+    ClusterKey,
+    Insecure,
+    ListenAddress,
+    StoreUrl,
+    settings_of,
+)
 from granatum.v1.transport import Tls
 
 _LEAST_SHARE = 16
@@ -17,31 +26,21 @@ _LEAST_SHARE = 16
 class Settings(BaseSettings):
     """A router's settings; in the environment --max-queue is GRANATUM_ROUTER_MAX_QUEUE."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="GRANATUM_ROUTER_",
-        cli_prog_name="granatum router",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        frozen=True,
-    )
+    model_config = settings_of("router")
 
-    listen: str = Field("127.0.0.1:7070", description="host:port to serve on; port 0: any free one")
+    listen: ListenAddress = "127.0.0.1:7070"
     loopback: str | None = Field(
         None,
         description="a second host:port, of this machine alone and in plaintext: for runners here",
     )
     redis: str = Field("redis://127.0.0.1:6379/0", description="the registry's Redis server")
-    store: str = Field(description="the adapters' store, such as file:///path or s3://bucket/path")
+    store: StoreUrl
     base_config: Path = Field(
         validation_alias=AliasChoices("model-config", "GRANATUM_ROUTER_MODEL_CONFIG"),
         description="the runners' model directory with all its files, or its config.json there",
     )
     keys: Path = Field(description="the JSON file of tenant and admin keys")
-    cluster_key: SecretStr = Field(
-        validation_alias=AliasChoices("cluster-key", "GRANATUM_CLUSTER_KEY"),
-        description="the secret that routers and runners share; rather set GRANATUM_CLUSTER_KEY",
-    )
+    cluster_key: ClusterKey
 
     max_queue: int = Field(
         1024,
@@ -105,20 +104,13 @@ class Settings(BaseSettings):
         DEFAULT_LIMITS.max_tenant_bytes, gt=0, description="the most bytes that one tenant may keep"
     )
 
-    tls_cert: Path | None = Field(None, description="PEM certificate to serve with")
-    tls_key: Path | None = Field(None, description="PEM key of --tls-cert")
+    tls_cert: Certificate = None
+    tls_key: CertificateKey = None
     tls_ca: Path | None = Field(None, description="PEM roots; demands certificates of clients")
     runner_ca: Path | None = Field(None, description="PEM roots of the runners' certificates")
     runner_cert: Path | None = Field(None, description="PEM certificate to show to runners")
     runner_key: Path | None = Field(None, description="PEM key of --runner-cert")
-    insecure: bool = Field(False, description="plaintext beyond this machine, without TLS")
-
-    @field_validator("cluster_key")
-    @classmethod
-    def _check_key(cls, value: SecretStr) -> SecretStr:
-        if not value.get_secret_value().strip():
-            raise ValueError("the cluster key is empty: set GRANATUM_CLUSTER_KEY")
-        return value
+    insecure: Insecure = False
 
     @property
     def tls(self) -> Tls | None:

@@ -15,9 +15,9 @@ from granatum.runner.front.engine_keeper import EngineKeeper
 from granatum.runner.front.front import Front, RunnerService
 from granatum.runner.front.health import Health
 from granatum.runner.front.heartbeat import Heartbeat
-from granatum.runner.settings import Settings
-from granatum.runner.tasks import cancelled
+from granatum.runner.settings import RunnerSettings
 from granatum.runner.text.tokenizer import Tokenizer
+from granatum.service.tasks import cancelled
 from granatum.v1.cluster_pb2 import Runner as Figures
 from granatum.v1.runner_pb2_grpc import add_RunnerServiceServicer_to_server
 from granatum.v1.transport import build_server, listen, open_channel
@@ -29,14 +29,14 @@ _ENGINE_S = 5.0
 log = structlog.get_logger(__name__)
 
 
-class Runner:
-    """Serves from `async with` on, once its engine is ready; `fail` returns only by an error.
+class RunnerApp:
+    """Serves from `async with` on, once its engine is ready.
 
     Leaving it takes the runner out of the routers' sight, gives its streams back to them, and ends
     the engine, `child`.
     """
 
-    def __init__(self, settings: Settings, child: EngineChild) -> None:
+    def __init__(self, settings: RunnerSettings, child: EngineChild) -> None:
         self._settings = settings
         self._child = child
         self._key = settings.cluster_key.get_secret_value()
@@ -80,11 +80,10 @@ class Runner:
         await self._stack.aclose()
         log.info("stopped", engine_status=end.status)
 
-    async def fail(self) -> None:
-        """Wait until a part of the runner fails, and raise its error."""
-        tasks = (self._engines, self._checks, self._reports)
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        await done.pop()
+    @property
+    def parts(self) -> tuple[asyncio.Task[None], ...]:
+        """What runs until the runner is left; a part that ends has failed."""
+        return self._engines, self._checks, self._reports
 
     async def _report(self) -> None:
         await self._front.loaded.wait()

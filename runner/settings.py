@@ -4,9 +4,18 @@ import socket
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode
 
+from granatum.service.settings import (
+    Certificate,
+    CertificateKey,
+    ClusterKey,
+    Insecure,
+    ListenAddress,
+    StoreUrl,
+    settings_of,
+)
 from granatum.v1.transport import Tls
 
 MAX_BATCH = 1024
@@ -14,29 +23,19 @@ MAX_BATCH = 1024
 _ANY_HOST = ("", "0.0.0.0", "::", "*")  # noqa: S104 - recognised, not bound
 
 
-class Settings(BaseSettings):
+class RunnerSettings(BaseSettings):
     """A runner's settings; in the environment --max-batch is GRANATUM_RUNNER_MAX_BATCH."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="GRANATUM_RUNNER_",
-        cli_prog_name="granatum runner",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        frozen=True,
-    )
+    model_config = settings_of("runner")
 
     model: Path = Field(description="the base model: a Hugging Face directory")
-    store: str = Field(description="the adapters' store, such as file:///path or s3://bucket/path")
+    store: StoreUrl
     router: Annotated[tuple[str, ...], NoDecode] = Field(
         description="host:port of a router to report to; several with commas or repeated"
     )
     cache_dir: Path = Field(description="local directory for adapters, ready to be loaded")
-    cluster_key: SecretStr = Field(
-        validation_alias=AliasChoices("cluster-key", "GRANATUM_CLUSTER_KEY"),
-        description="the secret that routers and runners share; rather set GRANATUM_CLUSTER_KEY",
-    )
-    listen: str = Field("127.0.0.1:7071", description="host:port to serve on; port 0: any free one")
+    cluster_key: ClusterKey
+    listen: ListenAddress = "127.0.0.1:7071"
     advertise: str | None = Field(
         None, description="host:port where routers reach it; absent: from --listen"
     )
@@ -79,13 +78,13 @@ class Settings(BaseSettings):
     )
     grace_s: float = Field(10.0, ge=0, description="seconds to hand streams back at a stop")
 
-    tls_cert: Path | None = Field(None, description="PEM certificate to serve with")
-    tls_key: Path | None = Field(None, description="PEM key of --tls-cert")
+    tls_cert: Certificate = None
+    tls_key: CertificateKey = None
     tls_ca: Path | None = Field(None, description="PEM roots; demands certificates of routers")
     router_ca: Path | None = Field(None, description="PEM roots of the routers' certificates")
     router_cert: Path | None = Field(None, description="PEM certificate to show to routers")
     router_key: Path | None = Field(None, description="PEM key of --router-cert")
-    insecure: bool = Field(False, description="plaintext beyond this machine, without TLS")
+    insecure: Insecure = False
 
     @field_validator("router", mode="before")
     @classmethod
@@ -107,13 +106,6 @@ class Settings(BaseSettings):
     def _check_model(cls, value: Path) -> Path:
         if not (value / "config.json").is_file():
             raise ValueError(f"{value} holds no config.json: give a Hugging Face model directory")
-        return value
-
-    @field_validator("cluster_key")
-    @classmethod
-    def _check_key(cls, value: SecretStr) -> SecretStr:
-        if not value.get_secret_value().strip():
-            raise ValueError("the cluster key is empty: set GRANATUM_CLUSTER_KEY")
         return value
 
     @property

@@ -18,11 +18,12 @@ FOLDERS: dict[str, str] = {
 }
 ARROWS = {
     "v1": set[str](),
+    "service": {"v1"},
     "kernels": set[str](),
     "models": {"v1"},
     "adapters_store": {"models", "v1"},
-    "router": {"adapters_store", "models", "v1"},
-    "runner": {"adapters_store", "kernels", "models", "v1"},
+    "router": {"adapters_store", "models", "service", "v1"},
+    "runner": {"adapters_store", "kernels", "models", "service", "v1"},
     "client": {"v1"},
     "cli": {"client", "v1"},
     "examples": set[str](),

@@ -1,6 +1,5 @@
 """Who may call what: one interceptor checks the key of every call before its handler runs."""
 
-import hmac
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from granatum.router.services.keys import Keys
 from granatum.router.services.turns import Turns
+from granatum.service.cluster_key import check_cluster_key
 from granatum.v1 import adapters_pb2, cluster_pb2, inference_pb2
 from granatum.v1.errors import GranatumError, PermissionDenied, Unauthenticated
 from granatum.v1.transport import bearer_of
@@ -49,7 +49,7 @@ class Access(grpc.aio.ServerInterceptor):
 
     def __init__(self, keys: Keys, cluster_key: str) -> None:
         self._keys = keys
-        self._cluster_key = cluster_key.encode()
+        self._cluster_key = cluster_key
         self._turns = Turns()
 
     async def intercept_service(
@@ -73,10 +73,7 @@ class Access(grpc.aio.ServerInterceptor):
     def _admit(self, service: str, key: str) -> str | None:
         """The tenant that calls, or None: our own processes and operators."""
         if service == REGISTRY:
-            if not hmac.compare_digest(key.encode(), self._cluster_key):
-                raise Unauthenticated(
-                    "this is not the cluster key: set the same GRANATUM_CLUSTER_KEY everywhere"
-                )
+            check_cluster_key(key, self._cluster_key)
             return None
         identity = self._keys.identify(key)
         if identity is None:

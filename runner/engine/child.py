@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from granatum.runner.channel import AsyncChannel, socket_pair
 from granatum.runner.engine.flight_recorder import FlightRecorder
 from granatum.runner.front.engine_end import EngineEnd, cause_of
-from granatum.runner.logs import log_as_json
 from granatum.runner.records import Command, Report
-from granatum.runner.settings import MAX_BATCH, Settings
+from granatum.runner.settings import MAX_BATCH, RunnerSettings
 from granatum.runner.text.torchless import import_transformers
+from granatum.service.logs import log_as_json
 
 if TYPE_CHECKING:
     from granatum.runner.engine.process import EngineOptions
@@ -42,7 +42,7 @@ class LastWords:
 class EngineChild:
     """The engine's process. It ends when the front does, because its channel then closes."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RunnerSettings) -> None:
         ours, theirs = socket_pair()
         self._end = ours
         self._recorder = FlightRecorder(MAX_BATCH)
@@ -76,7 +76,7 @@ class EngineChild:
 
 
 def _main(
-    settings: Settings, end: socket.socket, recorder: FlightRecorder, words: LastWords
+    settings: RunnerSettings, end: socket.socket, recorder: FlightRecorder, words: LastWords
 ) -> None:
     log_as_json()
     import_transformers()
@@ -87,7 +87,7 @@ def _main(
         sys.exit(1)
 
 
-def _run(settings: Settings, end: socket.socket, recorder: FlightRecorder) -> None:
+def _run(settings: RunnerSettings, end: socket.socket, recorder: FlightRecorder) -> None:
     import torch
 
     from granatum.runner.adapters.disk.source import AdapterSource
@@ -100,7 +100,7 @@ def _run(settings: Settings, end: socket.socket, recorder: FlightRecorder) -> No
     run(_options(settings, device), source, end, recorder)
 
 
-def _options(settings: Settings, device: str) -> "EngineOptions":
+def _options(settings: RunnerSettings, device: str) -> "EngineOptions":
     """What the engine is built with on `device`."""
     from granatum.runner.engine.process import EngineOptions
     from granatum.runner.model.arena import host_bytes

@@ -11,7 +11,7 @@ from granatum.runner.channel import AsyncChannel
 from granatum.runner.front.engine_end import EngineEnd
 from granatum.runner.front.front import Front
 from granatum.runner.records import Command, EngineFault, Report
-from granatum.runner.tasks import cancelled
+from granatum.service.tasks import cancelled
 from granatum.v1.errors import PreconditionFailed
 
 GRACE_S = 5.0

@@ -1,7 +1,6 @@
 """The front's side of the engine, and the service that routers call."""
 
 import asyncio
-import hmac
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -28,7 +27,8 @@ from granatum.runner.records import (
     Stop,
 )
 from granatum.runner.text.tokenizer import Tokenizer
-from granatum.v1.errors import Unauthenticated, Unavailable
+from granatum.service.cluster_key import check_cluster_key
+from granatum.v1.errors import Unavailable
 from granatum.v1.runner_pb2 import SessionRequest, SessionResponse, SubmitSequence
 from granatum.v1.runner_pb2_grpc import RunnerServiceServicer
 from granatum.v1.transport import bearer_of
@@ -228,7 +228,7 @@ class RunnerService(RunnerServiceServicer):
 
     def __init__(self, front: Front, cluster_key: str) -> None:
         self._front = front
-        self._key = cluster_key.encode()
+        self._key = cluster_key
 
     async def Session(  # noqa: N802
         self, request_iterator: AsyncIterator[SessionRequest], context: Context
@@ -249,10 +249,7 @@ class RunnerService(RunnerServiceServicer):
 
     def _check_key(self, context: Context) -> None:
         key = bearer_of(context.invocation_metadata()) or ""
-        if not hmac.compare_digest(key.encode(), self._key):
-            raise Unauthenticated(
-                "this is not the cluster key: set the same GRANATUM_CLUSTER_KEY everywhere"
-            )
+        check_cluster_key(key, self._key)
 
 
 async def _guard(front: Front, session: Session, call: "asyncio.Task[Any] | None") -> None:

@@ -13,7 +13,17 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = ("router", "runner")
-FOLDERS = ("adapters_store", "cli", "client", "examples", "kernels", "models", "router", "runner")
+FOLDERS = (
+    "adapters_store",
+    "cli",
+    "client",
+    "examples",
+    "kernels",
+    "models",
+    "router",
+    "runner",
+    "service",
+)
 """Of the packages whose folders have their names."""
 
 

@@ -9,10 +9,10 @@ from wire_adapters import error_of, generated, upload
 
 from granatum.adapters_store.store import AdapterStore
 from granatum.models.base_model import BaseModel
-from granatum.router import upkeep
 from granatum.router.collection import Collection
 from granatum.router.placement.placement import Lease, LeaseKind
 from granatum.router.placement.registry import Registry
+from granatum.service import tasks
 from granatum.v1.errors import Unavailable
 
 
@@ -96,7 +96,7 @@ async def test_whatever_collection_meets_it_tries_again(
 async def test_a_collection_that_fails_in_any_way_ends_no_router(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upkeep, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(tasks, "_PAUSE_S", 0.01)
     tries = 0
 
     async def fails(*_: object, **__: object) -> None:

@@ -14,7 +14,7 @@ from granatum.runner.adapters.images.image import ImageShape
 from granatum.runner.adapters.images.layout import lay_out
 from granatum.runner.engine.child import _options
 from granatum.runner.model.arena import page_tokens
-from granatum.runner.settings import Settings
+from granatum.runner.settings import RunnerSettings
 from granatum.v1.errors import InvalidRequest
 
 FLAGS = ["--model", str(BASE_MODEL), "--store", "memory://", "--cache-dir", "cache"]
@@ -25,8 +25,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRANATUM_CLUSTER_KEY", "secret")
 
 
-def read(*flags: str) -> Settings:
-    return Settings(_cli_parse_args=[*FLAGS, *flags])  # type: ignore[call-arg]
+def read(*flags: str) -> RunnerSettings:
+    return RunnerSettings(_cli_parse_args=[*FLAGS, *flags])  # type: ignore[call-arg]
 
 
 def test_flags_and_the_key_of_the_environment() -> None:
@@ -40,7 +40,7 @@ def test_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("MODEL", str(BASE_MODEL)), ("STORE", "memory://"), ("CACHE_DIR", "c")):
         monkeypatch.setenv(f"GRANATUM_RUNNER_{name}", value)
     monkeypatch.setenv("GRANATUM_RUNNER_ROUTER", "a:1, b:2")
-    settings = Settings(_cli_parse_args=[])  # type: ignore[call-arg]
+    settings = RunnerSettings(_cli_parse_args=[])  # type: ignore[call-arg]
     assert settings.router == ("a:1", "b:2")
 
 

@@ -19,7 +19,7 @@ import structlog
 
 from granatum.runner.adapters.images.file import write_image
 from granatum.runner.adapters.images.image import ImageShape, build_image
-from granatum.runner.logs import log_as_json
+from granatum.service.logs import log_as_json
 from granatum.v1.errors import GranatumError, Internal, Unavailable
 
 PROCESSES = 2

@@ -11,10 +11,8 @@ from redis_proxy import wire_to
 from router_box import CONFIG, Box
 from scripted_runner import expected_ids
 
-from granatum.router import upkeep
 from granatum.router.placement.placement import Lease, LeaseKind, Placed, PlacementRequest
 from granatum.router.placement.registry import Registry
-from granatum.router.upkeep import keep_up
 from granatum.v1.cluster_pb2 import Runner
 from granatum.v1.errors import Unavailable
 
@@ -127,26 +125,3 @@ async def test_a_router_outlasts_damaged_answers(
         for prompt, answer in (await box.generate_many(4, 20)).items():
             assert answer.ids == expected_ids(prompt, 20)
         await box.idle()
-
-
-async def test_background_work_begins_again_after_a_failure_and_stops_when_cancelled(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(upkeep, "_PAUSE_S", 0.001)
-    begun = 0
-    works = asyncio.Event()
-
-    async def work() -> None:
-        nonlocal begun
-        begun += 1
-        if begun < 3:
-            raise ValueError("a stray object")
-        works.set()
-        await asyncio.Event().wait()
-
-    task = asyncio.create_task(keep_up(work, "work"))
-    await asyncio.wait_for(works.wait(), 5)
-    assert begun == 3
-    task.cancel()
-    await asyncio.wait({task}, timeout=5)
-    assert task.cancelled()

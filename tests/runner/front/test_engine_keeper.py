@@ -26,8 +26,8 @@ from granatum.runner.records import (
     StepReport,
     Submit,
 )
-from granatum.runner.tasks import cancelled
 from granatum.runner.text.tokenizer import Tokenizer
+from granatum.service.tasks import cancelled
 from granatum.v1 import runner_pb2
 from granatum.v1.errors import PreconditionFailed
 from granatum.v1.inference_pb2 import GenerateRequest

@@ -1,4 +1,4 @@
-"""Logs as machines read them."""
+"""How every process of ours writes its log."""
 
 import logging
 import sys
@@ -7,7 +7,7 @@ import structlog
 
 
 def log_as_json() -> None:
-    """One JSON object a line on standard error."""
+    """Write the log to standard error, one JSON object a line."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
