@@ -8,8 +8,9 @@ import numpy as np
 import traffic
 from latencies import Record, gaps, lags, percentiles, steady_tokens_per_s, summary
 from results import Row
-from service import Service
 from traffic import BACKBONE, Request, Users
+
+from service import Service
 
 PREFILL, PROMPT = 1000, 512
 _TRIALS = 20

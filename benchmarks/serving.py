@@ -52,11 +52,11 @@ from scenarios import (
     textgen,
     ttft,
 )
-from service import ServiceSize, running_service
 from traffic import BACKBONE
 from workload import POPULARITIES, SHAPES
 
 from granatum.cli.box.box import Box
+from service import ServiceSize, running_service
 
 KEY = ("mode", "scenario", "model", "popularity", "batch", "rate", "prefills")
 COLUMNS = (

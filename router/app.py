@@ -26,6 +26,7 @@ from granatum.router.services.resolver import Resolver
 from granatum.router.settings import Settings
 from granatum.router.streams.session import Sessions
 from granatum.router.streams.stream import Streams
+from granatum.service.server import MAX_PUBLIC_BYTES, build_server, listen
 from granatum.service.tasks import cancelled, keep_up
 from granatum.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server
 from granatum.v1.cluster_pb2_grpc import (
@@ -33,7 +34,7 @@ from granatum.v1.cluster_pb2_grpc import (
     add_RegistryServiceServicer_to_server,
 )
 from granatum.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
-from granatum.v1.transport import MAX_PUBLIC_BYTES, build_server, listen, open_channel
+from granatum.v1.transport import open_channel
 
 _HEARTBEATS_PER_LEASE = 4
 _FAREWELL_S = 0.5

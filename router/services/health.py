@@ -7,8 +7,8 @@ from grpc_health.v1.health import OVERALL_HEALTH
 
 from granatum.router.placement.registry import Registry
 from granatum.router.services.access import CLUSTER, INFERENCE, REGISTRY, SERVICES
+from granatum.service.health import HealthBoard
 from granatum.v1.errors import Unavailable
-from granatum.v1.health import HealthBoard
 
 _CHECK_S = 1.0
 _NEED_REGISTRY = (INFERENCE, CLUSTER, REGISTRY)

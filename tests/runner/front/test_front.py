@@ -29,6 +29,7 @@ from granatum.runner.records import (
     TokenLogprobs,
 )
 from granatum.runner.text.tokenizer import Tokenizer
+from granatum.service.server import build_server, listen
 from granatum.v1 import inference_pb2, runner_pb2
 from granatum.v1.inference_pb2 import (
     Chat,
@@ -48,7 +49,7 @@ from granatum.v1.runner_pb2 import (
     SubmitSequence,
 )
 from granatum.v1.runner_pb2_grpc import RunnerServiceStub, add_RunnerServiceServicer_to_server
-from granatum.v1.transport import bearer, build_server, listen
+from granatum.v1.transport import bearer
 
 KEY = "cluster-key"
 BOS = 257
