@@ -7,7 +7,7 @@ RANK_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class UploadLimits:
     """Bounds of one adapter, and of one tenant's adapters."""
 
     max_bytes: int = 2 << 30
@@ -25,7 +25,7 @@ class Limits:
     """Of one tenant."""
 
 
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = UploadLimits()
 
 
 @dataclass(frozen=True, slots=True)

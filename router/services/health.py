@@ -16,7 +16,7 @@ _NEED_REGISTRY = (INFERENCE, CLUSTER, REGISTRY)
 log = structlog.get_logger(__name__)
 
 
-class Health:
+class RegistryHealth:
     """The process as a whole serves until it stops; services as long as what they need answers.
 
     So a liveness probe of the whole does not kill streams that outlast the registry's absence,

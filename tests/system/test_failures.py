@@ -9,7 +9,7 @@ import pytest
 from cluster import Cluster, healthy
 
 from granatum.client.client import Client, Generation
-from granatum.client.records import Completion, Runner
+from granatum.client.records import Completion, RunnerStatus
 from granatum.examples.tasks import ADAPTER_TASKS, held_out_words
 from granatum.v1.errors import (
     DeadlineExceeded,
@@ -90,7 +90,7 @@ def same(one: Sequence[Completion], other: Sequence[Completion]) -> None:
     assert [c.text for c in one] == [c.text for c in other]
 
 
-async def figures(client: Client) -> dict[str, Runner]:
+async def figures(client: Client) -> dict[str, RunnerStatus]:
     return {runner.id: runner for runner in await client.runners()}
 
 
