@@ -51,6 +51,10 @@ check: format-check types stubs-check  ## formatting, lint, types, protos, stubs
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(PY) -m pytest tests/test_architecture.py
 
+.PHONY: extras
+extras: $(DEV)  ## install each extra alone and import what it promises
+	$(PY) deploy/extras.py
+
 .PHONY: format
 format: $(DEV)  ## format the code and fix what lint can fix
 	$(PY) -m ruff check --fix $(CODE)

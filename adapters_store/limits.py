@@ -12,7 +12,7 @@ def padded_rank(rank: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class UploadLimits:
     """Bounds of one adapter, and of one tenant's adapters."""
 
     max_bytes: int = 2 << 30
@@ -30,7 +30,7 @@ class Limits:
     """Of one tenant."""
 
 
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = UploadLimits()
 
 
 @dataclass(frozen=True, slots=True)

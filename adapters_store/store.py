@@ -19,7 +19,7 @@ from granatum.adapters_store.catalog.catalog_json import CatalogDamaged
 from granatum.adapters_store.catalog.manifest import Manifest, Page
 from granatum.adapters_store.catalog.tenants import Tenants
 from granatum.adapters_store.format.validate import Summary, validate
-from granatum.adapters_store.limits import DEFAULT_LIMITS, Fleet, Limits
+from granatum.adapters_store.limits import DEFAULT_LIMITS, Fleet, UploadLimits
 from granatum.adapters_store.names import AdapterRef, check_name, shown
 from granatum.adapters_store.objects.location import open_objects
 from granatum.adapters_store.objects.objects import Objects
@@ -48,7 +48,7 @@ class AdapterStore:
         self,
         objects: Objects,
         base: BaseModel,
-        limits: Limits = DEFAULT_LIMITS,
+        limits: UploadLimits = DEFAULT_LIMITS,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._objects = objects
@@ -63,7 +63,9 @@ class AdapterStore:
         self._tenants = Tenants(objects, lambda: epoch_of(now()))
 
     @classmethod
-    def open(cls, url: str, base: BaseModel, limits: Limits = DEFAULT_LIMITS) -> "AdapterStore":
+    def open(
+        cls, url: str, base: BaseModel, limits: UploadLimits = DEFAULT_LIMITS
+    ) -> "AdapterStore":
         """Open the store at `url` (see `open_objects`) for adapters of `base`."""
         return cls(open_objects(url), base, limits)
 

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from granatum.cli.connection import connected
 from granatum.client.client import Client
-from granatum.client.records import Adapter, Runner
+from granatum.client.records import Adapter, RunnerStatus
 from granatum.client.requests import Message, Options, Prompt
 
 console = Console(markup=False, width=10_000)
@@ -230,7 +230,7 @@ async def resume_runner(client: Client, runner: RunnerId) -> None:
     console.print(f"{runner} is in use")
 
 
-def _state(runner: Runner) -> str:
+def _state(runner: RunnerStatus) -> str:
     state = "drains" if runner.draining else "serves"
     return f"{state}, seen {runner.heartbeat_age_s:.1f} s ago"
 

@@ -17,9 +17,9 @@ from rich.console import Console
 from granatum.cli import demo_view as view
 from granatum.cli.box.box import ADMIN, Box
 from granatum.cli.box.layout import Layout
-from granatum.cli.demo_view import Mix, Request
+from granatum.cli.demo_view import DemoRequest, Mix
 from granatum.client.client import Client
-from granatum.client.records import Adapter, Runner
+from granatum.client.records import Adapter, RunnerStatus
 from granatum.examples import tasks
 from granatum.v1.errors import GranatumError, NotFound
 
@@ -63,7 +63,7 @@ async def run(console: Console, logs: Path | None) -> int:
 
 
 async def _show(
-    console: Console, clients: Mapping[str, Client], requests: Sequence[Request]
+    console: Console, clients: Mapping[str, Client], requests: Sequence[DemoRequest]
 ) -> int:
     adapters = await _upload(console, clients)
     before = await clients[ADMIN].runners()
@@ -81,11 +81,11 @@ async def _show(
     return 1 if wrong else 0
 
 
-def _requests() -> list[Request]:
+def _requests() -> list[DemoRequest]:
     """Every task with several words that training never saw, the tasks interleaved."""
     words = iter(tasks.held_out_words(WORDS * len(TASKS)))
     return [
-        Request(task, task.tenant or TENANTS[round_ % len(TENANTS)], next(words))
+        DemoRequest(task, task.tenant or TENANTS[round_ % len(TENANTS)], next(words))
         for round_ in range(WORDS)
         for task in TASKS
     ]
@@ -103,7 +103,7 @@ async def _upload(console: Console, clients: Mapping[str, Client]) -> list[Adapt
     return adapters
 
 
-async def _stream(client: Client, request: Request) -> None:
+async def _stream(client: Client, request: DemoRequest) -> None:
     began = time.monotonic()
     generation = client.generate(
         request.task.prompt(request.word),
@@ -123,7 +123,7 @@ async def _stream(client: Client, request: Request) -> None:
     request.over = True
 
 
-async def _figures_since(client: Client, moment: float) -> tuple[Runner, ...]:
+async def _figures_since(client: Client, moment: float) -> tuple[RunnerStatus, ...]:
     """The runners' figures, from heartbeats later than `moment`."""
     while True:
         runners = await client.runners()
@@ -154,7 +154,7 @@ async def _trespasses(
     return wrong
 
 
-def _wrong_answers(requests: Sequence[Request]) -> Iterator[str]:
+def _wrong_answers(requests: Sequence[DemoRequest]) -> Iterator[str]:
     for request in requests:
         what = f"{request.task.name} of {request.word!r}"
         if request.error:
@@ -163,7 +163,7 @@ def _wrong_answers(requests: Sequence[Request]) -> Iterator[str]:
             yield f"{what}: {request.text!r}, not {request.task.expected(request.word)!r}"
 
 
-def _wrong_mix(requests: Sequence[Request], mix: Mix) -> Iterator[str]:
+def _wrong_mix(requests: Sequence[DemoRequest], mix: Mix) -> Iterator[str]:
     runners = {request.runner for request in requests} - {""}
     if len(runners) < RUNNERS:
         yield f"only {len(runners)} of {RUNNERS} runners served"

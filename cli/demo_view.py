@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from granatum.client.records import Runner
+from granatum.client.records import RunnerStatus
 from granatum.examples import tasks
 from granatum.examples.tasks import Task
 
@@ -22,7 +22,7 @@ _RIGHT = ("tokens", "first token")
 
 
 @dataclass(slots=True)
-class Request:
+class DemoRequest:
     """One request of the demo, and what came of it so far."""
 
     task: Task
@@ -54,7 +54,7 @@ class Mix:
     sequences: float
 
     @classmethod
-    def between(cls, before: Sequence[Runner], after: Sequence[Runner]) -> "Mix":
+    def between(cls, before: Sequence[RunnerStatus], after: Sequence[RunnerStatus]) -> "Mix":
         """Over what the runners did between two looks at their figures."""
         steps = _sum(after, "decode_steps") - _sum(before, "decode_steps")
         adapters = _sum(after, "decode_adapters") - _sum(before, "decode_adapters")
@@ -69,7 +69,7 @@ def widen(console: Console) -> None:
 
 
 @asynccontextmanager
-async def progress(console: Console, requests: Sequence[Request]) -> AsyncIterator[None]:
+async def progress(console: Console, requests: Sequence[DemoRequest]) -> AsyncIterator[None]:
     """A live table in a terminal, else a line now and then."""
     watching = asyncio.create_task(
         _animate(console, requests) if console.is_terminal else _narrate(console, requests)
@@ -81,7 +81,7 @@ async def progress(console: Console, requests: Sequence[Request]) -> AsyncIterat
         await asyncio.wait((watching,))
 
 
-def answers(requests: Sequence[Request]) -> Table:
+def answers(requests: Sequence[DemoRequest]) -> Table:
     """Every request and its answer, by adapter."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in _LEFT:
@@ -103,7 +103,7 @@ def answers(requests: Sequence[Request]) -> Table:
     return table
 
 
-def summary(console: Console, requests: Sequence[Request], took_s: float, mix: Mix) -> None:
+def summary(console: Console, requests: Sequence[DemoRequest], took_s: float, mix: Mix) -> None:
     """The run in two sentences."""
     right = sum(request.right for request in requests)
     adapters = {request.adapter for request in requests} - {""}
@@ -119,14 +119,14 @@ def summary(console: Console, requests: Sequence[Request], took_s: float, mix: M
     )
 
 
-async def _animate(console: Console, requests: Sequence[Request]) -> None:
+async def _animate(console: Console, requests: Sequence[DemoRequest]) -> None:
     with Live(console=console, transient=True, auto_refresh=False) as live:
         while True:
             live.update(_snapshot(requests), refresh=True)
             await asyncio.sleep(_FRAME_S)
 
 
-async def _narrate(console: Console, requests: Sequence[Request]) -> None:
+async def _narrate(console: Console, requests: Sequence[DemoRequest]) -> None:
     while True:
         over = sum(request.over for request in requests)
         tokens = sum(request.tokens for request in requests)
@@ -134,7 +134,7 @@ async def _narrate(console: Console, requests: Sequence[Request]) -> None:
         await asyncio.sleep(_LINE_S)
 
 
-def _snapshot(requests: Sequence[Request]) -> Table:
+def _snapshot(requests: Sequence[DemoRequest]) -> Table:
     """One row per adapter: how many of its requests are complete, and what they say now."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for task in dict.fromkeys(request.task.name for request in requests):
@@ -144,7 +144,7 @@ def _snapshot(requests: Sequence[Request]) -> Table:
     return table
 
 
-def _marks(requests: Sequence[Request]) -> Text:
+def _marks(requests: Sequence[DemoRequest]) -> Text:
     marks = Text()
     for request in requests:
         if not request.over:
@@ -154,5 +154,5 @@ def _marks(requests: Sequence[Request]) -> Text:
     return marks
 
 
-def _sum(runners: Sequence[Runner], figure: str) -> int:
+def _sum(runners: Sequence[RunnerStatus], figure: str) -> int:
     return sum(int(getattr(runner, figure)) for runner in runners)

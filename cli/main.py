@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from contextlib import AsyncExitStack, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -17,7 +18,8 @@ from granatum.cli.box.address import reachable
 from granatum.cli.box.box import ADMIN, Box
 from granatum.cli.box.layout import Layout
 from granatum.cli.health import is_serving
-from granatum.v1.errors import GranatumError, InvalidRequest
+from granatum.cli.keys import keys
+from granatum.v1.errors import GranatumError, InvalidRequest, PreconditionFailed
 from granatum.v1.transport import Tls, is_loopback
 
 app = typer.Typer(
@@ -29,6 +31,7 @@ app = typer.Typer(
 app.command("generate")(commands.generate)
 app.add_typer(commands.adapters, name="adapters")
 app.add_typer(commands.runners, name="runners")
+app.add_typer(keys, name="keys")
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 _Cert = Annotated[Path | None, typer.Option(help="Serve clients with this certificate (PEM).")]
@@ -186,20 +189,17 @@ def health(
 @app.command(context_settings=_FOREIGN)
 def router(context: typer.Context) -> None:
     """Run a router (granatum router --help)."""
-    _become("granatum.router", context.args)
+    _become("router", "redis", context.args)
 
 
 @app.command(context_settings=_FOREIGN)
 def runner(context: typer.Context) -> None:
     """Run a runner (granatum runner --help)."""
-    _become("granatum.runner", context.args)
+    _become("runner", "torch", context.args)
 
 
-@app.command(context_settings=_FOREIGN)
-def keys(context: typer.Context) -> None:
-    """Make and revoke tenants' and admins' keys (granatum keys --help)."""
-    _become("granatum.router.services.keys", context.args)
-
-
-def _become(module: str, arguments: list[str]) -> NoReturn:
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606
+def _become(service: str, library: str, arguments: list[str]) -> NoReturn:
+    """Replace this process by the service's, if its library shows that the extra is installed."""
+    if find_spec(library) is None:
+        raise PreconditionFailed(f"there is no {service} here: pip install 'granatum[{service}]'")
+    os.execv(sys.executable, [sys.executable, "-m", f"granatum.{service}", *arguments])  # noqa: S606

@@ -1,7 +1,7 @@
 """The async client of granatum: `Client` and the records that it takes and gives."""
 
 from granatum.client.client import Client, Generation
-from granatum.client.records import Adapter, Completion, End, Runner, Start, Token, Upload
+from granatum.client.records import Adapter, Completion, End, RunnerStatus, Start, Token, Upload
 from granatum.client.requests import Message, Options
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "Generation",
     "Message",
     "Options",
-    "Runner",
+    "RunnerStatus",
     "Start",
     "Token",
     "Upload",

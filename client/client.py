@@ -16,7 +16,7 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from granatum.client.records import Adapter, Completion, End, Runner, Start, Token, Upload
+from granatum.client.records import Adapter, Completion, End, RunnerStatus, Start, Token, Upload
 from granatum.client.requests import Options, Prompt, generate_request
 from granatum.client.uploads import declare, send
 from granatum.v1 import (
@@ -171,10 +171,10 @@ class Client:
         """Make a published adapter private again."""
         await self._set_visibility(name, adapters_pb2.VISIBILITY_PRIVATE)
 
-    async def runners(self) -> tuple[Runner, ...]:
+    async def runners(self) -> tuple[RunnerStatus, ...]:
         """The live runners, by id; needs an admin key."""
         response = await self._ask(self._cluster.ListRunners, cluster_pb2.ListRunnersRequest())
-        return tuple(map(Runner.of, response.runners))
+        return tuple(map(RunnerStatus.of, response.runners))
 
     async def drain(self, runner: str) -> None:
         """Place nothing more on a runner and move its streams; needs an admin key."""

@@ -132,7 +132,7 @@ class Upload:
 
 
 @dataclass(frozen=True, slots=True)
-class Runner:
+class RunnerStatus:
     """A runner as the routers see it."""
 
     id: str
@@ -162,7 +162,7 @@ class Runner:
     """Why it cannot load adapters just now; empty: it can."""
 
     @classmethod
-    def of(cls, status: cluster_pb2.RunnerStatus) -> "Runner":
+    def of(cls, status: cluster_pb2.RunnerStatus) -> "RunnerStatus":
         """From the wire."""
         runner = status.runner
         return cls(

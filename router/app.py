@@ -15,17 +15,18 @@ from granatum.router.placement.admission import Admission
 from granatum.router.placement.leases import Leases
 from granatum.router.placement.registry import Registry
 from granatum.router.services.access import SERVICES, Access
-from granatum.router.services.adapters import Adapters
+from granatum.router.services.adapters import AdapterServicer
 from granatum.router.services.calls import Calls
-from granatum.router.services.cluster import Cluster, RunnerRegistry
-from granatum.router.services.health import Health
-from granatum.router.services.inference import Inference
+from granatum.router.services.cluster import ClusterServicer, RegistryServicer
+from granatum.router.services.health import RegistryHealth
+from granatum.router.services.inference import InferenceServicer
 from granatum.router.services.keys import Keys
 from granatum.router.services.quotas import Quotas
 from granatum.router.services.resolver import Resolver
-from granatum.router.settings import Settings
-from granatum.router.streams.session import Sessions
+from granatum.router.settings import RouterSettings
+from granatum.router.streams.session import RunnerSessions
 from granatum.router.streams.stream import Streams
+from granatum.service.server import MAX_PUBLIC_BYTES, build_server, listen
 from granatum.service.tasks import cancelled, keep_up
 from granatum.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server
 from granatum.v1.cluster_pb2_grpc import (
@@ -33,41 +34,32 @@ from granatum.v1.cluster_pb2_grpc import (
     add_RegistryServiceServicer_to_server,
 )
 from granatum.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
-from granatum.v1.transport import MAX_PUBLIC_BYTES, build_server, listen, open_channel
+from granatum.v1.transport import open_channel
 
-_HEARTBEATS_PER_LEASE = 4
 _FAREWELL_S = 0.5
 """For clients to hear, after the grace, that their streams end here."""
 
 log = structlog.get_logger(__name__)
 
 
-class Router:
+class RouterApp:
     """Serves from `async with` on; leaving it lets streams end within the grace of its settings."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings
         self._id = secrets.token_hex(8)
         self._cluster_key = settings.cluster_key.get_secret_value()
         self._base_model = BaseModel.from_config(settings.base_config)
         self._keys = Keys(settings.keys)
         self._store = AdapterStore.open(settings.store, self._base_model, settings.limits)
-        self._registry = Registry(
-            settings.redis,
-            self._base_model.fingerprint,
-            lease_s=settings.lease_s,
-            runner_lease_s=_HEARTBEATS_PER_LEASE * settings.heartbeat_s,
-            max_queue=settings.max_queue,
-            max_queued_per_tenant=settings.tenants_queue,
-            max_running_per_tenant=settings.max_running_per_tenant,
-        )
+        self._registry = Registry(settings.redis, self._base_model.fingerprint, settings.terms)
         if (tls := settings.runner_tls) is not None:
             tls.check_channel()
-        self._sessions = Sessions(self._connect, self._cluster_key, settings.silence_s)
+        self._sessions = RunnerSessions(self._connect, self._cluster_key, settings.silence_s)
         self._calls = Calls(Quotas(settings.bounds), settings.unread_s)
         self._leases = Leases(self._registry)
         self._admission = Admission(self._registry, self._leases, self._sessions.unreachable)
-        self._health = Health(self._registry)
+        self._health = RegistryHealth(self._registry)
         self.port = 0
 
     async def __aenter__(self) -> Self:
@@ -120,10 +112,12 @@ class Router:
             self._id, self._registry, self._leases, self._admission, self._sessions, patience
         )
         resolver = Resolver(self._store, patience.placement_s)
-        runners = RunnerRegistry(self._registry, self._base_model, self._settings.heartbeat_s)
-        add_InferenceServiceServicer_to_server(Inference(resolver, streams, self._calls), server)
-        add_AdapterServiceServicer_to_server(Adapters(self._store, self._registry.runners), server)
-        add_ClusterServiceServicer_to_server(Cluster(self._registry), server)
+        runners = RegistryServicer(self._registry, self._base_model, self._settings.heartbeat_s)
+        inference = InferenceServicer(resolver, streams, self._calls)
+        adapters = AdapterServicer(self._store, self._registry.runners)
+        add_InferenceServiceServicer_to_server(inference, server)
+        add_AdapterServiceServicer_to_server(adapters, server)
+        add_ClusterServiceServicer_to_server(ClusterServicer(self._registry), server)
         add_RegistryServiceServicer_to_server(runners, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         return server

@@ -46,7 +46,7 @@ class Collection:
         collecting = asyncio.ensure_future(self._collect_garbage())
         try:
             while not collecting.done():
-                await asyncio.wait({collecting}, timeout=self._registry.lease_s / 3)
+                await asyncio.wait({collecting}, timeout=self._registry.terms.lease_s / 3)
                 await self._registry.renew([self._turn])
             await collecting
         finally:

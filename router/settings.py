@@ -5,17 +5,19 @@ from pathlib import Path
 from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings
 
-from granatum.adapters_store.limits import DEFAULT_LIMITS, Limits
-from granatum.router.services.quotas import Bounds
+from granatum.adapters_store.limits import DEFAULT_LIMITS, UploadLimits
+from granatum.router.placement.placement import Terms
+from granatum.router.services.quotas import CallBounds
 from granatum.router.streams.stream import Patience
 from granatum.service import settings as shared
 from granatum.v1.transport import Tls
 
+_HEARTBEATS_PER_LEASE = 4
 _LEAST_SHARE = 16
 """Half of a short queue would be too few requests for a tenant that is alone."""
 
 
-class Settings(BaseSettings):
+class RouterSettings(BaseSettings):
     """A router's settings; in the environment --max-queue is GRANATUM_ROUTER_MAX_QUEUE."""
 
     model_config = shared.settings_of("router")
@@ -115,14 +117,25 @@ class Settings(BaseSettings):
         return Tls.given(self.runner_cert, self.runner_key, self.runner_ca)
 
     @property
-    def tenants_queue(self) -> int:
-        """The most requests of one tenant in the queue: a part, so that none fills it alone."""
-        return min(self.max_queued_per_tenant, max(self.max_queue // 2, _LEAST_SHARE))
+    def terms(self) -> Terms:
+        """What the registry is to keep, and for how long.
+
+        One tenant gets a part of the queue at most, so that no tenant fills the queue alone.
+        """
+        return Terms(
+            lease_s=self.lease_s,
+            runner_lease_s=_HEARTBEATS_PER_LEASE * self.heartbeat_s,
+            max_queue=self.max_queue,
+            max_queued_per_tenant=min(
+                self.max_queued_per_tenant, max(self.max_queue // 2, _LEAST_SHARE)
+            ),
+            max_running_per_tenant=self.max_running_per_tenant,
+        )
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> UploadLimits:
         """What a tenant may upload."""
-        return Limits(
+        return UploadLimits(
             max_bytes=self.max_adapter_bytes,
             max_rank=self.max_adapter_rank,
             max_versions=self.max_adapter_versions,
@@ -131,9 +144,9 @@ class Settings(BaseSettings):
         )
 
     @property
-    def bounds(self) -> Bounds:
+    def bounds(self) -> CallBounds:
         """The most that the router carries at a time."""
-        return Bounds(
+        return CallBounds(
             self.max_streams, self.max_streams_per_tenant, self.max_request_bytes_per_tenant
         )
 

@@ -18,10 +18,11 @@ from granatum.runner.front.heartbeat import Heartbeat
 from granatum.runner.front.servicer import RunnerServicer
 from granatum.runner.settings import RunnerSettings
 from granatum.runner.text.tokenizer import Tokenizer
+from granatum.service.server import build_server, listen
 from granatum.service.tasks import cancelled
 from granatum.v1.cluster_pb2 import Runner
 from granatum.v1.runner_pb2_grpc import add_RunnerServiceServicer_to_server
-from granatum.v1.transport import build_server, listen, open_channel
+from granatum.v1.transport import open_channel
 
 SERVICE = "granatum.v1.RunnerService"
 _FLUSH_S = 1.0

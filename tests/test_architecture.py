@@ -28,6 +28,8 @@ ARROWS = {
     "cli": {"client", "v1"},
     "examples": set[str](),
 }
+DOORS = {"cli/demo*.py": "examples", "cli/keys.py": "router", "cli/box/box.py": "router"}
+"""What some files may import besides: the demo its examples, the command line the keys file."""
 COMPUTING = ("kernels", "runner/model", "runner/engine/execution", "runner/engine/process.py")
 """The rooms that may import torch, and the process that wires them."""
 LATE = {
@@ -52,9 +54,14 @@ def test_imports_follow_the_arrows(package: str) -> None:
     allowed = ARROWS[package] | {package}
     for path in sources(FOLDERS[package]):
         ours = {name.split(".")[1] for name in imports(path) if name.split(".")[0] == "granatum"}
-        if path.match("cli/demo*.py"):  # the demo alone knows the examples
-            ours -= {"examples"}
+        ours -= {room for file, room in DOORS.items() if path.match(file)}
         assert ours <= allowed, f"{path} imports {ours - allowed}"
+
+
+def test_the_command_line_knows_nothing_of_the_router_but_the_keys_file() -> None:
+    found = {name for path in sources("cli") for name in imports(path) if "granatum.router" in name}
+    assert found
+    assert all(f"{name}.".startswith("granatum.router.services.keys_file.") for name in found)
 
 
 def test_nothing_is_imported_relatively_or_past_the_namespace() -> None:

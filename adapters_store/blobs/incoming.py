@@ -9,7 +9,7 @@ from pathlib import Path
 
 from granatum.adapters_store.format.modules import CONFIG_FILE
 from granatum.adapters_store.format.safetensors_file import WEIGHTS_FILE
-from granatum.adapters_store.limits import Limits
+from granatum.adapters_store.limits import UploadLimits
 from granatum.adapters_store.names import check_name, is_digest, shown
 from granatum.adapters_store.threads import until_done
 from granatum.v1.errors import InvalidAdapter, Unavailable
@@ -35,7 +35,7 @@ class UploadHeader:
     name: str
     files: tuple[FileDeclaration, ...]
 
-    def check(self, limits: Limits) -> None:
+    def check(self, limits: UploadLimits) -> None:
         """Raise InvalidRequest or InvalidAdapter unless it declares an adapter within `limits`."""
         check_name(self.name, field="header.name")
         for file in self.files[: len(FILES) + 1]:

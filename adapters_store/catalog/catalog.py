@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 
-from granatum.adapters_store.limits import Limits
+from granatum.adapters_store.limits import UploadLimits
 from granatum.v1.errors import AlreadyExists, NotFound, Overloaded
 
 MAX_EMPTIED = 1_000
@@ -52,7 +52,7 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
+class AdapterHistory:
     """A name's versions, oldest first.
 
     Without versions it stays a while for `next_version`; `emptied` is when the last one went.
@@ -97,7 +97,7 @@ class Catalog:
     and the memory of deleted names is bounded.
     """
 
-    adapters: dict[str, Adapter] = field(default_factory=dict)
+    adapters: dict[str, AdapterHistory] = field(default_factory=dict)
     aliases: dict[str, Alias] = field(default_factory=dict)
     retired: dict[str, Retired] = field(default_factory=dict)
     floors: dict[str, int] = field(default_factory=dict)
@@ -109,12 +109,12 @@ class Catalog:
             if version is not None:
                 return None
             name, version = alias.name, alias.version
-        found = self.adapters.get(name, Adapter()).find(version)
+        found = self.adapters.get(name, AdapterHistory()).find(version)
         return None if found is None else (name, found)
 
     def newest(self, name: str) -> Version | None:
         """The newest version of an adapter."""
-        return self.adapters.get(name, Adapter()).find(None)
+        return self.adapters.get(name, AdapterHistory()).find(None)
 
     def find_digest(self, digest: str, *, published: bool = False) -> tuple[str, Version] | None:
         """The latest upload with these bytes, of published adapters only if asked."""
@@ -179,7 +179,7 @@ class Catalog:
     def _is_published(self, name: str) -> bool:
         return self.adapters[name].visibility is Visibility.PUBLISHED
 
-    def check_room(self, name: str, digest: str, size_bytes: int, limits: Limits) -> None:
+    def check_room(self, name: str, digest: str, size_bytes: int, limits: UploadLimits) -> None:
         """Raise if a version of `name` with these bytes cannot be added."""
         if name in self.aliases:
             raise AlreadyExists(
@@ -203,10 +203,11 @@ class Catalog:
                 "delete old ones first; their bytes count for another hour or two",
             )
 
-    def add_version(self, name: str, version: Version, limits: Limits) -> "Catalog":
+    def add_version(self, name: str, version: Version, limits: UploadLimits) -> "Catalog":
         """With the next version of `name`; the number in `version` is replaced by it."""
         self.check_room(name, version.digest, version.size_bytes, limits)
-        adapter = self.adapters.get(name, Adapter(next_version=self.floors.get(_class(name), 1)))
+        floor = self.floors.get(_class(name), 1)
+        adapter = self.adapters.get(name, AdapterHistory(next_version=floor))
         added = replace(
             adapter,
             next_version=adapter.next_version + 1,
@@ -216,7 +217,7 @@ class Catalog:
 
     def delete(self, name: str, version: int | None, now: float) -> tuple["Catalog", int]:
         """Without that version, or all of them, and their aliases; and how many that were."""
-        adapter = self.adapters.get(name, Adapter())
+        adapter = self.adapters.get(name, AdapterHistory())
         gone = tuple(v for v in adapter.versions if version in (None, v.version))
         if not gone:
             raise NotFound(_no_such(name, version))
@@ -227,7 +228,7 @@ class Catalog:
         else:
             # A name that is used anew must not be public because it once was.
             adapters = {other: kept for other, kept in self.adapters.items() if other != name}
-            adapters[name] = Adapter(adapter.next_version, emptied=now)
+            adapters[name] = AdapterHistory(adapter.next_version, emptied=now)
         changed = replace(
             self,
             adapters=adapters,
@@ -240,13 +241,15 @@ class Catalog:
         )
         return changed.forget(changed.emptied()[:-MAX_EMPTIED]), len(gone)
 
-    def set_alias(self, alias: str, name: str, version: int | None, limits: Limits) -> "Catalog":
+    def set_alias(
+        self, alias: str, name: str, version: int | None, limits: UploadLimits
+    ) -> "Catalog":
         """With the alias pointing at that version, or at what is the newest now."""
-        if self.adapters.get(alias, Adapter()).versions:
+        if self.adapters.get(alias, AdapterHistory()).versions:
             raise AlreadyExists(
                 f"{alias!r} is an adapter's name: choose another alias", field="alias"
             )
-        found = self.adapters.get(name, Adapter()).find(version)
+        found = self.adapters.get(name, AdapterHistory()).find(version)
         if found is None:
             raise NotFound(_no_such(name, version))
         if alias not in self.aliases and len(self.aliases) >= limits.max_aliases:
@@ -263,7 +266,7 @@ class Catalog:
 
     def set_visibility(self, name: str, visibility: Visibility) -> "Catalog":
         """With all versions of `name`, later ones too, of that visibility."""
-        adapter = self.adapters.get(name, Adapter())
+        adapter = self.adapters.get(name, AdapterHistory())
         if not adapter.versions:
             raise NotFound(_no_such(name, None))
         return replace(

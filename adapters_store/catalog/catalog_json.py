@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from granatum.adapters_store.catalog.catalog import (
-    Adapter,
+    AdapterHistory,
     Alias,
     Catalog,
     Retired,
@@ -83,7 +83,7 @@ def _parts(catalog: Catalog, revision: str) -> Iterator[str]:
     yield f'"retired":{_json(retired)},"floors":{_json(catalog.floors)}'
 
 
-def _rows(adapter: Adapter, kinds: dict[_Kind, int]) -> Iterator[str]:
+def _rows(adapter: AdapterHistory, kinds: dict[_Kind, int]) -> Iterator[str]:
     left = iter(adapter.versions)
     separator = ""
     while batch := [_row(version, kinds) for version in islice(left, _AT_ONCE)]:
@@ -118,10 +118,10 @@ def _catalog(fields: dict[str, Any]) -> Catalog:
     )
 
 
-def _adapter(row: list[Any], kinds: list[_Kind]) -> Adapter:
+def _adapter(row: list[Any], kinds: list[_Kind]) -> AdapterHistory:
     next_version, visibility, emptied, rows = row
     versions = tuple(_version(row, kinds) for row in rows)
-    return Adapter(next_version, Visibility(visibility), versions, emptied)
+    return AdapterHistory(next_version, Visibility(visibility), versions, emptied)
 
 
 def _version(row: list[Any], kinds: list[_Kind]) -> Version:
@@ -134,7 +134,7 @@ def _old_catalog(fields: dict[str, Any]) -> Catalog:
     """As it was written before there was a checksum."""
     return Catalog(
         adapters={
-            name: Adapter(
+            name: AdapterHistory(
                 next_version=adapter["next_version"],
                 visibility=Visibility(adapter["visibility"]),
                 versions=tuple(

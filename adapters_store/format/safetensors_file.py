@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from granatum.adapters_store.format.json_text import parse_object
-from granatum.adapters_store.limits import Limits
+from granatum.adapters_store.limits import UploadLimits
 from granatum.adapters_store.names import shown
 from granatum.v1.errors import InvalidAdapter
 
@@ -56,7 +56,7 @@ def read_parts(file: BinaryIO, entry: TensorEntry) -> Iterator[tuple[int, bytes]
         yield begin, file.read(min(_PART_BYTES, entry.end - begin))
 
 
-def read_header(path: Path, limits: Limits) -> dict[str, TensorEntry]:
+def read_header(path: Path, limits: UploadLimits) -> dict[str, TensorEntry]:
     """The file's tensors by name. InvalidAdapter says what is wrong with the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -68,7 +68,7 @@ def read_header(path: Path, limits: Limits) -> dict[str, TensorEntry]:
     return {entry.name: entry for entry in entries}
 
 
-def _header_length(file: BinaryIO, size: int, limits: Limits) -> int:
+def _header_length(file: BinaryIO, size: int, limits: UploadLimits) -> int:
     start = file.read(_LENGTH_BYTES)
     for magic, kind in _PICKLES.items():
         if start.startswith(magic):

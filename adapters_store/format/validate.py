@@ -23,7 +23,7 @@ from granatum.adapters_store.format.safetensors_file import (
     read_header,
     read_parts,
 )
-from granatum.adapters_store.limits import Fleet, Limits, padded_rank
+from granatum.adapters_store.limits import Fleet, UploadLimits, padded_rank
 from granatum.adapters_store.names import shown
 from granatum.models.base_model import BaseModel
 from granatum.v1.errors import InvalidAdapter
@@ -56,7 +56,7 @@ class Summary:
 
 
 def validate(
-    config: Path, weights: Path, base: BaseModel, limits: Limits, fleet: Fleet = ()
+    config: Path, weights: Path, base: BaseModel, limits: UploadLimits, fleet: Fleet = ()
 ) -> Summary:
     """Check both files against each other and the base model, down to the last number.
 
@@ -107,7 +107,7 @@ def _check_fleet(modules: Modules, elements: int, base: BaseModel, fleet: Fleet)
         )
 
 
-def _check_ranks(modules: Modules, base: BaseModel, limits: Limits) -> None:
+def _check_ranks(modules: Modules, base: BaseModel, limits: UploadLimits) -> None:
     for place, spec in modules.items():
         if spec.rank > limits.max_rank:
             raise InvalidAdapter(

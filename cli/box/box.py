@@ -26,9 +26,10 @@ from granatum.cli.box import hardware
 from granatum.cli.box.address import claim
 from granatum.cli.box.keeper import Pauses, keep
 from granatum.cli.box.layout import Layout
-from granatum.cli.box.process import OURS_ALONE, Process
+from granatum.cli.box.process import Process
 from granatum.cli.box.state import held, make_private
 from granatum.cli.health import until_serving
+from granatum.router.services.keys_file import Identity, add
 from granatum.v1.errors import InvalidRequest, Unavailable
 from granatum.v1.transport import is_loopback
 
@@ -123,22 +124,8 @@ class Box:
             return
         unseen.callback(file.unlink, missing_ok=True)
         for tenant in self.layout.tenants:
-            self.keys[tenant] = await self._new_key("--tenant", tenant)
-        self.keys[ADMIN] = await self._new_key("--admin")
-
-    async def _new_key(self, *owner: str) -> str:
-        pipe = asyncio.subprocess.PIPE
-        command = _python(
-            "router.services.keys", "add", *owner, "--file", str(self.layout.keys_file)
-        )
-        child = await asyncio.create_subprocess_exec(
-            *command, stdout=pipe, stderr=pipe, umask=OURS_ALONE
-        )
-        output, errors = await child.communicate()
-        if child.returncode:
-            why = (errors.decode(errors="replace").strip() or "it ended").splitlines()[-1]
-            raise Unavailable(f"could not make a key in {self.layout.keys_file}: {why}")
-        return output.decode().split()[-1]
+            self.keys[tenant] = await asyncio.to_thread(add, file, Identity(tenant))
+        self.keys[ADMIN] = await asyncio.to_thread(add, file, Identity(None))
 
     async def _start_valkey(self) -> str:
         path = Path(self._sockets) / "valkey.sock"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from granatum.v1.errors import Unavailable
 
-OURS_ALONE = 0o077
+_OURS_ALONE = 0o077
 """The umask of our children: files that others cannot read."""
 _POLL_S = 0.05
 _TAIL_BYTES = 64 << 10
@@ -72,7 +72,7 @@ class Process:
             stderr=asyncio.subprocess.STDOUT,
             env=self._env,
             start_new_session=True,
-            umask=OURS_ALONE,
+            umask=_OURS_ALONE,
         )
 
     @property

@@ -30,9 +30,10 @@ class Leases:
 
     async def run(self) -> None:
         """Renew and release until cancelled."""
+        terms = self._registry.terms
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._renew_forever(self._entries, self._registry.entry_lease_s))
-            tasks.create_task(self._renew_forever(self._others, self._registry.lease_s))
+            tasks.create_task(self._renew_forever(self._entries, terms.entry_lease_s))
+            tasks.create_task(self._renew_forever(self._others, terms.lease_s))
             tasks.create_task(self._release_forever())
 
     async def close(self) -> None:
@@ -55,7 +56,7 @@ class Leases:
     def abandon(self, lease: Lease) -> None:
         """Let go of what the registry may have granted by a call, if its answer was lost."""
         self._held.discard(lease)
-        lapses = asyncio.get_running_loop().time() + self._registry.lease_s
+        lapses = asyncio.get_running_loop().time() + self._registry.terms.lease_s
         self._released[lease] = lapses
         self._wake.set()
 

@@ -4,6 +4,32 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
+_ENTRY_LEASE_S = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How long what the registry keeps holds, in seconds, and how many requests it lets wait."""
+
+    lease_s: float
+    """Of what a router holds: reservations and claims."""
+    runner_lease_s: float
+    """Of a runner, from its last heartbeat."""
+    max_queue: int
+    """Requests in the queue."""
+    max_queued_per_tenant: int
+    max_running_per_tenant: int
+    """Requests of one tenant with a reservation; 0: no bound."""
+
+    @property
+    def entry_lease_s(self) -> float:
+        """Of an entry in the queue.
+
+        The queue does not wait longer for a router that died. A router that only stalled gets its
+        places back.
+        """
+        return min(self.lease_s, _ENTRY_LEASE_S)
+
 
 @dataclass(frozen=True, slots=True)
 class PlacementRequest:

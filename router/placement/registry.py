@@ -31,6 +31,7 @@ from granatum.router.placement.placement import (
     PlacementRequest,
     Queued,
     TenantFull,
+    Terms,
     Unreachable,
     Unservable,
 )
@@ -50,8 +51,6 @@ _RETRIES = 1
 _SILENCES = 5
 _CONNECTIONS = 32
 _LEASES_PER_CALL = 500
-_ENTRY_LEASE_S = 1.5
-"""The queue waits no longer for a router that died; one that only stalled gets its places back."""
 _WAITING: dict[bytes, type[Queued | Unreachable | Limited | Capped]] = {
     b"queued": Queued,
     b"unreachable": Unreachable,
@@ -70,25 +69,11 @@ class Registry:
     Every method raises `Unavailable` while the server is away.
     """
 
-    def __init__(
-        self,
-        url: str,
-        fingerprint: str,
-        *,
-        lease_s: float = 6.0,
-        runner_lease_s: float = 4.0,
-        max_queue: int = 1024,
-        max_queued_per_tenant: int = 512,
-        max_running_per_tenant: int = 0,
-    ) -> None:
-        self.lease_s = lease_s
-        self.entry_lease_s = min(lease_s, _ENTRY_LEASE_S)
-        self._lease_ms = round(lease_s * 1000)
-        self._entry_lease_ms = round(self.entry_lease_s * 1000)
-        self._runner_lease_ms = round(runner_lease_s * 1000)
-        self._max_queue = max_queue
-        self._max_queued_per_tenant = max_queued_per_tenant
-        self._max_running_per_tenant = max_running_per_tenant
+    def __init__(self, url: str, fingerprint: str, terms: Terms) -> None:
+        self.terms = terms
+        self._lease_ms = round(terms.lease_s * 1000)
+        self._entry_lease_ms = round(terms.entry_lease_s * 1000)
+        self._runner_lease_ms = round(terms.runner_lease_s * 1000)
         self._numbers = itertools.count(1)
         self._prefix = f"{{granatum:{fingerprint}}}"
         self._redis = Redis(connection_pool=_pool(url))
@@ -118,7 +103,7 @@ class Registry:
         if kind == b"gone":
             raise Unavailable("the sequence was given up", reason="SEQUENCE_GONE")
         if kind == b"tenant_full":
-            return TenantFull(self._max_queued_per_tenant)
+            return TenantFull(self.terms.max_queued_per_tenant)
         if kind == b"unservable":
             return Unservable(int(reply[2]), int(reply[3]))
         entry = reply[1].decode()
@@ -230,9 +215,9 @@ class Registry:
             "elements": request.elements,
             "lease_ms": self._lease_ms,
             "entry_ms": self._entry_lease_ms,
-            "max_queue": self._max_queue,
-            "max_queued": self._max_queued_per_tenant,
-            "max_running": self._max_running_per_tenant,
+            "max_queue": self.terms.max_queue,
+            "max_queued": self.terms.max_queued_per_tenant,
+            "max_running": self.terms.max_running_per_tenant,
         }
 
     async def _run(self, *arguments: str | int | bytes) -> None:

@@ -35,7 +35,7 @@ _FROM_WIRE = {wire: visibility for visibility, wire in _VISIBILITY.items()}
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Adapters(AdapterServiceServicer):
+class AdapterServicer(AdapterServiceServicer):
     """Upload, show and change the calling tenant's adapters."""
 
     def __init__(

@@ -9,7 +9,7 @@ import grpc
 import structlog
 
 from granatum.router.services.quotas import Quotas
-from granatum.v1.error_interceptor import abort
+from granatum.service.error_interceptor import abort
 from granatum.v1.errors import RETRY_AFTER_S, GranatumError, Overloaded, Unavailable
 
 Context = grpc.aio.ServicerContext[Any, Any]

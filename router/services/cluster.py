@@ -49,7 +49,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 log = structlog.get_logger(__name__)
 
 
-class Cluster(ClusterServiceServicer):
+class ClusterServicer(ClusterServiceServicer):
     """Shows the fleet and drains its runners."""
 
     def __init__(self, registry: Registry) -> None:
@@ -74,7 +74,7 @@ class Cluster(ClusterServiceServicer):
         return ResumeRunnerResponse()
 
 
-class RunnerRegistry(RegistryServiceServicer):
+class RegistryServicer(RegistryServiceServicer):
     """Takes the runners' heartbeats."""
 
     def __init__(self, registry: Registry, base_model: BaseModel, interval_s: float) -> None:

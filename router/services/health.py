@@ -7,8 +7,8 @@ from grpc_health.v1.health import OVERALL_HEALTH
 
 from granatum.router.placement.registry import Registry
 from granatum.router.services.access import CLUSTER, INFERENCE, REGISTRY, SERVICES
+from granatum.service.health import HealthBoard
 from granatum.v1.errors import Unavailable
-from granatum.v1.health import HealthBoard
 
 _CHECK_S = 1.0
 _NEED_REGISTRY = (INFERENCE, CLUSTER, REGISTRY)
@@ -16,7 +16,7 @@ _NEED_REGISTRY = (INFERENCE, CLUSTER, REGISTRY)
 log = structlog.get_logger(__name__)
 
 
-class Health:
+class RegistryHealth:
     """The process as a whole serves until it stops; services as long as what they need answers.
 
     So a liveness probe of the whole does not kill streams that outlast the registry's absence,

@@ -13,14 +13,14 @@ from granatum.router.services.access import current_max_priority, current_tenant
 from granatum.router.services.calls import Calls
 from granatum.router.services.resolver import Resolver
 from granatum.router.streams.deadline import Deadline
-from granatum.router.streams.request import Request, limit_priority, prepare
+from granatum.router.streams.request import AcceptedRequest, limit_priority, prepare
 from granatum.router.streams.stream import Streams
 from granatum.v1.inference_pb2 import GenerateRequest, GenerateResponse
 from granatum.v1.inference_pb2_grpc import InferenceServiceServicer
 from granatum.v1.validation import check
 
 
-class Inference(InferenceServiceServicer):
+class InferenceServicer(InferenceServiceServicer):
     """Streams generated tokens to tenants."""
 
     def __init__(self, resolver: Resolver, streams: Streams, calls: Calls) -> None:
@@ -43,14 +43,16 @@ class Inference(InferenceServiceServicer):
                     with call.writing():
                         yield response
 
-    async def _accept(self, tenant: str, message: GenerateRequest, deadline: Deadline) -> Request:
+    async def _accept(
+        self, tenant: str, message: GenerateRequest, deadline: Deadline
+    ) -> AcceptedRequest:
         check(message)
         limit_priority(message, current_max_priority())
         adapter = await self._resolver.resolve(tenant, message.adapter, deadline)
         named = message.request_id
         request_id = named or secrets.token_hex(16)
         prepare(message, tenant, request_id)
-        return Request(
+        return AcceptedRequest(
             tenant=tenant,
             request_id=request_id,
             message=message,

@@ -6,7 +6,7 @@ from granatum.v1.errors import RETRY_AFTER_S, Overloaded
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class CallBounds:
     """The most that a router carries at a time."""
 
     streams: int
@@ -25,7 +25,7 @@ class _Use:
 class Quotas:
     """Open streams and the bytes of their requests, counted by tenant."""
 
-    bounds: Bounds
+    bounds: CallBounds
     streams: int = 0
     _uses: dict[str, _Use] = field(default_factory=dict)
 

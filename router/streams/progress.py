@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from granatum.router.streams.request import Request
+from granatum.router.streams.request import AcceptedRequest
 from granatum.v1.inference_pb2 import (
     GenerateResponse,
     GenerationEnd,
@@ -19,7 +19,7 @@ from granatum.v1.runner_pb2 import SequenceOutput, SubmitSequence
 class Progress:
     """A stream so far. Times are of one monotonic clock, in seconds."""
 
-    request: Request
+    request: AcceptedRequest
     arrived: float
     tokens: "array[int]" = field(default_factory=lambda: array("I"))
     characters: int = 0

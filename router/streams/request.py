@@ -11,7 +11,7 @@ _BYTES_PER_TOKEN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class AcceptedRequest:
     """A request whose fields were checked and whose adapter was resolved."""
 
     tenant: str

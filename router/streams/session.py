@@ -32,7 +32,7 @@ Connect = Callable[[str], grpc.aio.Channel]
 log = structlog.get_logger(__name__)
 
 
-class Session:
+class RunnerSession:
     """One life of the stream to one runner.
 
     The runner speaks at least once a second. After `silence_s` without a word the link or the
@@ -177,7 +177,7 @@ class _Trouble:
     until: float
 
 
-class Sessions:
+class RunnerSessions:
     """The sessions to all runners, opened by the first sequence that goes there.
 
     A runner that comes back at another address has a session of its own there, and the one to the
@@ -188,7 +188,7 @@ class Sessions:
         self._connect = connect
         self._cluster_key = cluster_key
         self._silence_s = silence_s
-        self._open: dict[str, dict[str, Session]] = {}  # by runner and address
+        self._open: dict[str, dict[str, RunnerSession]] = {}  # by runner and address
         self._troubles: dict[str, _Trouble] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -222,7 +222,7 @@ class Sessions:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _start(self, runner_id: str, address: str) -> Session:
+    def _start(self, runner_id: str, address: str) -> RunnerSession:
         try:
             channel = self._connect(address)
         except Exception as error:
@@ -234,14 +234,14 @@ class Sessions:
                 reason="NO_LINK",
                 retry_after_s=_LONGEST_PAUSE_S,
             ) from None
-        session = Session(address, channel, self._cluster_key, self._silence_s)
+        session = RunnerSession(address, channel, self._cluster_key, self._silence_s)
         self._open.setdefault(runner_id, {})[address] = session
         task = asyncio.create_task(self._serve(runner_id, session), name=f"session {runner_id}")
         self._tasks.add(task)
         task.add_done_callback(self._finished)
         return session
 
-    async def _serve(self, runner_id: str, session: Session) -> None:
+    async def _serve(self, runner_id: str, session: RunnerSession) -> None:
         try:
             await session.run()
         finally:
@@ -249,7 +249,7 @@ class Sessions:
             if not session.retired:
                 self._note_trouble(runner_id, reached=session.reached)
 
-    def _forget(self, runner_id: str, session: Session) -> None:
+    def _forget(self, runner_id: str, session: RunnerSession) -> None:
         sessions = self._open.get(runner_id, {})
         if sessions.get(session.address) is session:
             del sessions[session.address]

@@ -16,8 +16,8 @@ from granatum.router.placement.registry import Registry
 from granatum.router.streams.deadline import Deadline
 from granatum.router.streams.progress import Progress
 from granatum.router.streams.remote_sequence import RemoteSequence, SessionLost, Unread
-from granatum.router.streams.request import Request
-from granatum.router.streams.session import Sessions
+from granatum.router.streams.request import AcceptedRequest
+from granatum.router.streams.session import RunnerSessions
 from granatum.router.streams.setbacks import FailedLoads, Setbacks, error_of
 from granatum.v1.errors import AlreadyExists, DeadlineExceeded, Unavailable
 from granatum.v1.inference_pb2 import GenerateResponse
@@ -47,7 +47,7 @@ class Streams:
         registry: Registry,
         leases: Leases,
         admission: Admission,
-        sessions: Sessions,
+        sessions: RunnerSessions,
         patience: Patience,
     ) -> None:
         self.router_id = router_id
@@ -59,7 +59,7 @@ class Streams:
         self.failed_loads = FailedLoads()
         self._numbers = itertools.count(1)
 
-    def open(self, request: Request, deadline: Deadline) -> "Stream":
+    def open(self, request: AcceptedRequest, deadline: Deadline) -> "Stream":
         """A stream for a request."""
         return Stream(self, f"{self.router_id}.{next(self._numbers)}", request, deadline)
 
@@ -67,7 +67,9 @@ class Streams:
 class Stream:
     """One request on its way through as many runners as it takes."""
 
-    def __init__(self, shared: Streams, id_: str, request: Request, deadline: Deadline) -> None:
+    def __init__(
+        self, shared: Streams, id_: str, request: AcceptedRequest, deadline: Deadline
+    ) -> None:
         self._shared = shared
         self._id = id_
         self._request = request
@@ -104,7 +106,8 @@ class Stream:
                 f"a request with the id {self._request.request_id!r} is running: wait for its "
                 "end, or give this one another request_id",
                 field="request_id",
-                retry_after_s=self._shared.registry.lease_s,  # then a dead router's is forgotten
+                # By then the registry has forgotten the claim of a router that died.
+                retry_after_s=self._shared.registry.terms.lease_s,
             )
         return lease
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from granatum.v1.health import HealthBoard
+from granatum.service.health import HealthBoard
 
 _CHECK_S = 0.25
 SERVICES = ("", "granatum.v1.RunnerService")

@@ -1,25 +1,10 @@
 """The command line, as a user runs it: real processes against a server on a real port."""
 
-import asyncio
-import os
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import granatum
 from doubles import KEY, Service
-
-
-async def granatum(*arguments: str | bytes, **env: str) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of a command."""
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "granatum.cli", *arguments),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "COLUMNS": "200", **env},
-    )
-    output, errors = await child.communicate()
-    assert child.returncode is not None
-    return child.returncode, output.decode(), errors.decode()
 
 
 async def test_generate_streams_the_text(service: Service) -> None:
@@ -112,10 +97,10 @@ async def test_up_says_what_it_cannot_listen_on(
     assert not (tmp_path / "state" / "keys.json").exists()
 
 
-async def test_services_get_their_arguments_as_they_are(tmp_path: Path) -> None:
-    keys = tmp_path / "keys.json"
-    status, key, _ = await granatum("keys", "add", "--tenant", "acme", "--file", str(keys))
+async def test_services_get_their_arguments_as_they_are() -> None:
+    status, output, _ = await granatum("router", "--help")
     assert status == 0
-    assert key.strip() not in keys.read_text(), "keys stand as digests"
-    _, listed, _ = await granatum("keys", "list", "--file", str(keys))
-    assert "acme" in listed
+    assert "usage: granatum router" in output
+    status, _, errors = await granatum("router", "--max-queue", "-1")
+    assert status == 2
+    assert "--max-queue" in errors

@@ -19,7 +19,7 @@ import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from granatum.client.client import Client
-from granatum.router.services.keys import Identity, add
+from granatum.router.services.keys_file import Identity, add
 from granatum.v1.transport import Tls
 
 START_S = 90.0

@@ -8,6 +8,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from granatum.service.health import HealthBoard
+from granatum.service.server import build_server, listen
 from granatum.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
@@ -17,8 +19,7 @@ from granatum.v1 import (
     inference_pb2_grpc,
 )
 from granatum.v1.errors import NotFound, Overloaded, Unauthenticated
-from granatum.v1.health import HealthBoard
-from granatum.v1.transport import bearer_of, build_server, listen
+from granatum.v1.transport import bearer_of
 
 KEY = "gk-acme"
 Context = grpc.aio.ServicerContext[Any, Any]

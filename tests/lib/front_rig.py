@@ -21,10 +21,11 @@ from granatum.runner.records import (
     Submit,
 )
 from granatum.runner.text.tokenizer import Tokenizer
+from granatum.service.server import build_server, listen
 from granatum.v1.inference_pb2 import GenerateRequest
 from granatum.v1.runner_pb2 import SequenceOutput, SessionRequest, SessionResponse, SubmitSequence
 from granatum.v1.runner_pb2_grpc import RunnerServiceStub, add_RunnerServiceServicer_to_server
-from granatum.v1.transport import bearer, build_server, listen
+from granatum.v1.transport import bearer
 
 KEY = "cluster-key"
 BOS = 257

@@ -12,10 +12,10 @@ import grpc
 from scripted_runner import ScriptedRunner, expected_ids, text_of
 
 from granatum.models.base_model import BaseModel
-from granatum.router.app import Router
-from granatum.router.services import keys
-from granatum.router.services.keys import Identity
-from granatum.router.settings import Settings
+from granatum.router.app import RouterApp
+from granatum.router.services import keys_file
+from granatum.router.services.keys_file import Identity
+from granatum.router.settings import RouterSettings
 from granatum.v1.adapters_pb2_grpc import AdapterServiceStub
 from granatum.v1.cluster_pb2 import ListRunnersRequest, RunnerStatus
 from granatum.v1.cluster_pb2_grpc import ClusterServiceStub
@@ -73,7 +73,7 @@ class Box:
     folder: Path
     redis_url: str
     config: dict[str, Any]
-    routers: list[Router] = field(default_factory=list)
+    routers: list[RouterApp] = field(default_factory=list)
     runners: dict[str, ScriptedRunner] = field(default_factory=dict)
     tenants: dict[str, str] = field(default_factory=dict)
 
@@ -82,7 +82,7 @@ class Box:
         (self.folder / "config.json").write_text(json.dumps(self.config))
         self.fingerprint = BaseModel.from_config(self.folder).fingerprint
         self.keys = self.folder / "keys.json"
-        self.admin = keys.add(self.keys, Identity(None))
+        self.admin = keys_file.add(self.keys, Identity(None))
         self.acme = self.tenant("acme")
         return self
 
@@ -90,9 +90,9 @@ class Box:
         await self._stack.aclose()
 
     def tenant(self, name: str) -> str:
-        return keys.add(self.keys, Identity(name))
+        return keys_file.add(self.keys, Identity(name))
 
-    def settings(self, **changes: Any) -> Settings:
+    def settings(self, **changes: Any) -> RouterSettings:
         usual: dict[str, Any] = {
             "listen": "127.0.0.1:0",
             "redis": self.redis_url,
@@ -105,10 +105,10 @@ class Box:
             "grace_s": 0.0,
             "patience_s": 10.0,
         }
-        return Settings(**(usual | changes))
+        return RouterSettings(**(usual | changes))
 
-    async def router(self, **changes: Any) -> Router:
-        router = await self._stack.enter_async_context(Router(self.settings(**changes)))
+    async def router(self, **changes: Any) -> RouterApp:
+        router = await self._stack.enter_async_context(RouterApp(self.settings(**changes)))
         self.routers.append(router)
         return router
 

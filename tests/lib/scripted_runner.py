@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import grpc
 
+from granatum.service.server import build_server, listen
 from granatum.v1.cluster_pb2 import DeregisterRequest, HeartbeatRequest, HeartbeatResponse, Runner
 from granatum.v1.cluster_pb2_grpc import RegistryServiceStub
 from granatum.v1.errors import Unauthenticated
@@ -29,7 +30,7 @@ from granatum.v1.runner_pb2 import (
     SubmitSequence,
 )
 from granatum.v1.runner_pb2_grpc import RunnerServiceServicer, add_RunnerServiceServicer_to_server
-from granatum.v1.transport import Tls, bearer, bearer_of, build_server, listen, open_channel
+from granatum.v1.transport import Tls, bearer, bearer_of, open_channel
 
 _SIGN_OF_LIFE_S = 0.05
 PIECES = (" a", "é", "日本", "", "🌰x", "\n", "longer piece")

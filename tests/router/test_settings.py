@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from granatum.router.settings import Settings
+from granatum.router.settings import RouterSettings
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 UNITS = {"": 1, " MiB": 1 << 20, " GiB": 1 << 30, " TiB": 1 << 40, ": no bound": 1}
@@ -25,8 +25,8 @@ def test_one_tenant_gets_at_most_half_of_a_long_queue(
     bounds: dict[str, int], part: int, tmp_path: Path
 ) -> None:
     places = {"model-config": tmp_path, "cluster-key": "secret", "keys": tmp_path}
-    settings = Settings(store="file:///nowhere", **places, **bounds)  # type: ignore[arg-type]
-    assert settings.tenants_queue == part
+    settings = RouterSettings(store="file:///nowhere", **places, **bounds)  # type: ignore[arg-type]
+    assert settings.terms.max_queued_per_tenant == part
 
 
 def test_the_readme_tells_every_limit_and_its_default() -> None:
@@ -35,6 +35,6 @@ def test_the_readme_tells_every_limit_and_its_default() -> None:
         name.replace("-", "_"): int(number.replace(",", "")) * UNITS[unit]
         for name, number, unit in rows
     }
-    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    defaults = {name: field.default for name, field in RouterSettings.model_fields.items()}
     assert told == {name: defaults[name] for name in told}
     assert told.keys() >= {name for name in defaults if name.startswith("max_")}

@@ -69,7 +69,7 @@ async def test_one_router_at_a_time_collects(box: Box, registry: Registry) -> No
             await asyncio.sleep(0.01)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
-    async with asyncio.timeout(registry.lease_s / 2):
+    async with asyncio.timeout(registry.terms.lease_s / 2):
         while not await registry.claim(turn):
             await asyncio.sleep(0.01)
 

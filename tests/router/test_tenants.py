@@ -8,8 +8,8 @@ from router_box import CLUSTER_KEY, Box
 from scripted_runner import Script
 from wire_adapters import adapter_files, error_of, generated, upload, upload_requests
 
-from granatum.router.services import keys
-from granatum.router.services.keys import Identity
+from granatum.router.services import keys_file
+from granatum.router.services.keys_file import Identity
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.cluster_pb2 import (
     DrainRunnerRequest,
@@ -223,7 +223,7 @@ async def test_a_runner_that_says_goodbye_is_gone(box: Box) -> None:
 async def test_a_key_bounds_its_priority(
     box: Box, bound: int, asked: int, given: int | None
 ) -> None:
-    key = keys.add(box.keys, Identity("globex", bound))
+    key = keys_file.add(box.keys, Identity("globex", bound))
     await box.router()
     await box.runner("a")
     request = GenerateRequest(prompt="hi", priority=asked, stop=StopConditions(max_tokens=1))

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from granatum.examples.tasks import BASE_MODEL
+from granatum.service.server import build_server, listen
 from granatum.v1 import runner_pb2
 from granatum.v1.cluster_pb2 import (
     DeregisterRequest,
@@ -29,7 +30,7 @@ from granatum.v1.cluster_pb2_grpc import (
 from granatum.v1.inference_pb2 import GenerateRequest, StopConditions
 from granatum.v1.runner_pb2 import SequenceOutput, SessionRequest, SessionResponse, SubmitSequence
 from granatum.v1.runner_pb2_grpc import RunnerServiceStub
-from granatum.v1.transport import bearer, build_server, listen, open_channel
+from granatum.v1.transport import bearer, open_channel
 
 pytestmark = pytest.mark.system
 KEY = "cluster-key"

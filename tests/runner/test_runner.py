@@ -24,12 +24,13 @@ from granatum.runner.front.front import Front
 from granatum.runner.front.servicer import RunnerServicer
 from granatum.runner.records import Command, Report
 from granatum.runner.text.tokenizer import Tokenizer
+from granatum.service.server import build_server, listen
 from granatum.v1 import inference_pb2, runner_pb2
 from granatum.v1.errors import Code
 from granatum.v1.inference_pb2 import GenerateRequest, LogprobOptions, StopConditions
 from granatum.v1.runner_pb2 import Ping, SequenceOutput, SessionRequest, SubmitSequence
 from granatum.v1.runner_pb2_grpc import RunnerServiceStub, add_RunnerServiceServicer_to_server
-from granatum.v1.transport import bearer, build_server, listen, open_channel
+from granatum.v1.transport import bearer, open_channel
 
 KEY = "cluster-key"
 FILES = ("adapter_config.json", "adapter_model.safetensors")

@@ -1,97 +1,22 @@
 """The failure table of docs/architecture.md: what breaks, and what the client sees."""
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, healthy
+from streams import MINE, all_of, begun, figures, finish, long, requests, same, upload_mine
 
-from granatum.client.client import Client, Generation
-from granatum.client.records import Completion, Runner
-from granatum.examples.tasks import ADAPTER_TASKS, held_out_words
+from granatum.examples.tasks import held_out_words
 from granatum.v1.errors import (
     DeadlineExceeded,
     GranatumError,
-    NotFound,
-    Overloaded,
     Unavailable,
 )
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
 STREAMS = 16
-TOKENS = 150
-MINE = [task for task in ADAPTER_TASKS if task.tenant == "acme"]
-Request = tuple[str, str]
-
-
-def requests(number: int) -> list[Request]:
-    """Prompts with the adapter of each: every one of the tenant's, and the base model."""
-    adapters = ["", *(task.name for task in MINE)]
-    words = held_out_words(number)
-    return [(f"{word}>", adapters[i % len(adapters)]) for i, word in enumerate(words)]
-
-
-async def upload_mine(client: Client) -> None:
-    for task in MINE:
-        await client.upload(task.name, task.path)
-
-
-def long(client: Client, request: Request, tokens: int = TOKENS) -> Generation:
-    """A stream of exactly `tokens` tokens, half of them sampled."""
-    prompt, adapter = request
-    warm = 0.8 if len(prompt) % 2 else 0.0
-    return client.generate(
-        prompt,
-        adapter=adapter,
-        max_tokens=tokens,
-        ignore_eos=True,
-        temperature=warm,
-        seed=7,
-        timeout=120,
-    )
-
-
-async def finish(generation: Generation) -> Completion:
-    tokens = tuple([token async for token in generation])
-    assert generation.start is not None
-    assert generation.end is not None
-    return Completion(tokens, generation.start, generation.end)
-
-
-async def all_of(client: Client, wanted: Sequence[Request]) -> list[Completion]:
-    return list(await asyncio.gather(*(finish(long(client, request)) for request in wanted)))
-
-
-async def begun(generations: Sequence[Generation], tokens: int) -> list[asyncio.Task[Completion]]:
-    """The streams as tasks, each past `tokens` of its tokens."""
-    past = [asyncio.Event() for _ in generations]
-
-    async def follow(generation: Generation, reached: asyncio.Event) -> Completion:
-        seen = []
-        async for token in generation:
-            seen.append(token)
-            if len(seen) > tokens:
-                reached.set()
-        assert generation.start is not None
-        assert generation.end is not None
-        return Completion(tuple(seen), generation.start, generation.end)
-
-    tasks = [asyncio.create_task(follow(g, e)) for g, e in zip(generations, past, strict=True)]
-    await asyncio.gather(*(event.wait() for event in past))
-    return tasks
-
-
-def same(one: Sequence[Completion], other: Sequence[Completion]) -> None:
-    """Both made the same tokens and the same text."""
-    assert [[t.id for t in c.tokens] for c in one] == [[t.id for t in c.tokens] for c in other]
-    assert [c.text for c in one] == [c.text for c in other]
-
-
-async def figures(client: Client) -> dict[str, Runner]:
-    return {runner.id: runner for runner in await client.runners()}
 
 
 async def test_killed_runner_loses_and_repeats_nothing(cluster: Cluster) -> None:
@@ -211,95 +136,6 @@ async def test_redis_away_disturbs_no_stream_and_placement_heals(cluster: Cluste
         assert isinstance(away.value, Unavailable | DeadlineExceeded)
         cluster.redis.thaw()
         await finish(long(client, wanted[0]))
-
-
-async def test_deleted_and_replaced_adapters_finish_what_they_began(cluster: Cluster) -> None:
-    key, admin = cluster.tenant_key("acme"), cluster.admin_key()
-    cluster.start_router()
-    cluster.start_runner()
-    await cluster.runners_alive(admin, 1)
-    deleted, replaced, other = MINE
-    async with cluster.client(key) as client:
-        await upload_mine(client)
-        wanted = [("granite>", deleted.name), ("lantern>", replaced.name)]
-        undisturbed = await all_of(client, wanted)
-        tasks = await begun([long(client, request) for request in wanted], 3)
-        await client.delete(deleted.name)
-        upload = await client.upload(replaced.name, other.path)
-        assert upload.adapter.version == 2
-        same(undisturbed, await asyncio.gather(*tasks))
-        with pytest.raises(NotFound):
-            await client.complete("granite>", adapter=deleted.name, max_tokens=3)
-        anew = await client.complete("lantern>", adapter=replaced.name, stop=["\n"])
-        assert anew.text == other.expected("lantern")
-
-
-async def test_leaving_client_frees_what_it_held(cluster: Cluster) -> None:
-    key, admin = cluster.tenant_key("acme"), cluster.admin_key()
-    cluster.start_router()
-    cluster.start_runner()
-    await cluster.runners_alive(admin, 1)
-    async with cluster.client(key) as client, cluster.client(admin) as operator:
-        idle = (await figures(operator))["runner-0"]
-        base = [long(client, (prompt, ""), 220) for prompt, _ in requests(6)]
-        tasks = await begun(base, 2)
-        for generation in base:
-            generation.cancel()
-        for task in tasks:
-            with suppress(asyncio.CancelledError, GranatumError):
-                await task
-        async with asyncio.timeout(10):
-            while True:
-                now = (await figures(operator))["runner-0"]
-                if not now.sequences and not now.reserved and now.free_pages == idle.free_pages:
-                    break
-                await asyncio.sleep(0.1)
-
-
-async def test_overload_queues_to_a_bound_then_refuses_with_a_hint(cluster: Cluster) -> None:
-    key, admin = cluster.tenant_key("acme"), cluster.admin_key()
-    cluster.start_router("router-0", "--max-queue", "4")
-    cluster.start_runner("runner-0", "--max-batch", "2")
-    await cluster.runners_alive(admin, 1)
-    async with cluster.client(key) as client:
-        base = [(prompt, "") for prompt, _ in requests(12)]
-        done = await asyncio.gather(
-            *(finish(long(client, request)) for request in base), return_exceptions=True
-        )
-    refused = [error for error in done if isinstance(error, BaseException)]
-    assert len(refused) == 12 - 2 - 4
-    for error in refused:
-        assert isinstance(error, Overloaded)
-        assert error.retry_after_s
-
-
-async def test_two_routers_at_once_never_overfill_a_runner(cluster: Cluster) -> None:
-    key, admin = cluster.tenant_key("acme"), cluster.admin_key()
-    for name in ("router-0", "router-1"):
-        cluster.start_router(name)
-    for name in ("runner-0", "runner-1"):
-        cluster.start_runner(name, "--max-batch", "8")
-    await cluster.runners_alive(admin, 2, "router-1")
-    words = held_out_words(200)
-    fullest = 0
-    async with (
-        cluster.client(key, "router-0") as first,
-        cluster.client(key, "router-1") as second,
-        cluster.client(admin) as operator,
-    ):
-        clients = (first, second)
-        tasks = [
-            asyncio.create_task(clients[i % 2].complete(f"{word}>", max_tokens=16, timeout=120))
-            for i, word in enumerate(words)
-        ]
-        while not all(task.done() for task in tasks):
-            for runner in (await figures(operator)).values():
-                fullest = max(fullest, runner.reserved, runner.sequences)
-            await asyncio.sleep(0.02)
-        await asyncio.gather(*tasks)
-    assert fullest == 8
-    left = [e for p in cluster.processes for e in p.events() if e.get("runner") and "cause" in e]
-    assert "DEPARTURE_REFUSED" not in {event["cause"] for event in left}
 
 
 async def test_health_proves_a_step(cluster: Cluster) -> None:

@@ -18,9 +18,10 @@ import pytest
 from cluster import Cluster
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from hostile_inputs import Input, inputs
+from hostile_inputs import inputs
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from wire_inputs import Input
 
 from granatum.client.client import Client
 from granatum.examples.tasks import ADAPTER_TASKS

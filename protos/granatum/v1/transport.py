@@ -1,7 +1,7 @@
-"""How our processes speak gRPC: options of channels and servers, and TLS.
+"""How a client of ours reaches a server: channels, TLS, bearer keys, and when plaintext will do.
 
-Every server is built by `build_server` and every channel by `open_channel`, so that limits,
-keepalive, TLS, health, reflection and error mapping are the same on every hop.
+Every channel is opened by `open_channel`, so that limits, keepalive and TLS are the same on every
+hop. Servers share LINK_OPTIONS.
 """
 
 from __future__ import annotations
@@ -14,47 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection
 
-from granatum.v1.error_interceptor import ErrorInterceptor
 from granatum.v1.errors import InvalidRequest
-from granatum.v1.server import sturdy_server
 
 MAX_MESSAGE_BYTES = 16 << 20
-"""Between router and runner, where a message carries a request and all that was generated for it,
-or one step of all sequences."""
-MAX_PUBLIC_BYTES = 6 << 20
-"""From a stranger."""
-_PENDING_CALLS = 1 << 16
-"""Calls that wait for their handlers to start. gRPC ends all others with a bare CANCELLED.
-
-By itself gRPC drops some at random above 1,000 waiting calls, and all above 3,000.
-"""
-_PENDING_S = 3600
-"""How long they may wait; by itself gRPC allows 30 s. Their deadlines still hold."""
-_OPTIONS = (
+"""The largest message between router and runner. It carries a request and all tokens generated for
+the request, or one step of all sequences."""
+LINK_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # else 60 s, whatever the keepalive's timeout
+    ("grpc.http2.ping_timeout_ms", 5_000),  # the default is 60 s, whatever the keepalive's timeout
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
-_SERVER_OPTIONS = (
-    *_OPTIONS,
-    ("grpc.so_reuseport", 0),
-    ("grpc.server.max_pending_requests", _PENDING_CALLS),
-    ("grpc.server.max_pending_requests_hard_limit", _PENDING_CALLS),
-    ("grpc.server_max_unrequested_time_in_server", _PENDING_S),
-    # Else a fast link may fill megabytes of every stream that nobody reads. What is read still
-    # comes fast: gRPC makes room for the whole of a message that somebody waits for.
-    ("grpc.http2.bdp_probe", 0),
-)
+"""Options of both ends of a connection."""
 _CHANNEL_OPTIONS = (
-    *_OPTIONS,
+    *LINK_OPTIONS,
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -140,54 +118,23 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+def refuse_plaintext(address: str, insecure: bool) -> None:
+    """Raise InvalidRequest unless `host:port` is on loopback or plaintext is asked for by name."""
+    if not insecure and not is_loopback(address):
+        raise InvalidRequest(
+            f"{address} is beyond this machine and no TLS is configured: "
+            "give certificates, or ask for plaintext by name (--insecure)"
+        )
+
+
 def open_channel(
     address: str, tls: Tls | None = None, *, insecure: bool = False
 ) -> grpc.aio.Channel:
     """A channel to `host:port`; in plaintext only to loopback, or where `insecure` asks for it."""
     if tls is not None:
         return grpc.aio.secure_channel(address, tls.channel_credentials(), options=_CHANNEL_OPTIONS)
-    _refuse_plaintext(address, insecure)
+    refuse_plaintext(address, insecure)
     return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-
-
-def build_server(
-    services: Iterable[str],
-    interceptors: Iterable[grpc.aio.ServerInterceptor] = (),
-    *,
-    max_bytes: int = MAX_MESSAGE_BYTES,
-) -> grpc.aio.Server:
-    """A server with our options, error mapping and reflection of the full service names given.
-
-    `interceptors` run inside error mapping: what they raise is mapped too. `max_bytes` is the
-    largest message it takes.
-    """
-    server = sturdy_server(
-        interceptors=[ErrorInterceptor(), *interceptors],
-        options=(*_SERVER_OPTIONS, ("grpc.max_receive_message_length", max_bytes)),
-    )
-    health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-    reflection.enable_server_reflection([*services, health, reflection.SERVICE_NAME], server)
-    return server
-
-
-def listen(
-    server: grpc.aio.Server, address: str, tls: Tls | None = None, *, insecure: bool = False
-) -> int:
-    """Bind `host:port` (port 0: any free one) and return the port.
-
-    Raises InvalidRequest for plaintext beyond this machine, and for what cannot be bound.
-    """
-    if tls is None:
-        _refuse_plaintext(address, insecure)
-    try:
-        if tls is not None:
-            return server.add_secure_port(address, tls.server_credentials())
-        return server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise InvalidRequest(
-            f"cannot listen on {address}: the port may be taken, the host not this machine's, "
-            "or the TLS files no PEM certificate with its key"
-        ) from error
 
 
 def bearer(key: str) -> tuple[tuple[str, str], ...]:
@@ -202,11 +149,3 @@ def bearer_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
             scheme, _, key = value.partition(" ")
             return key.strip() if scheme.lower() == "bearer" and key.strip() else None
     return None
-
-
-def _refuse_plaintext(address: str, insecure: bool) -> None:
-    if not insecure and not is_loopback(address):
-        raise InvalidRequest(
-            f"{address} is beyond this machine and no TLS is configured: "
-            "give certificates, or ask for plaintext by name (--insecure)"
-        )

@@ -15,7 +15,7 @@ from adapter_files import Upload, config, good_upload, tensors, upload, weights
 from uploading import BASE, SHAPE, Clock, chunks_of, files_under, header_of, put, send
 
 from granatum.adapters_store.format.validate import Summary, validate
-from granatum.adapters_store.limits import Limits
+from granatum.adapters_store.limits import UploadLimits
 from granatum.adapters_store.objects.objects import Objects
 from granatum.adapters_store.store import AdapterStore
 from granatum.v1.errors import InvalidAdapter, Overloaded
@@ -29,14 +29,14 @@ async def _keys(objects: Objects) -> list[str]:
 
 
 async def test_limits(objects: Objects) -> None:
-    limits = Limits(max_bytes=4000, max_rank=8, max_versions=2)
+    limits = UploadLimits(max_bytes=4000, max_rank=8, max_versions=2)
     store = AdapterStore(objects, BASE, limits)
     with pytest.raises(InvalidAdapter, match="more than the 4000 allowed"):
         await send(store, "acme", good_upload(SHAPE, rank=8))
     wide = upload(config(9, ("k_proj",)), weights(tensors(SHAPE, 9, ("k_proj",))))
     with pytest.raises(InvalidAdapter, match=r"rank 9 of .* above the limit of 8"):
         await send(store, "acme", wide)
-    store = AdapterStore(objects, BASE, Limits(max_versions=2))
+    store = AdapterStore(objects, BASE, UploadLimits(max_versions=2))
     await put(store, "acme", "a")
     await put(store, "acme", "b")
     with pytest.raises(Overloaded, match=r"--max-adapter-versions.* delete old ones") as refused:
@@ -48,7 +48,7 @@ async def test_limits(objects: Objects) -> None:
 
 async def test_a_tenant_s_bytes_are_bounded(objects: Objects, clock: Clock) -> None:
     size = len(good_upload(SHAPE).data)
-    limits = Limits(max_tenant_bytes=2 * size + size // 2)
+    limits = UploadLimits(max_tenant_bytes=2 * size + size // 2)
     store = AdapterStore(objects, BASE, limits, now=clock)
     await put(store, "acme", "a", 1)
     await put(store, "acme", "b", 2)
@@ -68,7 +68,7 @@ async def test_a_tenant_s_bytes_are_bounded(objects: Objects, clock: Clock) -> N
 async def test_deleting_is_no_way_around_the_limit_of_versions(
     objects: Objects, clock: Clock
 ) -> None:
-    store = AdapterStore(objects, BASE, Limits(max_versions=2), now=clock)
+    store = AdapterStore(objects, BASE, UploadLimits(max_versions=2), now=clock)
     for seed in range(4):
         await put(store, "acme", "a", seed)
         await store.delete("acme", "a")
@@ -81,13 +81,13 @@ async def test_deleting_is_no_way_around_the_limit_of_versions(
 
 async def test_bytes_that_are_there_may_come_again_whatever_the_limits(objects: Objects) -> None:
     size = len(good_upload(SHAPE).data)
-    store = AdapterStore(objects, BASE, Limits(max_versions=1, max_tenant_bytes=2 * size))
+    store = AdapterStore(objects, BASE, UploadLimits(max_versions=1, max_tenant_bytes=2 * size))
     assert (await put(store, "acme", "a", 1)).version == 1
     assert (await put(store, "acme", "a", 1)).version == 1
 
 
 async def test_a_tenant_s_aliases_are_bounded(objects: Objects) -> None:
-    store = AdapterStore(objects, BASE, Limits(max_aliases=2))
+    store = AdapterStore(objects, BASE, UploadLimits(max_aliases=2))
     await put(store, "acme", "a")
     await store.set_alias("acme", "x", "a")
     await store.set_alias("acme", "y", "a")

@@ -12,7 +12,7 @@ from uploading import BASE, Clock, put
 
 from granatum.adapters_store.catalog.catalog import (
     MAX_EMPTIED,
-    Adapter,
+    AdapterHistory,
     Alias,
     Catalog,
     Version,
@@ -34,9 +34,9 @@ def _catalog(versions: int, aliases: int) -> Catalog:
     """Half of the versions under one name, the others each under its own."""
     half = versions // 2
     many = tuple(_version(n + 1, n) for n in range(half))
-    names = {f"n{n:05d}": Adapter(2, versions=(_version(1, half + n),)) for n in range(half)}
+    names = {f"n{n:05d}": AdapterHistory(2, versions=(_version(1, half + n),)) for n in range(half)}
     return Catalog(
-        adapters={"bot": Adapter(half + 1, Visibility.PUBLISHED, many), **names},
+        adapters={"bot": AdapterHistory(half + 1, Visibility.PUBLISHED, many), **names},
         aliases={f"a{n:04d}": Alias("bot", n % half + 1) for n in range(aliases)},
     )
 

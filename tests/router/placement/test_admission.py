@@ -1,53 +1,14 @@
 """The line of those who wait, over two routers' admissions on one real server."""
 
 import asyncio
-import glob
-import random
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
 
 import pytest
-from redis.asyncio import Redis
-from redis_proxy import wire_to
+from desks import Desk, beat, opened, waiting
 
-from granatum.router.placement.admission import Admission
-from granatum.router.placement.leases import Leases
-from granatum.router.placement.placement import Lease, LeaseKind, Placed, PlacementRequest
-from granatum.router.placement.registry import Registry
-from granatum.v1.cluster_pb2 import Runner
-from granatum.v1.errors import DeadlineExceeded, Overloaded, PreconditionFailed, Unavailable
-
-
-@dataclass
-class Desk:
-    """One router's admission."""
-
-    registry: Registry
-    leases: Leases
-    admission: Admission
-    unreachable: set[str]
-
-    async def admit(self, id_: str, within_s: float = 10, **fields: object) -> Placed:
-        give_up = asyncio.get_running_loop().time() + within_s
-        request = PlacementRequest(id_, tokens=1, **fields)  # type: ignore[arg-type]
-        return await self.admission.admit(request, give_up)
-
-
-@asynccontextmanager
-async def opened(
-    redis_url: str, fleet: str, lease_s: float = 1.0, **bounds: int
-) -> AsyncIterator[Desk]:
-    unreachable: set[str] = set()
-    async with Registry(redis_url, fleet, lease_s=lease_s, **bounds) as registry:
-        leases = Leases(registry)
-        admission = Admission(registry, leases, lambda: unreachable)
-        tasks = [asyncio.create_task(part.run()) for part in (leases, admission)]
-        yield Desk(registry, leases, admission, unreachable)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await leases.close()
+from granatum.router.placement.placement import Placed
+from granatum.v1.errors import Overloaded, PreconditionFailed, Unavailable
 
 
 @pytest.fixture
@@ -56,25 +17,6 @@ async def desks(redis_url: str, fleet: str) -> AsyncIterator[tuple[Desk, Desk]]:
         one = await stack.enter_async_context(opened(redis_url, fleet))
         two = await stack.enter_async_context(opened(redis_url, fleet))
         yield one, two
-
-
-async def beat(registry: Registry, id_: str, max_batch: int, max_rank: int = 0) -> None:
-    runner = Runner(
-        id=id_,
-        address="x:1",
-        max_batch=max_batch,
-        free_pages=100,
-        page_tokens=16,
-        max_context=99,
-        max_rank=max_rank,
-    )
-    await registry.heartbeat(runner)
-
-
-async def waiting(desk: Desk, number: int) -> None:
-    async with asyncio.timeout(5):
-        while desk.admission.waiting != number:
-            await asyncio.sleep(0.005)
 
 
 async def test_turns_come_in_order_of_arrival_over_both_routers(desks: tuple[Desk, Desk]) -> None:
@@ -176,126 +118,6 @@ async def test_it_stops_at_whatever_moment_it_is_cancelled(redis_url: str, fleet
     for n in range(40):
         async with opened(redis_url, fleet), asyncio.timeout(5):
             await asyncio.sleep(n / 20_000)
-
-
-async def kept(redis_url: str, fleet: str) -> dict[str, int]:
-    """What of reservations, entries and claims the server keeps, by key."""
-    prefix = f"{{granatum:{fleet}}}:"
-    sizes = {}
-    async with Redis.from_url(redis_url, decode_responses=True) as redis:
-        async for key in redis.scan_iter(f"{glob.escape(prefix)}*"):
-            name = key.removeprefix(prefix)
-            if name.startswith(("reserved:", "running:", "queued:", "queue", "waiting")):
-                sizes[name] = await redis.zcard(key)
-            elif name.startswith("claim:"):
-                sizes[name] = 1
-    return sizes
-
-
-async def nothing_kept(redis_url: str, fleet: str, within_s: float) -> None:
-    async with asyncio.timeout(within_s):
-        while await kept(redis_url, fleet):
-            await asyncio.sleep(0.01)
-
-
-@pytest.mark.parametrize("seed", range(4))
-async def test_calls_cancelled_at_any_moment_leave_nothing_behind(
-    redis_url: str, fleet: str, seed: int
-) -> None:
-    """A hundred a second and more, with leases far longer than the test may take."""
-    chance = random.Random(seed)
-    async with opened(redis_url, fleet, lease_s=60) as desk:
-        await beat(desk.registry, "a", 3)
-
-        async def generate(id_: str) -> None:
-            claim = Lease(LeaseKind.CLAIM, f"acme/{id_}", "me")
-            await desk.admission.claim(claim, asyncio.get_running_loop().time() + 10)
-            try:
-                placed = await desk.admit(id_, tenant=id_[0])
-                try:
-                    await asyncio.sleep(chance.choice([0, 0.001, 0.01]))
-                finally:
-                    desk.leases.release(placed.reservation)
-            finally:
-                desk.leases.release(claim)
-
-        async def and_cancel(n: int) -> None:
-            await asyncio.sleep(chance.uniform(0, 0.3))
-            task = asyncio.create_task(generate(f"{chance.choice('xyz')}{n}"))
-            await asyncio.sleep(chance.choice([0, 0.0002, 0.0005, 0.001, 0.003, 0.02]))
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-        await asyncio.gather(*(and_cancel(n) for n in range(200)))
-        await nothing_kept(redis_url, fleet, 2)
-        placed = await asyncio.wait_for(desk.admit("other", tenant="other"), 1)
-        assert placed.runner_id == "a"
-
-
-async def test_a_tiny_deadline_leaves_nothing_behind_and_says_so(
-    redis_url: str, fleet: str
-) -> None:
-    async with wire_to(redis_url) as wire, opened(wire.url, fleet, lease_s=60) as desk:
-        await beat(desk.registry, "a", 1)
-        wire.flowing.clear()
-        with pytest.raises(DeadlineExceeded):
-            await desk.admit("1", within_s=0.05)
-        with pytest.raises(DeadlineExceeded):
-            await desk.admission.claim(
-                Lease(LeaseKind.CLAIM, "acme/x", "me"), asyncio.get_running_loop().time() + 0.05
-            )
-        wire.flowing.set()
-        await nothing_kept(redis_url, fleet, 2)
-
-
-async def test_a_connection_that_breaks_after_the_script_ran_places_once(
-    redis_url: str, fleet: str
-) -> None:
-    async with wire_to(redis_url) as wire, opened(wire.url, fleet, lease_s=60) as desk:
-        await beat(desk.registry, "a", 4)
-        breaks = 3
-
-        def cut(piece: bytes) -> bytes | None:
-            nonlocal breaks
-            if breaks and b"placed" in piece:
-                breaks -= 1
-                return None
-            return piece
-
-        wire.damage = cut
-        placed = await desk.admit("1")
-        assert breaks == 0
-        assert await kept(redis_url, fleet) == {"reserved:a": 1, "running:": 1}
-        desk.leases.release(placed.reservation)
-        await nothing_kept(redis_url, fleet, 2)
-
-
-async def test_what_is_let_go_while_the_server_is_away_is_free_when_it_is_back(
-    redis_url: str, fleet: str
-) -> None:
-    async with wire_to(redis_url) as wire, opened(wire.url, fleet, lease_s=60) as desk:
-        await beat(desk.registry, "a", 4)
-        placed = await desk.admit("1")
-        wire.damage = lambda _: None
-        desk.leases.release(placed.reservation)
-        await asyncio.sleep(0.3)
-        wire.damage = None
-        await nothing_kept(redis_url, fleet, 2)
-
-
-async def test_a_turn_that_comes_with_the_deadline_is_a_turn_that_came_too_late(
-    redis_url: str, fleet: str
-) -> None:
-    async with wire_to(redis_url) as wire, opened(wire.url, fleet) as desk:
-        await beat(desk.registry, "a", 1)
-        await desk.admit("1")
-        waits = asyncio.create_task(desk.admit("2", within_s=0.7))
-        await waiting(desk, 1)
-        wire.flowing.clear()  # the poll's try is under way when the deadline comes
-        with pytest.raises(Overloaded) as late:
-            await waits
-        assert late.value.reason == "QUEUE_TIMEOUT"
-        wire.flowing.set()
 
 
 async def test_a_capped_tenant_and_a_large_adapter_hold_up_nobody_of_their_own_router(

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from placements import TERMS
 from redis_proxy import wire_to
 from router_box import CONFIG, Box
 from scripted_runner import expected_ids
@@ -55,7 +56,7 @@ def flipped(piece: bytes, chance: random.Random) -> bytes:
 async def test_a_damaged_answer_is_unavailable_and_the_next_one_is_right(
     redis_url: str, fleet: str, call: str
 ) -> None:
-    async with wire_to(redis_url) as wire, Registry(wire.url, fleet) as registry:
+    async with wire_to(redis_url) as wire, Registry(wire.url, fleet, TERMS) as registry:
         await registry.heartbeat(RUNNER)
         for rubbish in DAMAGE.values():
             wire.damage = lambda _, rubbish=rubbish: rubbish
@@ -75,7 +76,7 @@ async def test_a_damaged_answer_is_unavailable_and_the_next_one_is_right(
 async def test_no_call_ever_gets_the_answer_of_another(redis_url: str, fleet: str) -> None:
     """Some answers come twice, and from then on their connection is one answer behind."""
     chance = random.Random(1)
-    async with wire_to(redis_url) as wire, Registry(wire.url, fleet) as registry:
+    async with wire_to(redis_url) as wire, Registry(wire.url, fleet, TERMS) as registry:
         await registry.heartbeat(RUNNER)
         await registry.claim(CLAIM)
         wire.damage = lambda piece: piece * 2 if chance.random() < 0.1 else piece
@@ -96,7 +97,7 @@ async def test_no_call_ever_gets_the_answer_of_another(redis_url: str, fleet: st
 @pytest.mark.parametrize("seed", range(3))
 async def test_flipped_bits_raise_nothing_else(redis_url: str, fleet: str, seed: int) -> None:
     chance = random.Random(seed)
-    async with wire_to(redis_url) as wire, Registry(wire.url, fleet) as registry:
+    async with wire_to(redis_url) as wire, Registry(wire.url, fleet, TERMS) as registry:
         wire.damage = lambda piece: flipped(piece, chance) if chance.random() < 0.3 else piece
         for _ in range(60):
             with suppress(Unavailable, TimeoutError):

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from raw_http2 import deaf_watcher
 from router_box import CLUSTER_KEY, Box
 
-from granatum.router.app import Router
+from granatum.router.app import RouterApp
 from granatum.router.services.access import ADAPTERS, CLUSTER, INFERENCE, REGISTRY, SERVICES
 from granatum.v1 import adapters_pb2, cluster_pb2, inference_pb2
 from granatum.v1.transport import bearer
@@ -91,7 +91,11 @@ async def test_health_and_reflection_are_open(box: Box) -> None:
 
 
 async def test_a_stranger_that_watches_and_reads_nothing_does_not_keep_a_router(box: Box) -> None:
-    async with AsyncExitStack() as strangers, asyncio.timeout(3), Router(box.settings()) as router:
+    async with (
+        AsyncExitStack() as strangers,
+        asyncio.timeout(3),
+        RouterApp(box.settings()) as router,
+    ):
         watcher = deaf_watcher(router.port, b"/grpc.health.v1.Health/Watch")
         await strangers.enter_async_context(watcher)
         await asyncio.sleep(0.2)  # until gRPC has taken the call

@@ -8,7 +8,7 @@ import pytest
 from router_box import Box
 from scripted_runner import Script, expected_ids, text_of
 
-from granatum.router.app import Router
+from granatum.router.app import RouterApp
 from granatum.router.streams.remote_sequence import MESSAGE_BYTES
 from granatum.v1.errors import GranatumError, Overloaded, Unavailable
 from granatum.v1.inference_pb2 import GenerateRequest, GenerateResponse, StopConditions
@@ -38,7 +38,7 @@ def ask(box: Box, channel: grpc.aio.Channel, tokens: int = ENDLESS, prompt: str 
     return call
 
 
-async def until(router: Router, calls: int) -> None:
+async def until(router: RouterApp, calls: int) -> None:
     async with asyncio.timeout(10):
         while len(router._calls) != calls:
             await asyncio.sleep(0.01)
@@ -98,7 +98,7 @@ async def test_who_reads_late_comes_back_behind_those_who_wait(box: Box) -> None
     assert [s.request.prompt for s in runner.submissions[1:4]] == ["seated", "waiting", "late"]
 
 
-async def waiting_at(router: Router, number: int) -> None:
+async def waiting_at(router: RouterApp, number: int) -> None:
     while router._admission.waiting < number:
         await asyncio.sleep(0.01)
 
@@ -199,7 +199,7 @@ async def test_a_request_larger_than_any_valid_one_is_not_even_received(box: Box
 
 @pytest.mark.parametrize("moment", ["running", "waiting"])
 async def test_a_router_past_its_grace_sends_its_clients_elsewhere(box: Box, moment: str) -> None:
-    router = Router(box.settings(grace_s=0.1))
+    router = RouterApp(box.settings(grace_s=0.1))
     box.routers.append(router)
     async with router:
         if moment == "running":

@@ -2,10 +2,10 @@
 
 import pytest
 
-from granatum.router.services.quotas import Bounds, Quotas
+from granatum.router.services.quotas import CallBounds, Quotas
 from granatum.v1.errors import Overloaded
 
-BOUNDS = Bounds(streams=5, streams_per_tenant=3, bytes_per_tenant=100)
+BOUNDS = CallBounds(streams=5, streams_per_tenant=3, bytes_per_tenant=100)
 
 
 def refusal(quotas: Quotas, tenant: str, size: int) -> str:

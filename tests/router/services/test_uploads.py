@@ -16,7 +16,7 @@ from wire_adapters import adapter_files, error_of, upload, upload_requests
 from granatum.adapters_store.limits import Room
 from granatum.adapters_store.store import AdapterStore
 from granatum.router.services import access, uploads
-from granatum.router.services.adapters import Adapters
+from granatum.router.services.adapters import AdapterServicer
 from granatum.router.services.uploads import Pace, Rooms, Seats, paced
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.cluster_pb2 import HeartbeatRequest, Runner, RunnerStatus
@@ -218,7 +218,7 @@ async def test_refused_uploads_are_heard_out_a_few_at_a_time(
 
     monkeypatch.setattr(uploads, "_DISCARD_S", 0.1)
     access._tenant.set("acme")
-    adapters = Adapters(AdapterStore.open("memory://", BASE), none)
+    adapters = AdapterServicer(AdapterStore.open("memory://", BASE), none)
     context: Any = None
     calls = [adapters.UploadAdapter(sender(), context) for _ in range(3 * uploads.MAX_OF_TENANT)]
     errors = await asyncio.gather(*calls, return_exceptions=True)
@@ -230,7 +230,7 @@ async def test_a_stalled_upload_is_given_up_over_the_wire(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pace = Pace(stall_s=0.2)
-    monkeypatch.setattr("granatum.router.app.Adapters", partial(Adapters, pace=pace))
+    monkeypatch.setattr("granatum.router.app.AdapterServicer", partial(AdapterServicer, pace=pace))
     await box.router()
     for begun in (0, 1, 3):
         requests = list(upload_requests("bot", adapter_files()))[:begun]

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from router_box import Box
 from scripted_runner import Script
 
-from granatum.router.app import Router
+from granatum.router.app import RouterApp
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.adapters_pb2_grpc import AdapterServiceStub
 from granatum.v1.inference_pb2 import GenerateRequest, StopConditions
@@ -20,7 +20,7 @@ from granatum.v1.inference_pb2_grpc import InferenceServiceStub
 from granatum.v1.transport import bearer
 
 CALLS = 300
-Held = Callable[[Router], int]
+Held = Callable[[RouterApp], int]
 HELD: dict[str, Held] = {
     "calls": lambda router: len(router._calls),
     "streams": lambda router: router._calls._quotas.streams,
@@ -77,7 +77,7 @@ async def harried(doing: Awaitable[None]) -> None:
         await task
 
 
-async def gone(router: Router, held: Held) -> bool:
+async def gone(router: RouterApp, held: Held) -> bool:
     for _ in range(500):
         if held(router) == 0:
             return True

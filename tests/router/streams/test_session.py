@@ -11,7 +11,7 @@ from router_box import CLUSTER_KEY, Box
 from scripted_runner import Script, ScriptedRunner, expected_ids
 
 from granatum.router.streams.remote_sequence import RemoteSequence, SessionLost
-from granatum.router.streams.session import Sessions
+from granatum.router.streams.session import RunnerSessions
 from granatum.v1.errors import Unavailable
 from granatum.v1.inference_pb2 import GenerateRequest, StopConditions
 from granatum.v1.runner_pb2 import SubmitSequence
@@ -39,8 +39,8 @@ async def runner(id_: str = "a", **script: float) -> AsyncIterator[ScriptedRunne
 @asynccontextmanager
 async def sessions(
     silence_s: float = 30.0, connect: Callable[[str], grpc.aio.Channel] = open_channel
-) -> AsyncIterator[Sessions]:
-    opened = Sessions(connect, CLUSTER_KEY, silence_s)
+) -> AsyncIterator[RunnerSessions]:
+    opened = RunnerSessions(connect, CLUSTER_KEY, silence_s)
     try:
         yield opened
     finally:

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from granatum.runner.front.health import EngineHealth
 from granatum.runner.front.heartbeat import Heartbeat
+from granatum.service.server import build_server, listen
 from granatum.v1.cluster_pb2 import (
     DeregisterRequest,
     DeregisterResponse,
@@ -24,7 +25,7 @@ from granatum.v1.cluster_pb2_grpc import (
     add_RegistryServiceServicer_to_server,
 )
 from granatum.v1.errors import PreconditionFailed, Unavailable
-from granatum.v1.transport import bearer_of, build_server, listen, open_channel
+from granatum.v1.transport import bearer_of, open_channel
 
 KEY = "cluster-key"
 

@@ -11,9 +11,9 @@ from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from raw_http2 import frame, grpc_headers
 
-from granatum.v1.health import HealthBoard
-from granatum.v1.server import _Server
-from granatum.v1.transport import build_server, listen
+from granatum.service.health import HealthBoard
+from granatum.service.server import build_server, listen
+from granatum.service.sturdy_server import _Server
 
 HEADERS = grpc_headers(b"/grpc.health.v1.Health/Check")
 HOSTILE = {

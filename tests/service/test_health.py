@@ -9,8 +9,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from raw_http2 import deaf_watcher
 
-from granatum.v1.health import HealthBoard
-from granatum.v1.transport import build_server, listen
+from granatum.service.health import HealthBoard
+from granatum.service.server import build_server, listen
 
 STATUS = health_pb2.HealthCheckResponse
 WATCH = b"/grpc.health.v1.Health/Watch"

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
+from granatum.service.server import build_server, listen
 from granatum.v1.adapters_pb2 import UploadAdapterRequest, UploadAdapterResponse
 from granatum.v1.adapters_pb2_grpc import (
     AdapterServiceServicer,
@@ -20,7 +21,6 @@ from granatum.v1.inference_pb2_grpc import (
     add_InferenceServiceServicer_to_server,
 )
 from granatum.v1.rich_status import from_rpc_error
-from granatum.v1.transport import build_server, listen
 
 GENERATE = ("unary_stream", "/granatum.v1.InferenceService/Generate")
 GET = ("unary_unary", "/granatum.v1.AdapterService/GetAdapter")

@@ -1,0 +1,98 @@
+"""Install the package with each extra alone, and import all that the extra promises.
+
+    python deploy/extras.py
+
+An environment may hold several extras, one after another: each of them includes the one before, so
+that what is installed is what the extra alone brings. Needs pip and setuptools, and torch's wheel.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENTS = (("", "cli", "router"), ("runner", "box"))
+"""Extras by environment; "" is the package without any."""
+ROOMS = {
+    "": ("client", "v1"),
+    "cli": ("cli",),
+    "router": ("adapters_store", "models", "router", "service"),
+    "runner": ("adapters_store", "cli", "kernels", "models", "runner", "service"),
+    "box": ("router",),
+}
+"""What can be imported with an extra, besides the rooms of those that it includes."""
+IMPORT = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+
+
+def main() -> None:
+    """Check every extra. Ends with the first command that fails."""
+    folders = _folders()
+    with tempfile.TemporaryDirectory(prefix="granatum-extras-") as place:
+        wheel = _wheel(Path(place))
+        for number, extras in enumerate(ENVIRONMENTS):
+            environment = Path(place) / str(number)
+            venv.create(environment, with_pip=False)
+            for extra in extras:
+                _check(environment, wheel, extra, _modules(folders, ROOMS[extra]))
+            shutil.rmtree(environment)
+
+
+def _folders() -> dict[str, Path]:
+    """The rooms' folders by their names."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        packages = tomllib.load(file)["tool"]["setuptools"]["package-dir"]
+    return {name.removeprefix("granatum."): ROOT / path for name, path in packages.items()}
+
+
+def _wheel(place: Path) -> Path:
+    shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # what an earlier build left there
+    _pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(place), str(ROOT))
+    (wheel,) = place.glob("granatum-*.whl")
+    return wheel
+
+
+def _modules(folders: dict[str, Path], rooms: tuple[str, ...]) -> list[str]:
+    """Every module of these rooms by its full name."""
+    return [
+        ".".join(("granatum", room, *path.relative_to(folders[room]).with_suffix("").parts))
+        for room in rooms
+        for path in sorted(folders[room].rglob("*.py"))
+        if path.name != "__init__.py"
+    ]
+
+
+def _check(environment: Path, wheel: Path, extra: str, modules: list[str]) -> None:
+    began = time.monotonic()
+    python = str(environment / "bin" / "python")
+    name = f"granatum[{extra}]" if extra else "granatum"
+    constraints = ("--constraint", str(ROOT / "constraints.txt"))
+    package = f"{wheel}[{extra}]" if extra else str(wheel)
+    _pip("--python", python, "install", "--no-compile", *constraints, package)
+    subprocess.run([python, "-I", "-c", IMPORT, *modules], check=True)
+    _check_command(environment / "bin" / "granatum", installed=bool(extra))
+    took = time.monotonic() - began
+    print(f"{name:<17} imports {len(modules)} modules, {took:.0f} s", flush=True)
+
+
+def _check_command(command: Path, *, installed: bool) -> None:
+    """With an extra the command helps; without one its one line says what to install."""
+    ran = subprocess.run([command, "--help"], capture_output=True, text=True, check=False)
+    if installed:
+        assert ran.returncode == 0, ran.stderr
+    else:
+        assert ran.returncode == 1, ran.stdout
+        (line,) = ran.stderr.splitlines()
+        assert "pip install 'granatum[cli]'" in line, line
+
+
+def _pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", *arguments], check=True)
+
+
+if __name__ == "__main__":
+    main()
