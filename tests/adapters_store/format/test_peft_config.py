@@ -339,6 +339,6 @@ def test_a_long_pattern_on_a_large_model(tmp_path: Path) -> None:
 
 
 def test_hostile_patterns_are_refused(tmp_path: Path) -> None:
-    fields = {**GOOD, "rank_pattern": {f"{'a?' * 400}x{i}": 1 for i in range(200)}}
+    fields = {**GOOD, "rank_pattern": {f"{'.*' * 20}x{i}": 1 for i in range(200)}}
     with pytest.raises(InvalidAdapter, match=r"rank_pattern: the pattern .* takes too long"):
         PeftConfig.parse(json.dumps(fields).encode()).modules(_large(tmp_path))
