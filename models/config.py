@@ -1,6 +1,4 @@
-"""The base model's dimensions and peculiarities, read from config.json. Neither torch nor
-transformers.
-"""
+"""The base model's dimensions and peculiarities, read from config.json without transformers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +8,8 @@ from granatum.models.families import FAMILIES, LLAMA, Family
 from granatum.models.rope import PLAIN, Rope, read_rope
 
 CONFIG_FILE = "config.json"
-_NEUTRAL: dict[str, object] = {"mlp_bias": False, "pretraining_tp": 1}
-"""Fields that would change what a layer computes, with the only value that is served."""
+ONLY: dict[str, object] = {"hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1}
+"""Fields that change what a layer computes, each with the only value that can be served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +113,7 @@ def parse_config(fields: Fields) -> ModelConfig:
     family = FAMILIES.get(str(fields.values.get("model_type")))
     if family is None:
         fields.refuse("model_type", f"one of {', '.join(FAMILIES)}")
-    for name, only in {**_NEUTRAL, "hidden_act": family.activation}.items():
+    for name, only in ONLY.items():
         fields.require(name, only)
     heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
     layers = fields.whole("num_hidden_layers")
@@ -172,7 +170,7 @@ def _is_windowed(fields: Fields, family: Family, layers: int) -> bool:
     if not fields.flag("use_sliding_window"):
         return False
     kinds = fields.values.get("layer_types")
-    if kinds:
+    if isinstance(kinds, list):
         return "sliding_attention" in kinds
-    first = fields.values.get("max_window_layers", 28)
+    first = fields.values.get("max_window_layers", family.max_window_layers)
     return not isinstance(first, int) or first < layers

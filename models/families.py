@@ -75,7 +75,6 @@ class Family:
     """The groups that have a bias if config.json sets `attention_bias`."""
     qk_norm: bool = False
     """Whether each head of q and k is normed."""
-    activation: str = "silu"
     ropes: tuple[str, ...] = ("default", "linear", "llama3")
     """The scalings of rotary frequencies that the family may have."""
     windows: Literal["never", "always", "if used"] = "never"
@@ -91,6 +90,8 @@ class Family:
     max_positions: int = 2048
     rms_eps: float = 1e-6
     window: int | None = None
+    max_window_layers: int = 0
+    """The first layer with a window, where `windows` is `if used`."""
 
     @property
     def modules(self) -> tuple[Module, ...]:
@@ -124,6 +125,7 @@ FAMILIES: dict[str, Family] = {
             kv_heads=32,
             max_positions=32_768,
             window=4096,
+            max_window_layers=28,
         ),
         Family(
             "qwen3",
@@ -135,6 +137,7 @@ FAMILIES: dict[str, Family] = {
             head_dim=128,
             max_positions=32_768,
             window=4096,
+            max_window_layers=28,
         ),
         Family(
             "phi3",

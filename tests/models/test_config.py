@@ -99,7 +99,7 @@ def test_what_config_json_leaves_out_is_what_transformers_assumes(
     assert ours.max_positions == theirs.max_position_embeddings
     assert ours.rope.settings["rope_theta"] == theirs.rope_parameters["rope_theta"]
     assert ours.rope.settings["rope_type"] == theirs.rope_parameters["rope_type"]
-    assert theirs.hidden_act == ours.family.activation
+    assert theirs.hidden_act == "silu"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -196,10 +196,11 @@ def test_what_is_not_supported_is_refused_by_name(
         (Phi3Config(sliding_window=None), None),
         (Qwen2Config(use_sliding_window=False, sliding_window=8), None),
         (Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=32), None),
+        ({"model_type": "qwen2", **REQUIRED, "use_sliding_window": True}, None),  # 2 layers of 28
         (Qwen3Config(layer_types=["full_attention"] * 32, use_sliding_window=True), None),
     ],
 )
 def test_a_window_that_changes_nothing_is_served(
-    config: PreTrainedConfig, window: int | None, tmp_path: Path
+    config: dict[str, Any] | PreTrainedConfig, window: int | None, tmp_path: Path
 ) -> None:
     assert read_config(written(tmp_path, config)).window == window
