@@ -2,11 +2,10 @@
 
     header, padded to 4096 bytes | page 0 | page 1 | ...
 
-The header holds the adapter's table row, a checksum of every page, and a checksum of itself. The
-pages are the arena's own bytes, so bringing an adapter from disk takes one read and one checksum
-per page. Every read finds flipped bits, a file that was cut off, and another adapter's content.
-Others may write to the disk, so a table row whose checksum is right must still lead to no memory
-beyond the adapter's pages.
+The header holds what the table row needs and a checksum of every page; it has one of its own. The
+pages are the arena's own bytes, so that bringing an adapter from disk is one read and one checksum
+per page. Flipped bits, a cut-off file and another adapter's content are found at each read. What
+checks out must still stay within this runner's memory, for others may write to the disk.
 """
 
 import os
@@ -41,27 +40,27 @@ _FIELDS = (
     ("rank", np.int32, len(PROJECTIONS)),
     ("scale", np.float32, len(PROJECTIONS)),
 )
-"""The arrays of the table row, `[layers, width]` each, in the order of the header."""
+"""The table row's arrays, `[layers, width]` each, in the order of the header."""
 _ROW_BYTES = sum(np.dtype(dtype).itemsize * width for _, dtype, width in _FIELDS)
-"""Bytes of the table row for each layer."""
+"""Of each layer."""
 
 
 class DamagedImage(Exception):
-    """A file is no whole image of the adapter; the image can be made again."""
+    """A file that is no whole image of what was asked for; it can be made again."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """The content of a header that has been checked."""
+    """What a header says once it has been checked."""
 
     digest: str
     row: TableRow
     checksums: npt.NDArray[np.uint64]
-    """One checksum for each page."""
+    """Of each page."""
 
 
 def write_image(path: Path, digest: str, shape: ImageShape, image: AdapterImage) -> None:
-    """Write the image file; it stands whole under its name, or not at all."""
+    """Write the file at once or not at all."""
     pages = image.pages.view(np.uint8)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
     try:
@@ -75,16 +74,15 @@ def write_image(path: Path, digest: str, shape: ImageShape, image: AdapterImage)
 
 
 def image_pages(path: Path, shape: ImageShape) -> int:
-    """Pages of the image, by its header. Raises as `read_image`."""
+    """Pages of the image, as its header says; raises as `read_image`."""
     with _open(path) as file:
         return len(_read_header(file, shape).checksums)
 
 
 def read_image(path: Path, digest: str, shape: ImageShape, pages: Sequence[memoryview]) -> TableRow:
-    """Read the file into page buffers, one for each page.
+    """Read the file into as many page buffers as it has pages.
 
-    Raises OSError, DamagedImage if the file is no whole image, and InvalidAdapter if the adapter's
-    ranks are too high for this runner.
+    Raises OSError, DamagedImage if it is not whole, InvalidAdapter if its ranks are too high here.
     """
     with _open(path) as file:
         header = _read_header(file, shape)
@@ -95,7 +93,7 @@ def read_image(path: Path, digest: str, shape: ImageShape, pages: Sequence[memor
 
 
 def _read_pages(file: BinaryIO, pages: Sequence[memoryview], checksums: Sequence[int]) -> None:
-    """Fill the buffers. Another thread checks a page while the next one is read."""
+    """Fill the buffers. A page is checked in a thread of its own while the next one is read."""
     with ThreadPoolExecutor(1, thread_name_prefix="adapter-check") as checking:
         found = []
         for page in pages:
@@ -108,7 +106,7 @@ def _read_pages(file: BinaryIO, pages: Sequence[memoryview], checksums: Sequence
 
 
 def _open(path: Path) -> BinaryIO:
-    """The file, unbuffered. Something else of that name, such as a pipe, is not waited for."""
+    """The file, unbuffered. Whatever else has its name, such as a pipe, is not waited for."""
     file = open(path, "rb", buffering=0, opener=_without_waiting)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -122,9 +120,9 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def _read_ahead(file: BinaryIO) -> None:
-    """Have the system read the whole file ahead, with many requests to the disk at a time."""
+    """Have the disk bring the whole file, with as many requests at a time as it can serve."""
     if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):  # a file system need not support it
+        with suppress(OSError):  # no file system has to know it
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
@@ -146,14 +144,14 @@ def _header_bytes(layers: int, pages: int) -> int:
 
 
 def _checksum(header: bytes | bytearray) -> int:
-    """The checksum of a header without the checksum's own bytes."""
+    """Of all that is in a header beside this number."""
     checksum = xxhash.xxh3_64(header[:_CHECKSUM_AT])
     checksum.update(header[_FIXED.size :])
     return checksum.intdigest()
 
 
 def _read_header(file: BinaryIO, shape: ImageShape) -> _Header:
-    """Read and check the header. The file then stands at its first page."""
+    """The header, checked; leaves the file at its first page."""
     layers = shape.base.num_layers
     fixed = file.read(_FIXED.size)
     if len(fixed) != _FIXED.size:
@@ -173,7 +171,7 @@ def _read_header(file: BinaryIO, shape: ImageShape) -> _Header:
 
 
 def _table_row(header: bytes, layers: int) -> tuple[TableRow, int]:
-    """The table row, and the offset of its end in the header."""
+    """The row, and where it ends."""
     at, arrays = _FIXED.size, dict[str, Any]()
     for field, dtype, width in _FIELDS:
         array = np.frombuffer(header, dtype, layers * width, at).reshape(layers, width)
@@ -183,7 +181,7 @@ def _table_row(header: bytes, layers: int) -> tuple[TableRow, int]:
 
 
 def _check_row(row: TableRow, shape: ImageShape, pages: int, name: str) -> None:
-    """Refuse a row that would lead the kernels out of the adapter's pages."""
+    """A row that was written by somebody else must not lead the kernels out of their memory."""
     fault = row.fault(shape.base, pages, shape.page_elements)
     if fault:
         raise DamagedImage(f"{name} would lead out of its pages: {fault}")

@@ -1,7 +1,7 @@
 """An adapter's page images: its matrices as they will lie on the device. No torch.
 
-PEFT's two files come from a store and may hold anything. Here is the runner's border: a packed
-image fits this runner's ranks and pages, and all its numbers are finite in the model's dtype.
+PEFT's two files come from a store, and so do their faults. Here is the runner's border: what is
+packed fits this runner's ranks and pages, and every number in it is finite in the model's dtype.
 """
 
 import hashlib
@@ -34,19 +34,19 @@ from granatum.runner.adapters.images.layout import (
 from granatum.v1.errors import InvalidAdapter
 
 FORMAT = 2
-"""The version of the image files (file.py) and of the layout within them."""
+"""Of the files (adapter_file.py) and of the layout within them."""
 _STORED: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(np.uint16),
 }
-"""How numpy holds a model's dtypes. It has no bfloat16, so that is held as its bits."""
+"""How numpy holds each dtype of a model; it has no bfloat16, whose bits it takes for an integer."""
 _FILED: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
 }
 _EXPONENT = np.uint16(0x7F80)
-"""The bits that are all set in a bfloat16 that is not finite."""
+"""All of these bits are set in a bfloat16 that is not finite."""
 
 Numbers = npt.NDArray[Any]
 Modules = Mapping[tuple[int, str], ModuleSpec]
@@ -54,10 +54,10 @@ Modules = Mapping[tuple[int, str], ModuleSpec]
 
 @dataclass(frozen=True, slots=True)
 class ImageShape:
-    """What all images of one runner have in common; those of another `key` do not fit its arena.
+    """What images of one runner have in common: only those of an equal key fit its arena.
 
-    `dtype` is `float32` or `bfloat16`; `torch.` may stand before it. `max_rank` is not part of the
-    key, so runners that differ only in `max_rank` can share images.
+    `dtype` is `float32` or `bfloat16`, with or without torch's name before it. `max_rank` is not
+    part of the key: runners that differ in it alone can share images.
     """
 
     base: BaseModel
@@ -66,23 +66,23 @@ class ImageShape:
     max_rank: int = DEFAULT_LIMITS.max_rank
 
     def __post_init__(self) -> None:
-        """Cut torch's name off the dtype."""
+        """Take torch's own name of the dtype, too."""
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         assert self.dtype in _STORED, f"no model computes in {self.dtype}"
 
     @property
     def stored(self) -> np.dtype[Any]:
-        """numpy's dtype of an element."""
+        """What numpy takes an element for."""
         return _STORED[self.dtype]
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page."""
+        """Size of a page."""
         return self.page_elements * self.stored.itemsize
 
     @property
     def key(self) -> bytes:
-        """32 bytes that differ between shapes."""
+        """32 bytes that differ for every other shape."""
         parts = [FORMAT, self.base.fingerprint, self.dtype, self.page_elements]
         return hashlib.sha256(json.dumps(parts).encode()).digest()
 
@@ -111,7 +111,7 @@ def build_image(directory: Path, shape: ImageShape) -> AdapterImage:
 
 
 def check_rank(rank: int, shape: ImageShape, what: str) -> None:
-    """Refuse a rank for which this runner's kernels have no room. `what` has the rank."""
+    """Refuse what the kernels of this runner have no room for."""
     if rank > shape.max_rank:
         raise InvalidAdapter(
             f"rank {rank} of {what} is above this runner's limit of {shape.max_rank}: train with "
@@ -132,7 +132,7 @@ def random_image(shape: ImageShape, rank: int, seed: int) -> AdapterImage:
 
 
 class _Weights:
-    """The tensors of a safetensors file, in the model's dtype."""
+    """The tensors of a safetensors file, as the model's dtype has them."""
 
     def __init__(self, path: Path, shape: ImageShape) -> None:
         self.base = shape.base
@@ -141,7 +141,7 @@ class _Weights:
         self.entries = read_header(path, DEFAULT_LIMITS)
 
     def tensor(self, name: str, expected: tuple[int, int]) -> Numbers:
-        """The tensor `name`, which must have the `expected` shape. Raises InvalidAdapter."""
+        """A matrix of the `expected` sizes. Raises InvalidAdapter."""
         entry = self.entries.get(name)
         if entry is None or entry.shape != expected:
             found = "missing" if entry is None else f"of shape {list(entry.shape)}"
@@ -154,7 +154,7 @@ class _Weights:
         return self._converted(numbers, entry).reshape(expected)
 
     def _converted(self, numbers: Numbers, entry: TensorEntry) -> Numbers:
-        """The numbers in the model's dtype, rounded as torch does. Raises if one is not finite."""
+        """In the model's dtype, rounded to the nearest as torch does; all of them finite."""
         with np.errstate(over="ignore"):
             wide: Numbers = (
                 _widened(numbers) if entry.dtype == "BF16" else numbers.astype(np.float32)
@@ -175,19 +175,19 @@ def _unpackable(text: str) -> InvalidAdapter:
 
 
 def _widened(numbers: Numbers) -> Numbers:
-    """bfloat16 to float32: a bfloat16 is the upper half of a float32."""
+    """A bfloat16 is the upper half of a float32."""
     return (numbers.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _narrowed(numbers: Numbers) -> Numbers:
-    """float32 to the nearest bfloat16, ties to even."""
+    """The bfloat16 next to each float32, ties to even."""
     bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
 
 
 def _fill(matrix: Numbers, weights: _Weights, modules: Modules, place: Place) -> None:
-    """Copy a piece's tensors into its place; the rows beyond the true ranks stay zero."""
+    """Copy a piece's tensors into its place, where everything beyond the true ranks stays zero."""
     piece, base = place.piece, weights.base
     if piece.projection is not None:
         name = PROJECTIONS[piece.projection]
