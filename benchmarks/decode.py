@@ -37,11 +37,11 @@ from granatum.kernels.layout import AdapterTable
 from granatum.models.config import ModelConfig
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.execution.executor import Executor
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.arena import Arena, allocate_arena, page_tokens, pages_that_fit
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import Weights, random_weights
+from granatum.runner.pages import PagePool
 from granatum.runner.records import Submit
 
 Adapters = list[str | None]

@@ -22,8 +22,8 @@ from granatum.runner.engine.child import LastWords
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.flight_recorder import FlightRecorder
 from granatum.runner.engine.process import serve
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
+from granatum.runner.pages import PagePool
 from granatum.runner.records import Command, Report, TokenLogprobs
 from granatum.runner.settings import RunnerSettings
 

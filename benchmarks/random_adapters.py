@@ -5,8 +5,8 @@ import torch
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable
 from granatum.models.config import ModelConfig
 from granatum.runner.adapters.residency import AdapterFigures
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.model.arena import Arena
+from granatum.runner.pages import PagePool
 
 
 class RandomAdapters:

@@ -23,7 +23,7 @@ from granatum.runner.adapters.host_tier import HostTier
 from granatum.runner.adapters.mover import Copied, Event, Failed, Measured, Mover, Read
 from granatum.runner.adapters.residency import AdapterFigures
 from granatum.runner.adapters.trouble import LoadTrouble
-from granatum.runner.engine.scheduling.pages import PagePool
+from granatum.runner.pages import PagePool
 from granatum.v1.errors import GranatumError, InvalidRequest
 
 PATIENCE_S = 1.0

@@ -4,7 +4,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable
 
 from granatum.runner.adapters.entry import Entry, State
-from granatum.runner.engine.scheduling.pages import PagePool
+from granatum.runner.pages import PagePool
 
 
 class DeviceTier:

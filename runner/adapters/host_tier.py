@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from granatum.runner.adapters.entry import Entry
-from granatum.runner.engine.scheduling.pages import PagePool
+from granatum.runner.pages import PagePool
 
 
 class HostTier:

@@ -13,9 +13,9 @@ from granatum.runner.adapters.residency import Adapters
 from granatum.runner.engine.execution.executor import Executor, Flight
 from granatum.runner.engine.flight_recorder import FlightRecorder
 from granatum.runner.engine.scheduling.failures import STEP_FAILED
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
 from granatum.runner.engine.scheduling.scheduler import Scheduler
+from granatum.runner.pages import PagePool
 from granatum.runner.records import EngineFigures, SequenceNews, Submit
 
 MOST_UNPLANNED = 5

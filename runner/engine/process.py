@@ -25,12 +25,12 @@ from granatum.runner.channel import Channel, ChannelClosed
 from granatum.runner.engine.engine import Capacity, Engine, EngineLost
 from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.flight_recorder import FlightRecorder
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.adapter_loader import AdapterLoader, ImageSource
 from granatum.runner.model.arena import allocate_arena, page_tokens, pages_that_fit
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import Weights, load_weights, random_weights
+from granatum.runner.pages import PagePool
 from granatum.runner.records import (
     Cancel,
     Command,

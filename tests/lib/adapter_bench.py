@@ -12,8 +12,8 @@ from granatum.models.families import LLAMA
 from granatum.runner.adapters.cache import AdapterCache
 from granatum.runner.adapters.disk.disk import DiskImages
 from granatum.runner.adapters.images.image import ImageShape
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.model.adapter_loader import AdapterLoader, MemoryImages
+from granatum.runner.pages import PagePool
 from granatum.v1.errors import Unavailable
 
 SHAPE = ImageShape(BASE, "float32", 4096)

@@ -31,12 +31,12 @@ from granatum.runner.adapters.cache import AdapterCache
 from granatum.runner.adapters.images.image import ImageShape, build_image
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.execution.executor import Executor
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.adapter_loader import AdapterLoader, MemoryImages
 from granatum.runner.model.arena import allocate_arena, page_tokens
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import load_weights
+from granatum.runner.pages import PagePool
 from granatum.runner.records import SequenceNews, Submit, TokenLogprobs
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ from dataclasses import replace
 from toy_model import next_token
 
 from granatum.runner.adapters.residency import AdapterFigures, NoAdapters
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
 from granatum.runner.engine.scheduling.scheduler import Scheduler
+from granatum.runner.pages import PagePool
 from granatum.runner.records import SequenceNews, Submit
 from granatum.v1.errors import Unavailable
 

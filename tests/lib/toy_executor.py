@@ -8,8 +8,8 @@ from toy_model import next_token
 from granatum.runner.adapters.residency import AdapterFigures
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.flight_recorder import FlightRecorder
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
+from granatum.runner.pages import PagePool
 from granatum.runner.records import Submit, TokenLogprobs
 
 LIMITS = EngineLimits(4, max_waiting=100, prefill_tokens=16, page_tokens=4, max_context=64)

@@ -62,11 +62,11 @@ class _Found:
 
 
 class DiskImages:
-    """Images of one shape under `directory`, which holds at most `limit_bytes` of any shape.
+    """Images of one shape under `directory`.
 
-    The image whose last use is oldest goes first. The loader's threads call the methods that block;
-    two of them never work on one digest at a time. An image that another process removed is made
-    again.
+    The directory holds at most `limit_bytes` of images of all shapes; the image whose last use is
+    oldest goes first. The loader's threads call the methods that block; two of them never work on
+    one digest at a time. An image that another process removed is made again.
     """
 
     def __init__(

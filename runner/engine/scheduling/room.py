@@ -2,9 +2,9 @@
 
 from granatum.runner.adapters.residency import Adapters
 from granatum.runner.engine.scheduling import failures
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.engine.scheduling.sequence import Outcome, Sequence
+from granatum.runner.pages import PagePool
 from granatum.runner.records import Departure, Failure, Finish
 
 

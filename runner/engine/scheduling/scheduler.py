@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from granatum.runner.adapters.residency import Adapters, outcome_of
 from granatum.runner.engine.scheduling import failures
 from granatum.runner.engine.scheduling.news import News
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import EngineLimits, Plan, Span, launch, span_of
 from granatum.runner.engine.scheduling.quarantine import Quarantine
 from granatum.runner.engine.scheduling.room import Room
 from granatum.runner.engine.scheduling.sequence import Outcome, Sequence
+from granatum.runner.pages import PagePool
 from granatum.runner.records import Departure, Failure, SequenceNews, Submit, TokenLogprobs
 
 LOOKAHEAD = 8

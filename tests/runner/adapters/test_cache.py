@@ -6,9 +6,9 @@ from book_mover import BookMover, Clock, bring, settle
 from granatum.runner.adapters.backoff import BACKOFF_S
 from granatum.runner.adapters.cache import ABANDON_S, PATIENCE_S, AdapterCache
 from granatum.runner.adapters.mover import Copied, Measured
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.engine.scheduling.scheduler import Scheduler
+from granatum.runner.pages import PagePool
 from granatum.runner.records import Submit
 from granatum.v1.errors import InvalidRequest, Unavailable
 

@@ -6,7 +6,7 @@ import pytest
 from book_mover import BookMover, Clock, bring, settle
 
 from granatum.runner.adapters.cache import AdapterCache
-from granatum.runner.engine.scheduling.pages import PagePool
+from granatum.runner.pages import PagePool
 from granatum.v1.errors import GranatumError
 
 

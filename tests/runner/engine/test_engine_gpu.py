@@ -18,12 +18,12 @@ from granatum.runner.adapters.images.image import ImageShape, random_image
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.process import EngineOptions, build_engine
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.adapter_loader import AdapterLoader, MemoryImages
 from granatum.runner.model.arena import Arena, allocate_arena, page_tokens
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import Weights, empty_weights, random_weights, targets
+from granatum.runner.pages import PagePool
 from granatum.runner.records import Sampling, Submit
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))

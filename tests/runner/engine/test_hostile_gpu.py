@@ -12,11 +12,11 @@ from granatum.models.config import ModelConfig
 from granatum.models.rope import Rope
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.execution.executor import Executor
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.arena import allocate_arena, page_tokens
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import random_weights, targets
+from granatum.runner.pages import PagePool
 from granatum.runner.records import (
     Failure,
     Finish,

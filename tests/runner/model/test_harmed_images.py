@@ -14,8 +14,8 @@ from granatum.kernels.layout import AdapterTable
 from granatum.runner.adapters.cache import AdapterCache
 from granatum.runner.adapters.disk.disk import DiskImages
 from granatum.runner.adapters.images.image import ImageShape, random_image
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.model.adapter_loader import AdapterLoader, MemoryImages
+from granatum.runner.pages import PagePool
 from granatum.v1.errors import GranatumError, InvalidAdapter, InvalidRequest
 
 

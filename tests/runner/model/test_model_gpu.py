@@ -11,13 +11,13 @@ from granatum.kernels.layout import AdapterTable
 from granatum.kernels.lora import ops as lora
 from granatum.models.config import ModelConfig
 from granatum.models.rope import Rope
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import EngineLimits, Plan, Span
 from granatum.runner.engine.scheduling.sequence import Sequence
 from granatum.runner.model.arena import allocate_arena, page_tokens
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.inputs import DeviceInputs, HostInputs, mixed_shape
 from granatum.runner.model.weights import empty_weights, random_weights, targets
+from granatum.runner.pages import PagePool
 from granatum.runner.records import Submit
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))

@@ -10,8 +10,8 @@ from toy_engine import ToyEngine, limits
 from toy_model import expected
 
 from granatum.runner.adapters.residency import NoAdapters
-from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.scheduler import Scheduler
+from granatum.runner.pages import PagePool
 from granatum.runner.records import Departure, Failure, Finish, SequenceNews, Submit
 from granatum.v1.errors import InvalidAdapter, InvalidRequest, NotFound, Unavailable
 
