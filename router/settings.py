@@ -9,15 +9,7 @@ from granatum.adapters_store.limits import DEFAULT_LIMITS, UploadLimits
 from granatum.router.placement.placement import Terms
 from granatum.router.services.quotas import CallBounds
 from granatum.router.streams.stream import Patience
-from granatum.service.settings import (
-    Certificate,
-    CertificateKey,
-    ClusterKey,
-    Insecure,
-    ListenAddress,
-    StoreUrl,
-    settings_of,
-)
+from granatum.service import settings as shared
 from granatum.v1.transport import Tls
 
 _HEARTBEATS_PER_LEASE = 4
@@ -28,21 +20,21 @@ _LEAST_SHARE = 16
 class RouterSettings(BaseSettings):
     """A router's settings; in the environment --max-queue is GRANATUM_ROUTER_MAX_QUEUE."""
 
-    model_config = settings_of("router")
+    model_config = shared.settings_of("router")
 
-    listen: ListenAddress = "127.0.0.1:7070"
+    listen: shared.ListenAddress = "127.0.0.1:7070"
     loopback: str | None = Field(
         None,
         description="a second host:port, of this machine alone and in plaintext: for runners here",
     )
     redis: str = Field("redis://127.0.0.1:6379/0", description="the registry's Redis server")
-    store: StoreUrl
+    store: shared.StoreUrl
     base_config: Path = Field(
         validation_alias=AliasChoices("model-config", "GRANATUM_ROUTER_MODEL_CONFIG"),
         description="the runners' model directory with all its files, or its config.json there",
     )
     keys: Path = Field(description="the JSON file of tenant and admin keys")
-    cluster_key: ClusterKey
+    cluster_key: shared.ClusterKey
 
     max_queue: int = Field(
         1024,
@@ -78,8 +70,10 @@ class RouterSettings(BaseSettings):
     max_streams_per_tenant: int = Field(
         1024, gt=0, description="the most open streams of one tenant on this router"
     )
-    max_request_bytes_per_tenant: int = Field(
-        64 << 20, gt=0, description="the most bytes of one tenant's open requests on this router"
+    max_request_bytes_per_tenant: shared.Size = Field(
+        shared.Size(64 << 20),
+        gt=0,
+        description="the most bytes of one tenant's open requests on this router",
     )
     heartbeat_s: float = Field(1.0, gt=0, description="seconds between a runner's heartbeats")
     lease_s: float = Field(
@@ -90,8 +84,10 @@ class RouterSettings(BaseSettings):
         3600.0, gt=0, description="seconds between collections of blobs that nothing refers to"
     )
 
-    max_adapter_bytes: int = Field(
-        DEFAULT_LIMITS.max_bytes, gt=0, description="the largest adapter_model.safetensors to take"
+    max_adapter_bytes: shared.Size = Field(
+        shared.Size(DEFAULT_LIMITS.max_bytes),
+        gt=0,
+        description="the largest adapter_model.safetensors to take",
     )
     max_adapter_rank: int = Field(
         DEFAULT_LIMITS.max_rank, gt=0, le=256, description="the highest rank of an adapter to take"
@@ -102,17 +98,19 @@ class RouterSettings(BaseSettings):
     max_adapter_aliases: int = Field(
         DEFAULT_LIMITS.max_aliases, gt=0, description="the most aliases that one tenant may keep"
     )
-    max_adapter_bytes_per_tenant: int = Field(
-        DEFAULT_LIMITS.max_tenant_bytes, gt=0, description="the most bytes that one tenant may keep"
+    max_adapter_bytes_per_tenant: shared.Size = Field(
+        shared.Size(DEFAULT_LIMITS.max_tenant_bytes),
+        gt=0,
+        description="the most bytes that one tenant may keep",
     )
 
-    tls_cert: Certificate = None
-    tls_key: CertificateKey = None
+    tls_cert: shared.Certificate = None
+    tls_key: shared.CertificateKey = None
     tls_ca: Path | None = Field(None, description="PEM roots; demands certificates of clients")
     runner_ca: Path | None = Field(None, description="PEM roots of the runners' certificates")
     runner_cert: Path | None = Field(None, description="PEM certificate to show to runners")
     runner_key: Path | None = Field(None, description="PEM key of --runner-cert")
-    insecure: Insecure = False
+    insecure: shared.Insecure = False
 
     @property
     def tls(self) -> Tls | None:

@@ -117,7 +117,7 @@ def _options(settings: RunnerSettings, device: str) -> "EngineOptions":
     )
     on_cpu = device == "cpu"
     max_batch = settings.max_batch or (_CPU_BATCH if on_cpu else options.max_batch)
-    host = settings.host_cache_bytes
+    host: int | None = settings.host_cache_bytes
     if host is None:
         host = host_bytes(settings.model, settings.max_rank) if on_cpu else options.host_bytes
     return dataclasses.replace(options, max_batch=max_batch, host_bytes=host)
