@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 from granatum.cli.box import hardware
@@ -65,12 +64,7 @@ class Box:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._stop()
 
     async def watch(self) -> None:
