@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from granatum.cli.box.box import Box
-from granatum.cli.box.process import Process
+from granatum.cli.box.children import RunnerChild
 from granatum.models.config import read_config
 from granatum.runner import __main__
 from granatum.runner.adapters.residency import NoAdapters
@@ -31,16 +31,16 @@ STEP_MS = "GRANATUM_BENCH_STEP_MS"
 _PAGES = 1 << 16
 
 
+class PacedChild(RunnerChild):
+    """This runner as a box's process."""
+
+    program = (str(Path(__file__).resolve()),)
+
+
 class PacedBox(Box):
     """A box with this runner."""
 
-    def _process(
-        self, name: str, command: tuple[str, ...], env: dict[str, str] | None = None
-    ) -> Process:
-        if name.startswith("runner"):
-            python, _, _, *arguments = command
-            command = (python, str(Path(__file__).resolve()), *arguments)
-        return super()._process(name, command, env)
+    runner = PacedChild
 
 
 class EveryAdapter(NoAdapters):

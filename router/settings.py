@@ -70,8 +70,10 @@ class RouterSettings(BaseSettings):
     max_streams_per_tenant: int = Field(
         1024, gt=0, description="the most open streams of one tenant on this router"
     )
-    max_request_bytes_per_tenant: int = Field(
-        64 << 20, gt=0, description="the most bytes of one tenant's open requests on this router"
+    max_request_bytes_per_tenant: shared.Size = Field(
+        shared.Size(64 << 20),
+        gt=0,
+        description="the most bytes of one tenant's open requests on this router",
     )
     heartbeat_s: float = Field(1.0, gt=0, description="seconds between a runner's heartbeats")
     lease_s: float = Field(
@@ -82,8 +84,10 @@ class RouterSettings(BaseSettings):
         3600.0, gt=0, description="seconds between collections of blobs that nothing refers to"
     )
 
-    max_adapter_bytes: int = Field(
-        DEFAULT_LIMITS.max_bytes, gt=0, description="the largest adapter_model.safetensors to take"
+    max_adapter_bytes: shared.Size = Field(
+        shared.Size(DEFAULT_LIMITS.max_bytes),
+        gt=0,
+        description="the largest adapter_model.safetensors to take",
     )
     max_adapter_rank: int = Field(
         DEFAULT_LIMITS.max_rank, gt=0, le=256, description="the highest rank of an adapter to take"
@@ -94,8 +98,10 @@ class RouterSettings(BaseSettings):
     max_adapter_aliases: int = Field(
         DEFAULT_LIMITS.max_aliases, gt=0, description="the most aliases that one tenant may keep"
     )
-    max_adapter_bytes_per_tenant: int = Field(
-        DEFAULT_LIMITS.max_tenant_bytes, gt=0, description="the most bytes that one tenant may keep"
+    max_adapter_bytes_per_tenant: shared.Size = Field(
+        shared.Size(DEFAULT_LIMITS.max_tenant_bytes),
+        gt=0,
+        description="the most bytes that one tenant may keep",
     )
 
     tls_cert: shared.Certificate = None

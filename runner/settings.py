@@ -51,20 +51,20 @@ class RunnerSettings(BaseSettings):
     prefill_tokens: int = Field(
         512, ge=16, description="rows of one step, decodes and prompt chunks together"
     )
-    arena_bytes: int | None = Field(
+    arena_bytes: shared.Size | None = Field(
         None, gt=0, description="memory for KV and adapters; absent: what the device has left"
     )
     memory_fraction: float = Field(
         0.9, gt=0, le=1, description="share of the GPU's memory to use, weights included"
     )
-    host_cache_bytes: int | None = Field(
+    host_cache_bytes: shared.Size | None = Field(
         None,
         gt=0,
         description="pinned host memory for adapters; absent: 4 GiB, on a CPU room for four of the "
         "largest adapters and at least 64 MiB",
     )
-    disk_cache_bytes: int = Field(
-        64 << 30,
+    disk_cache_bytes: shared.Size = Field(
+        shared.Size(64 << 30),
         gt=0,
         description="the most that --cache-dir holds; what was used longest ago goes first",
     )

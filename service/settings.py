@@ -8,10 +8,22 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import structlog
-from pydantic import AfterValidator, AliasChoices, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, AliasChoices, ByteSize, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 log = structlog.get_logger(__name__)
+
+
+class Size(ByteSize):
+    """A number of bytes. It is read from 268435456, 256MiB or 0.25GiB, and shown as 256 MiB."""
+
+    def __str__(self) -> str:
+        size = int(self)
+        for unit in ("bytes", "KiB", "MiB", "GiB"):
+            if size < 1024 or size % 1024:
+                return f"{size} {unit}"
+            size //= 1024
+        return f"{size} TiB"
 
 
 def settings_of(process: str) -> SettingsConfigDict:
@@ -54,12 +66,16 @@ Given = TypeVar("Given", bound=BaseSettings)
 def read_settings(kind: type[Given]) -> Given:
     """The settings of the command line and the environment.
 
-    If they are not right, the log names each wrong flag and the process ends with status 2.
+    If they are not right, each wrong flag is named, on a terminal as people read it and else in
+    the log, and the process ends with status 2.
     """
     try:
         return kind(_cli_parse_args=True)
     except ValidationError as error:
         flags = ((".".join(map(str, e["loc"])).replace("_", "-"), e) for e in error.errors())
         wrong = [f"--{flag}: {e['msg']}" for flag, e in flags]
-        log.error("the settings are not right", wrong=wrong)
+        if sys.stderr.isatty():
+            sys.stderr.writelines(f"{kind.model_config['cli_prog_name']}: {w}\n" for w in wrong)
+        else:
+            log.error("the settings are not right", wrong=wrong)
         sys.exit(2)

@@ -1,47 +1,28 @@
 """What everyone else sees of an adapter."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from granatum.adapters_store.catalog.catalog import Catalog, Version, Visibility
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """One version of an adapter, as everyone else sees it.
-
-    `digest` is 64 hexadecimal digits, `create_time` Unix seconds, `aliases` are sorted.
-    """
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest(Version):
+    """One version of an adapter as everyone else sees it: with its names. `aliases` are sorted."""
 
     tenant: str
     name: str
-    version: int
-    digest: str
-    size_bytes: int
-    max_rank: int
-    target_modules: tuple[str, ...]
-    create_time: float
     visibility: Visibility
     aliases: tuple[str, ...]
-    base_fingerprint: str
-    elements: int = 0
-    """Room that it takes in a runner's arena; 0: unknown."""
 
     @classmethod
     def of(cls, catalog: Catalog, tenant: str, name: str, version: Version) -> "Manifest":
         """The manifest of a version in its tenant's catalog."""
         return cls(
+            **asdict(version),
             tenant=tenant,
             name=name,
-            version=version.version,
-            digest=version.digest,
-            size_bytes=version.size_bytes,
-            max_rank=version.max_rank,
-            target_modules=version.target_modules,
-            create_time=version.create_time,
             visibility=catalog.adapters[name].visibility,
             aliases=catalog.aliases_of(name, version.version),
-            base_fingerprint=version.base_fingerprint,
-            elements=version.elements,
         )
 
     def for_strangers(self) -> "Manifest":

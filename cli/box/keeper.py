@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from granatum.cli.box.process import Process
+from granatum.cli.box.children import Child
+from granatum.cli.box.process import ProcessDied
 from granatum.v1.errors import Unavailable
 
 
@@ -22,15 +23,15 @@ class Pauses:
     lasting: float = 60.0
 
 
-async def keep(process: Process, say: Callable[[str], None], pauses: Pauses) -> NoReturn:
-    """Start a running process again, without end; say each end once.
+async def keep(process: Child, say: Callable[[str], None], pauses: Pauses) -> NoReturn:
+    """Start a running process again, without end; say each end, and when it serves again.
 
-    However often it ends, it is not given up: what ended it may be one request, or a server that
-    will be back, and there is nobody else to start it.
+    A process is never given up, however often it ends. One request may have ended it, or a server
+    that will be back, and nobody else would start it.
     """
     pause, started = pauses.first, time.monotonic()
+    death = await process.death()
     while True:
-        death = await process.death()
         if time.monotonic() - started >= pauses.lasting:
             pause = pauses.first
         say(f"{death.message}\n{process.name} starts again in {pause:g} s")
@@ -38,10 +39,27 @@ async def keep(process: Process, say: Callable[[str], None], pauses: Pauses) -> 
         pause = min(2 * pause, pauses.longest)
         await _start(process, say, pauses)
         started = time.monotonic()
+        death = await _next_death(process, say)
 
 
-async def _start(process: Process, say: Callable[[str], None], pauses: Pauses) -> None:
-    """Until it could be started: the disk may be full, or the machine out of processes."""
+async def _next_death(process: Child, say: Callable[[str], None]) -> ProcessDied:
+    """How a process that was just started ends. Until then this says when the process serves."""
+
+    async def tell() -> None:
+        began = time.monotonic()
+        await process.serves()
+        say(f"{process.name} serves again after {time.monotonic() - began:.1f} s")
+
+    telling = asyncio.create_task(tell())
+    try:
+        return await process.death()
+    finally:
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
+
+
+async def _start(process: Child, say: Callable[[str], None], pauses: Pauses) -> None:
+    """Start a process. While the disk is full, or the machine out of processes, try again."""
     said = ""
     while True:
         try:

@@ -41,6 +41,10 @@ class Layout:
         """One file per process."""
         return self.logs or self.state / "logs"
 
+    def log_of(self, process: str) -> Path:
+        """Where a process of that name logs."""
+        return self.log_directory / f"{process}.log"
+
     @property
     def needs_loopback(self) -> bool:
         """Whether the box's runners need an address of their own to reach the router.

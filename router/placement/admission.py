@@ -7,20 +7,15 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
 
+from granatum.router.placement import placement
 from granatum.router.placement.leases import Leases
 from granatum.router.placement.line import Line, Waiter
 from granatum.router.placement.placement import (
-    Capped,
-    Full,
     Lease,
     LeaseKind,
-    Limited,
     Outcome,
     Placed,
     PlacementRequest,
-    Queued,
-    TenantFull,
-    Unservable,
     Waiting,
 )
 from granatum.router.placement.registry import Registry
@@ -205,20 +200,20 @@ async def _pause(failure: Unavailable, left_s: float) -> None:
 def _waiting(request: PlacementRequest, outcome: Outcome) -> Waiting:
     """An outcome for which to wait; raise the error that the others are."""
     match outcome:
-        case Full():
+        case placement.Full():
             raise Overloaded(
                 "every runner is busy and the queue is full (--max-queue): try again later",
                 reason="QUEUE_FULL",
                 retry_after_s=RETRY_AFTER_S,
             )
-        case TenantFull():
+        case placement.TenantFull():
             raise Overloaded(
                 f"your tenant has {outcome.limit} requests in the queue, as many as it may "
                 "(--max-queued-per-tenant): wait for some to run",
                 reason="TENANT_QUEUE",
                 retry_after_s=RETRY_AFTER_S,
             )
-        case Unservable():
+        case placement.Unservable():
             raise _unservable(request, outcome)
         case Placed():
             raise AssertionError("a placement need not wait")
@@ -226,7 +221,7 @@ def _waiting(request: PlacementRequest, outcome: Outcome) -> Waiting:
             return outcome
 
 
-def _unservable(request: PlacementRequest, fleet: Unservable) -> PreconditionFailed:
+def _unservable(request: PlacementRequest, fleet: placement.Unservable) -> PreconditionFailed:
     return PreconditionFailed(
         f"no runner can serve the adapter, of rank {request.rank} and {request.elements:,} "
         f"elements: the fleet's largest take rank {fleet.max_rank} and {fleet.max_elements:,} "
@@ -241,14 +236,14 @@ def _deadline_passed() -> DeadlineExceeded:
 
 
 def _too_late(outcome: Waiting) -> GranatumError:
-    if isinstance(outcome, Capped):
+    if isinstance(outcome, placement.Capped):
         return Overloaded(
             "your tenant ran as many requests as it may at a time (--max-running-per-tenant) until "
             "the deadline: wait for one to end",
             reason="TENANT_RUNNING",
             retry_after_s=RETRY_AFTER_S,
         )
-    if isinstance(outcome, Queued | Limited) and outcome.live_runners:
+    if isinstance(outcome, placement.Queued | placement.Limited) and outcome.live_runners:
         return Overloaded(
             "every runner was busy until the deadline: try again later",
             reason="QUEUE_TIMEOUT",

@@ -117,6 +117,9 @@ def _options(settings: RunnerSettings, device: str) -> "EngineOptions":
     )
     on_cpu = device == "cpu"
     max_batch = settings.max_batch or (_CPU_BATCH if on_cpu else options.max_batch)
-    default = cpu_host_cache_bytes(settings.model, settings.max_rank) if on_cpu else None
-    host = settings.host_cache_bytes or default or options.host_cache_bytes
+    host: int | None = settings.host_cache_bytes
+    if host is None and on_cpu:
+        host = cpu_host_cache_bytes(settings.model, settings.max_rank)
+    elif host is None:
+        host = options.host_cache_bytes
     return dataclasses.replace(options, max_batch=max_batch, host_cache_bytes=host)

@@ -78,6 +78,21 @@ def same(one: Sequence[Completion], other: Sequence[Completion]) -> None:
     assert [c.text for c in one] == [c.text for c in other]
 
 
+async def interrupted(
+    client: Client, operator: Client, number: int
+) -> tuple[list[Request], list[Completion], list[asyncio.Task[Completion]], RunnerStatus]:
+    """Streams under way on two runners, to be disturbed.
+
+    Returned are the requests, what they come to undisturbed, their tasks, and the busier runner.
+    """
+    await upload_mine(client)
+    wanted = requests(number)
+    undisturbed = await all_of(client, wanted)
+    tasks = await begun([long(client, request) for request in wanted], 5)
+    busiest = max((await figures(operator)).values(), key=lambda runner: runner.reserved)
+    return wanted, undisturbed, tasks, busiest
+
+
 async def figures(client: Client) -> dict[str, RunnerStatus]:
     """The live runners by their ids."""
     return {runner.id: runner for runner in await client.runners()}

@@ -1,12 +1,12 @@
 """What every process makes of wrong settings."""
 
 import pytest
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 from pydantic_settings import BaseSettings
 from structlog.testing import capture_logs
 
 from granatum.service.cluster_key import check_cluster_key
-from granatum.service.settings import ClusterKey, read_settings, settings_of
+from granatum.service.settings import ClusterKey, Size, read_settings, settings_of
 from granatum.v1.errors import Unauthenticated
 
 
@@ -43,6 +43,32 @@ def test_every_wrong_flag_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pages.startswith("--most-pages: ")
     assert key.startswith("--cluster-key: ")
     assert "GRANATUM_CLUSTER_KEY" in key
+
+
+def test_on_a_terminal_wrong_flags_are_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with pytest.raises(SystemExit):
+        run_with(monkeypatch, "--most-pages", "0", "--cluster-key", " ")
+    pages, key = capsys.readouterr().err.splitlines()
+    assert pages.startswith("granatum sample: --most-pages: ")
+    assert key.startswith("granatum sample: --cluster-key: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "shown"),
+    [
+        ("268435456", 1 << 28, "256 MiB"),
+        ("256MiB", 1 << 28, "256 MiB"),
+        ("1.5 GiB", 3 << 29, "1536 MiB"),
+        ("1TiB", 1 << 40, "1 TiB"),
+        ("1025", 1025, "1025 bytes"),
+    ],
+)
+def test_a_size_is_read_and_shown_with_its_unit(text: str, number: int, shown: str) -> None:
+    size = TypeAdapter(Size).validate_python(text)
+    assert (size, str(size)) == (number, shown)
 
 
 def test_another_cluster_key_is_refused() -> None:

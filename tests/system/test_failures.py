@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, healthy
-from streams import MINE, all_of, begun, figures, finish, long, requests, same, upload_mine
+from streams import (
+    MINE,
+    all_of,
+    begun,
+    figures,
+    finish,
+    interrupted,
+    long,
+    requests,
+    same,
+    upload_mine,
+)
 
 from granatum.examples.tasks import held_out_words
 from granatum.v1.errors import (
@@ -45,11 +56,7 @@ async def test_drained_runner_hands_its_streams_over(cluster: Cluster) -> None:
         cluster.start_runner(name)
     await cluster.runners_alive(admin, 2)
     async with cluster.client(key) as client, cluster.client(admin) as operator:
-        await upload_mine(client)
-        wanted = requests(8)
-        undisturbed = await all_of(client, wanted)
-        tasks = await begun([long(client, request) for request in wanted], 5)
-        busiest = max((await figures(operator)).values(), key=lambda r: r.reserved)
+        wanted, undisturbed, tasks, busiest = await interrupted(client, operator, 8)
         await operator.drain(busiest.id)
         same(undisturbed, await asyncio.gather(*tasks))
         async with asyncio.timeout(20):
@@ -167,11 +174,7 @@ async def test_a_frozen_engine_gets_no_work_and_its_streams_go_on_elsewhere(
     runners = {name: cluster.start_runner(name) for name in ("runner-0", "runner-1")}
     await cluster.runners_alive(admin, 2)
     async with cluster.client(key) as client, cluster.client(admin) as operator:
-        await upload_mine(client)
-        wanted = requests(8)
-        undisturbed = await all_of(client, wanted)
-        tasks = await begun([long(client, request) for request in wanted], 5)
-        busiest = max((await figures(operator)).values(), key=lambda r: r.reserved)
+        wanted, undisturbed, tasks, busiest = await interrupted(client, operator, 8)
         engine = runners[busiest.id].busiest_child()
         engine.suspend()
         try:

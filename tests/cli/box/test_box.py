@@ -51,6 +51,14 @@ async def spawn(state: Path, *more: str) -> asyncio.subprocess.Process:
     )
 
 
+async def heard(up: asyncio.subprocess.Process, text: str) -> None:
+    """Return once it says so."""
+    assert up.stdout is not None
+    async with asyncio.timeout(START_S):
+        while text not in (line := (await up.stdout.readline()).decode()):
+            assert line, "it ended"
+
+
 async def stopped(up: asyncio.subprocess.Process) -> None:
     """Ask it to end, and see that everything ends with it."""
     children = family(up)
@@ -101,6 +109,7 @@ async def test_a_box_serves_keeps_its_state_and_leaves_nothing_running(tmp_path:
             await asyncio.sleep(0.1)
         again = await client.complete(TASK.prompt(WORD), stop=(TASK.stop,), max_tokens=64)
         assert again.text == tasks.BASE.expected(WORD), "a runner that dies is started again"
+        await heard(up, "runner-0 serves again after ")
         assert up.returncode is None
     assert not open_to_others(tmp_path)
     other = await spawn(tmp_path, "--listen", "127.0.0.1:0")

@@ -2,20 +2,31 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from granatum.cli.box.children import Child
 from granatum.cli.box.keeper import Pauses, keep
-from granatum.cli.box.process import Process
 
 POISONED = (sys.executable, "-ISc", "print('poison', flush=True); raise SystemExit(1)")
 SLEEPER = (sys.executable, "-ISc", "import time; time.sleep(600)")
 
 
+class Kept(Child):
+    """A process that serves once it is told to be ready."""
+
+    def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
+        super().__init__(name, command, log)
+        self.ready = asyncio.Event()
+
+    async def serves(self) -> None:
+        await self.ready.wait()
+
+
 @asynccontextmanager
 async def kept(
-    process: Process, say: Callable[[str], None], pauses: Pauses
+    process: Child, say: Callable[[str], None], pauses: Pauses
 ) -> AsyncIterator[asyncio.Task[None]]:
     """The process, started and kept running meanwhile."""
     await process.start()
@@ -32,7 +43,7 @@ async def test_a_process_that_never_lasts_is_not_given_up_and_each_end_is_said_o
     tmp_path: Path,
 ) -> None:
     said: asyncio.Queue[str] = asyncio.Queue()
-    process = Process("p", POISONED, tmp_path / "p.log")
+    process = Kept("p", POISONED, tmp_path / "p.log")
     async with kept(process, said.put_nowait, Pauses(0.01, 0.04, 60)) as keeping:
         async with asyncio.timeout(30):
             ends = [await said.get() for _ in range(5)]
@@ -44,10 +55,25 @@ async def test_a_process_that_never_lasts_is_not_given_up_and_each_end_is_said_o
 
 async def test_one_that_lasted_starts_again_at_once(tmp_path: Path) -> None:
     said: asyncio.Queue[str] = asyncio.Queue()
-    process = Process("p", POISONED, tmp_path / "p.log")
+    process = Kept("p", POISONED, tmp_path / "p.log")
     async with kept(process, said.put_nowait, Pauses(0.01, 10, lasting=0)), asyncio.timeout(30):
         ends = [await said.get() for _ in range(3)]
     assert all(end.endswith("in 0.01 s") for end in ends)
+
+
+async def test_one_that_serves_again_is_said_to(tmp_path: Path) -> None:
+    said: asyncio.Queue[str] = asyncio.Queue()
+    process = Kept("p", SLEEPER, tmp_path / "p.log")
+    async with kept(process, said.put_nowait, Pauses(0.01, 0.05, 60)), asyncio.timeout(30):
+        await process.stop(grace_s=5)
+        assert "p ended" in await said.get()
+        while not process.running:
+            await asyncio.sleep(0.01)
+        await process.stop(grace_s=5)
+        assert "p ended" in await said.get(), "it ended before it served"
+        process.ready.set()
+        assert (await said.get()).startswith("p serves again after ")
+        assert process.running
 
 
 async def test_a_start_that_fails_is_tried_again(tmp_path: Path) -> None:
@@ -55,7 +81,7 @@ async def test_a_start_that_fails_is_tried_again(tmp_path: Path) -> None:
     said: asyncio.Queue[str] = asyncio.Queue()
     logs = tmp_path / "logs"
     logs.mkdir()
-    process = Process("p", SLEEPER, logs / "p.log")
+    process = Kept("p", SLEEPER, logs / "p.log")
     async with kept(process, said.put_nowait, Pauses(0.01, 0.05, 60)), asyncio.timeout(30):
         logs.rename(tmp_path / "away")
         await process.stop(grace_s=5)

@@ -41,19 +41,24 @@ async def _heartbeat(box: Box, id_: str, **limits: int) -> None:
     await stub.Heartbeat(request, metadata=bearer(CLUSTER_KEY), timeout=5)
 
 
-async def _send(box: Box, rank: int, name: str = "bot") -> pb.UploadAdapterResponse:
-    requests = upload_requests(name, adapter_files(rank=rank), 100_000)
-    return await box.adapters().UploadAdapter(requests, metadata=bearer(box.acme), timeout=10)
-
-
-async def test_a_rank_that_no_runner_serves_is_refused(
-    box: Box, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+async def fleetless(box: Box, monkeypatch: pytest.MonkeyPatch) -> Box:
+    """A router without runners, which asks anew at each upload what runners there are."""
     monkeypatch.setattr(uploads, "_FRESH_S", -1.0)
     await box.router()
     await box.runner("a")
     box.runners["a"].script.silent = True
     await box.runners["a"].deregister()
+    return box
+
+
+async def _send(box: Box, rank: int, name: str = "bot") -> pb.UploadAdapterResponse:
+    requests = upload_requests(name, adapter_files(rank=rank), 100_000)
+    return await box.adapters().UploadAdapter(requests, metadata=bearer(box.acme), timeout=10)
+
+
+async def test_a_rank_that_no_runner_serves_is_refused(fleetless: Box) -> None:
+    box = fleetless
     await _send(box, 128, "before-any-runner")
     await _heartbeat(box, "narrow", max_rank=64)
     error = await error_of(_send(box, 128))
@@ -67,14 +72,8 @@ async def test_a_rank_that_no_runner_serves_is_refused(
     assert "rank 136" in (await error_of(_send(box, 136))).message
 
 
-async def test_an_adapter_that_no_runner_has_room_for_is_refused(
-    box: Box, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(uploads, "_FRESH_S", -1.0)
-    await box.router()
-    await box.runner("a")
-    box.runners["a"].script.silent = True
-    await box.runners["a"].deregister()
+async def test_an_adapter_that_no_runner_has_room_for_is_refused(fleetless: Box) -> None:
+    box = fleetless
     # q_proj of the box's model is 32 x 32: rank 9 is padded to 16, in A and in B.
     await _heartbeat(box, "small", max_rank=64, max_adapter_elements=16 * 64 - 1)
     await _heartbeat(box, "narrow", max_rank=8, max_adapter_elements=1 << 30)
