@@ -21,9 +21,10 @@ _WARP_ELEMENTS = 1024
 def _rms_norm_kernel(
     x, residual, indices, last, weight, out, x_stride, residual_stride, out_stride, eps,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
-    PDL: tl.constexpr,
+    SCALE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One block: a row of `out`. ADD: with the residual's row. KEEP: the sum is the residual's."""
+    """One block: a row of `out`. ADD: add SCALE times x to the residual's row; otherwise the row is
+    SCALE times x. KEEP: write the row to the residual."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     inside = n < N
@@ -38,9 +39,12 @@ def _rms_norm_kernel(
         drawn = tl.load(last - 1 - source, mask=source < 0, other=0).to(tl.int64)
         source = tl.where(source < 0, drawn, source)
     values = tl.load(x + source * x_stride + n, mask=inside, other=0.0).to(tl.float32)
+    if SCALE != 1.0:
+        values *= SCALE
     if ADD:
         at = residual + source * residual_stride + n
         values += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if ADD or SCALE != 1.0:
         values = values.to(residual.dtype.element_ty).to(tl.float32)
     if KEEP:
         tl.store(residual + row * residual_stride + n, values, mask=inside)
@@ -56,18 +60,20 @@ def embed_rms_norm(
     eps: float,
     residual: torch.Tensor,
     out: torch.Tensor,
+    *,
+    scale: float = 1.0,
 ) -> None:
-    """residual = embedding[tokens], out = residual / sqrt(mean(residual^2) + eps) * weight.
+    """residual = scale * embedding[tokens]; out = residual / sqrt(mean(residual^2) + eps) * weight.
 
-    tokens int [T]: where one is negative, last[-1 - token] stands for it; last int [seats];
-    embedding [vocabulary, N]; weight [N]; residual, out [T, N]. Rows have adjacent elements and lie
-    evenly apart; the norm is taken in float32.
+    tokens int [T]: a negative token stands for last[-1 - token]; last int [seats]; embedding
+    [vocabulary, N]; weight [N]; residual, out [T, N]. Rows have adjacent elements and lie evenly
+    apart. The scaled embedding is rounded to the residual's dtype. The norm is taken in float32.
     """
     if not runs_kernel(embedding):
-        reference.embed_rms_norm(tokens, last, embedding, weight, eps, residual, out)
+        reference.embed_rms_norm(tokens, last, embedding, weight, eps, residual, out, scale=scale)
         return
     require(embedding.dtype == residual.dtype, "embedding and residual must be of one dtype")
-    _launch(embedding, residual, tokens, last, weight, eps, out, add=False)
+    _launch(embedding, residual, tokens, last, weight, eps, out, add=False, scale=scale)
 
 
 def add_rms_norm(
@@ -77,18 +83,21 @@ def add_rms_norm(
     eps: float,
     out: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
 ) -> None:
-    """residual += x, then out = residual / sqrt(mean(residual^2) + eps) * weight, in float32.
+    """residual += scale * x, then out = residual / sqrt(mean(residual^2) + eps) * weight.
 
-    x, residual, out [T, N], weight [N]; `out` is x unless given; the norm is that of the rounded
-    residual. With rows int [S], out [S, N] is of these rows alone and residual is left as it is.
+    x, residual, out [T, N], weight [N]; `out` is x unless given. The sum is taken in float32 and
+    rounded once, to the residual's dtype; the norm is that of the rounded sum. With rows int [S],
+    out [S, N] holds these rows alone, and the residual stays as it is.
     """
     out = x if out is None else out
     if not runs_kernel(x):
-        reference.add_rms_norm(x, residual, weight, eps, out, rows)
+        reference.add_rms_norm(x, residual, weight, eps, out, rows, scale=scale)
         return
     require_rows("residual", residual, tuple(x.shape))
-    _launch(x, residual, rows, None, weight, eps, out, add=True)
+    _launch(x, residual, rows, None, weight, eps, out, add=True, scale=scale)
 
 
 def _launch(
@@ -101,6 +110,7 @@ def _launch(
     out: torch.Tensor,
     *,
     add: bool,
+    scale: float,
 ) -> None:
     n = x.shape[1]
     rows = (x if indices is None else indices).shape[0]
@@ -126,6 +136,7 @@ def _launch(
         BLOCK_N=block,
         ADD=add,
         KEEP=keep,
+        SCALE=scale,
         num_warps=min(8, max(1, block // _WARP_ELEMENTS)),
         **overlap_options(x),
     )

@@ -21,10 +21,12 @@ def embed_rms_norm(
     eps: float,
     residual: torch.Tensor,
     out: torch.Tensor,
+    *,
+    scale: float,
 ) -> None:
     """As `norm.embed_rms_norm`."""
     drawn = last[(-1 - tokens).clamp(min=0)]
-    residual.copy_(embedding[torch.where(tokens < 0, drawn, tokens)])
+    residual.copy_(scale * embedding[torch.where(tokens < 0, drawn, tokens)].float())
     _rms_norm(residual, weight, eps, out)
 
 
@@ -35,11 +37,13 @@ def add_rms_norm(
     eps: float,
     out: torch.Tensor,
     rows: torch.Tensor | None = None,
+    *,
+    scale: float,
 ) -> None:
     """As `norm.add_rms_norm`."""
     if rows is not None:
         x, residual = x[rows], residual[rows]
-    residual.copy_(residual.float() + x.float())
+    residual.copy_(residual.float() + scale * x.float())
     _rms_norm(residual, weight, eps, out)
 
 

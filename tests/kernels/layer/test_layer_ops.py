@@ -47,6 +47,26 @@ def test_add_rms_norm(dtype: torch.dtype, device: torch.device) -> None:
     assert torch.equal(residual, kept)
 
 
+def test_norms_of_scaled_rows(dtype: torch.dtype, device: torch.device) -> None:
+    embedding = torch.randn(7, 96, device=device).to(dtype)
+    weight = torch.randn(96, device=device).to(dtype)
+    tokens = torch.tensor([6, -1], dtype=torch.int32, device=device)
+    last = torch.tensor([4], dtype=torch.int32, device=device)
+    residual, out = torch.full((2, 2, 96), torch.nan, dtype=dtype, device=device)
+    embed_rms_norm(tokens, last, embedding, weight, 1e-5, residual, out, scale=12.0)
+    assert_close(residual, 12 * embedding[[6, 4]].double())
+    assert_close(out, normed(residual, weight, 1e-5))
+    x = torch.randn(2, 96, device=device).to(dtype)
+    summed = residual.double() + 0.21875 * x.double()
+    some = torch.full_like(x[:1], torch.nan)
+    rows = torch.tensor([1], dtype=torch.int32, device=device)
+    add_rms_norm(x, residual, weight, 1e-5, some, rows, scale=0.21875)
+    add_rms_norm(x, residual, weight, 1e-5, out, scale=0.21875)
+    assert_close(residual, summed)
+    assert_close(out, normed(residual, weight, 1e-5))
+    assert torch.equal(some, out[1:])
+
+
 def test_add_rms_norm_of_some_rows(dtype: torch.dtype, device: torch.device) -> None:
     x, residual = torch.randn(2, 5, 96, device=device).to(dtype)
     weight = torch.randn(96, device=device).to(dtype)
