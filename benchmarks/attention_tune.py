@@ -24,6 +24,7 @@ from workload import MAX_LENGTH, SEED, SHAPES, textgen_lengths
 
 from granatum.kernels.attention.decode import DecodeConfig, allocate_decode_workspace, launch_decode
 from granatum.kernels.attention.reference import decode_attention
+from granatum.kernels.device import gpu
 from granatum.kernels.layer.rope import Rotary
 from granatum.kernels.layout import KvLayout
 
@@ -113,7 +114,7 @@ def compile_one(grouped: bool, config: DecodeConfig, batches: tuple[int, ...]) -
     try:
         for batch in batches:
             bench = Bench("8b" if grouped else "7b", [40] * batch)
-            bench.run(replace(config, blocks=132, piece=256), 0)
+            bench.run(replace(config, blocks=gpu(0).sms, piece=256), 0)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{config}: {type(error).__name__}: {str(error)[:150]}"
@@ -125,7 +126,7 @@ def candidates(compiled: list[DecodeConfig]) -> Iterator[DecodeConfig]:
     for config in compiled:
         for per_sm in (8, 12, 16):
             for piece in PIECES:
-                yield replace(config, blocks=per_sm * 132, piece=piece)
+                yield replace(config, blocks=per_sm * gpu(0).sms, piece=piece)
 
 
 def measure(model: str, batch: int, context: int, compiled: list[DecodeConfig]) -> None:

@@ -6,11 +6,12 @@ A launcher asks `runs_kernel` whether its Triton kernel or its torch twin serves
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from granatum.kernels.device import gpu_of
 
 try:
     import triton
@@ -78,14 +79,9 @@ def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
     read weights, and what was copied to the device before the step. Behind a kernel of which this
     is known, what was complete before that one's wait may be used without waiting for that one.
     """
-    if tensor.is_cuda and _overlaps(tensor.get_device()):
+    if gpu_of(tensor.device).overlaps:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
-
-
-@cache
-def _overlaps(device_index: int) -> bool:
-    return torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
 def require(condition: bool, message: str) -> None:

@@ -4,7 +4,6 @@ Where it is missing, files with such kernels still import, and kernels in Triton
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from granatum.kernels.backend import HAS_TRITON, INTERPRETING, tl
@@ -14,7 +13,6 @@ if AVAILABLE:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
-    from triton.runtime import driver
 
     if hasattr(async_copy, "async_load"):
         async_load = async_copy.async_load
@@ -32,7 +30,6 @@ __all__ = [
     "launch_dependents",
     "mma_v2",
     "of_triton",
-    "shared_memory",
     "sync_warp",
     "wait",
 ]
@@ -52,12 +49,6 @@ def jit(*runtime_integers: str) -> Callable[[Callable[..., Any]], Any]:
 def of_triton(helper: Any) -> Any:
     """A Triton helper of scalars and what they address, for kernels in Gluon."""
     return gluon.jit(helper.fn) if AVAILABLE else helper
-
-
-@cache
-def shared_memory(device_index: int) -> int:
-    """Bytes of shared memory that a block may have on a GPU."""
-    return int(driver.active.utils.get_device_properties(device_index)["max_shared_mem"])
 
 
 @jit()

@@ -28,6 +28,7 @@ from granatum.kernels.backend import (
     tl,
     triton,
 )
+from granatum.kernels.device import gpu_of
 from granatum.kernels.layer.rope import Rotary, load_angles, load_rotated
 from granatum.kernels.layout import KvLayout
 
@@ -49,12 +50,6 @@ class DecodeConfig:
     stages: int
     blocks: int
     piece: int
-
-
-GROUPED = DecodeConfig(32, 3, 8 * 132, 1024)
-"""Where query heads share keys."""
-SINGLE = DecodeConfig(16, 2, 16 * 132, 512)
-"""Where each has its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,9 +302,11 @@ def most_pieces(config: DecodeConfig, rows: int, kv: KvLayout, max_tokens: int) 
     return min(-(-max_tokens // piece_tokens(config, rows, kv)), MAX_PIECES)
 
 
-def decode_config(heads: int, kv: KvLayout) -> DecodeConfig:
-    """What was measured to be best on an H200."""
-    return SINGLE if heads == kv.kv_heads else GROUPED
+def decode_config(heads: int, kv: KvLayout, sms: int) -> DecodeConfig:
+    """What was measured to be best on an H200, with blocks for a GPU of `sms` multiprocessors."""
+    if heads == kv.kv_heads:  # no key is shared among query heads
+        return DecodeConfig(16, 2, 16 * sms, 512)
+    return DecodeConfig(32, 3, 8 * sms, 1024)
 
 
 def allocate_decode_workspace(
@@ -321,7 +318,7 @@ def allocate_decode_workspace(
     config: DecodeConfig | None = None,
 ) -> DecodeWorkspace:
     """What `decode_attention` needs for up to so many rows; max_tokens as it sees them."""
-    config = config or decode_config(heads, kv)
+    config = config or decode_config(heads, kv, gpu_of(device).sms)
     pieces = max(
         rows * most_pieces(config, rows, kv, max_tokens) for rows in range(1, max_rows + 1)
     )
@@ -369,7 +366,7 @@ def decode_attention(
         return
     launch_decode(
         q, k, v, rotary, arena, kv, layer, page_table, lengths, scale, out, workspace,
-        decode_config(heads, kv),
+        decode_config(heads, kv, gpu_of(q.device).sms),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from granatum.kernels.backend import dot, jit, require, require_rows, runs_kernel, tl, triton
+from granatum.kernels.device import Gpu, gpu_of
 from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
 from granatum.kernels.lora import expand_fragments as fragments
 from granatum.kernels.lora import reference
@@ -18,9 +19,6 @@ from granatum.kernels.lora.lookup import (
 )
 from granatum.kernels.lora.shrink import load_inside, tile_programs
 from granatum.kernels.lora.tuning import Config, Shape, config_for, power_of_two
-
-_FEWEST_BLOCKS = 128
-"""That keep a GPU busy, of long tiles."""
 
 
 @jit("rows_total", "workspace_width", "layers", "layer")
@@ -318,7 +316,7 @@ def launch_expand(
         if fragments.serves(y, shape, fragments.PAIR):
             least, kernel = fragments.PAIR, fragments.expand_kernel
             options = fragments.options(shape.max_rank)
-        span = fitting_span(span, least, outs, across)
+        span = fitting_span(span, least, outs, across, fewest_blocks(gpu_of(y.device)))
         options |= {"SPAN": span, "ADD": add}
     kernel[(_blocks(outs, span), across)](
         y,
@@ -349,9 +347,7 @@ def launch_expand(
     )
 
 
-def fitting_span(
-    span: int, least: int, outs: Sequence[int], across: int, fewest: int = _FEWEST_BLOCKS
-) -> int:
+def fitting_span(span: int, least: int, outs: Sequence[int], across: int, fewest: int) -> int:
     """Columns that a block goes through: fewer where there are few rows, to fill the GPU.
 
     That changes no sum.
@@ -359,6 +355,11 @@ def fitting_span(
     while span > least and _blocks(outs, span) * across < fewest:
         span //= 2
     return span
+
+
+def fewest_blocks(gpu: Gpu) -> int:
+    """Blocks of long tiles that keep a GPU busy: one per multiprocessor, to a multiple of 32."""
+    return gpu.sms // 32 * 32
 
 
 def _blocks(outs: Sequence[int], span: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from granatum.kernels.device import gpu_of
 from granatum.kernels.gluon import (
     AVAILABLE,
     async_copy,
@@ -24,7 +25,6 @@ from granatum.kernels.gluon import (
     launch_dependents,
     mma_v2,
     of_triton,
-    shared_memory,
     wait,
 )
 from granatum.kernels.lora import lookup
@@ -55,7 +55,7 @@ def serves(y: torch.Tensor, shape: Shape, step: int, projections: int = 1) -> bo
         return False
     held = _held(shape.max_rank) if shape.max_rank > RANKS else 0
     values = 2 * _STAGES * (BLOCK + RANKS) * BLOCK + 2 * projections * held * RANKS * BLOCK
-    return not y.is_cuda or values * y.element_size() <= shared_memory(y.get_device())
+    return values * y.element_size() <= gpu_of(y.device).shared_memory
 
 
 def _held(max_rank: int) -> int:

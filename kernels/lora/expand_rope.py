@@ -5,11 +5,12 @@ from math import gcd
 import torch
 
 from granatum.kernels.backend import require, runs_kernel
+from granatum.kernels.device import gpu_of
 from granatum.kernels.gluon import gl, jit, launch_dependents, wait
 from granatum.kernels.layer.rope import Rotary, rope_and_write_kv
 from granatum.kernels.layout import FIRST_PROJECTION, GROUPS, AdapterTable, KvLayout, Tiles
 from granatum.kernels.lora import expand_fragments as fragments
-from granatum.kernels.lora.expand import check_expand, expand, fitting_span
+from granatum.kernels.lora.expand import check_expand, expand, fewest_blocks, fitting_span
 from granatum.kernels.lora.shrink import tile_programs
 
 QKV = GROUPS.index("qkv")
@@ -172,7 +173,8 @@ def expand_rope_and_write_kv(
         rope_and_write_kv(q, k, v, positions, rotary, arena, kv, layer, kv_slots)
         return
     across, most = tile_programs(tiles, rows), gcd(heads, kv_heads, _BLOCK_HEADS)
-    block_heads = fitting_span(most, 1, (heads + 2 * kv_heads,), across)
+    fewest = fewest_blocks(gpu_of(qkv.device))
+    block_heads = fitting_span(most, 1, (heads + 2 * kv_heads,), across, fewest)
     _expand_rope_kernel[((heads + 2 * kv_heads) // block_heads, across)](
         qkv,
         positions,

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from granatum.kernels.backend import jit, require_rows, runs_kernel, tl
+from granatum.kernels.device import gpu_of
 from granatum.kernels.gluon import gl, launch_dependents, wait
 from granatum.kernels.gluon import jit as gluon_jit
 from granatum.kernels.layer.activation import silu_mul
@@ -16,10 +17,10 @@ from granatum.kernels.lora.shrink import tile_programs
 from granatum.kernels.lora.tuning import power_of_two
 
 GATE_UP = GROUPS.index("gate_up")
-_FEWEST_BLOCKS = 396
-"""Of long tiles: a GPU of 132 multiprocessors has room for three on each."""
+_BLOCKS_PER_SM = 3
+"""Blocks of long tiles that a multiprocessor has room for, and gets where rows are few."""
 _REGISTERS = 168
-"""Of a thread of theirs, for that."""
+"""The most registers of a thread with which three such blocks fit a multiprocessor."""
 
 
 @jit()
@@ -251,7 +252,8 @@ def expand_silu_mul(
     }
     if shape.dot:
         kernel, across = _expand_silu_tiles_kernel, tile_programs(tiles, rows)
-        span = fitting_span(config.silu_n, fragments.BLOCK, (n,), across, _FEWEST_BLOCKS)
+        fewest = _BLOCKS_PER_SM * gpu_of(out.device).sms
+        span = fitting_span(config.silu_n, fragments.BLOCK, (n,), across, fewest)
         options = {"SPAN": span, "maxnreg": _REGISTERS, **fragments.options(shape.max_rank)}
     kernel[(-(-n // span), across)](
         gate_up,

@@ -5,6 +5,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from fake_gpu import compiling
 
-from granatum.kernels import backend
+from granatum.kernels import backend, device
 from granatum.kernels.attention import decode as attention
 from granatum.kernels.attention.prefill import prefill_attention
 from granatum.kernels.layer.activation import silu_mul
@@ -148,15 +149,11 @@ def test_fragments_serve_where_there_is_room(
 ) -> None:
     """On GPUs with less shared memory than an H200's other kernels do."""
     y = torch.empty(ROWS, 256, dtype=BF16)
-    on_gpu: Any = SimpleNamespace(
-        dtype=BF16, is_cuda=True, get_device=lambda: 0,
-        data_ptr=y.data_ptr, stride=y.stride, element_size=y.element_size,
-    )  # fmt: skip
     shape = Shape(4096, (128, 128), max_rank, lora.PREFILL_BLOCK_M)
     for room, expected in ((kilobytes << 10, True), ((kilobytes << 10) - 1, False)):
-        monkeypatch.setattr(expand_fragments, "shared_memory", lambda _index, room=room: room)
-        assert expand_fragments.serves(on_gpu, shape, 128, projections) is expected
-    assert not expand_fragments.serves(on_gpu, shape, 256, projections)
+        monkeypatch.setattr(device, "NO_GPU", replace(device.NO_GPU, shared_memory=room))
+        assert expand_fragments.serves(y, shape, 128, projections) is expected
+    assert not expand_fragments.serves(y, shape, 256, projections)
 
 
 @pytest.mark.parametrize("beside", [False, True])

@@ -280,7 +280,7 @@ def test_query_tiles_cut_chunks() -> None:
 @pytest.mark.parametrize("kv_heads", [8, 32])
 def test_pieces_fit_their_tiles_and_are_not_too_many(rows: int, kv_heads: int) -> None:
     kv = KvLayout(1, 16, kv_heads, 128)
-    config = attention.decode_config(32, kv)
+    config = attention.decode_config(32, kv, sms=132)
     tokens = attention.piece_tokens(config, rows, kv)
     assert tokens % config.block_t == 0
     assert tokens <= max(config.piece, 2 * config.block_t)
