@@ -3,18 +3,20 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
 from fake_gpu import on_gpu
 
+from granatum.kernels.adapters import AdapterTable, GroupAdapters, GroupLayout, LoraRows
 from granatum.kernels.attention.decode import allocate_decode_workspace, decode_attention
 from granatum.kernels.attention.prefill import prefill_attention
 from granatum.kernels.layer.activation import silu_mul
 from granatum.kernels.layer.norm import add_rms_norm, embed_rms_norm
-from granatum.kernels.layer.rope import Rotary, rope_and_write_kv
-from granatum.kernels.layout import AdapterTable, KvLayout, Tiles
-from granatum.kernels.linear import linear
+from granatum.kernels.layer.rope import rope_and_write_kv
+from granatum.kernels.layer.rotary import Rotary
+from granatum.kernels.layout import KvLayout, LayerKv, RowPlaces, Tiles
+from granatum.kernels.linear.dense import Dense
+from granatum.kernels.linear.linear import Workspace
 from granatum.kernels.lora import ops as lora
 from granatum.kernels.sampling import sampling
 
@@ -37,6 +39,7 @@ LINEARS = {
     "odd": {0: (896, (896, 128, 128)), 1: (896, (896,)), 2: (896, (4864, 4864)), 3: (4864, (896,))},
 }
 """By model and group: input features, and output features of each projection."""
+LAYOUT = GroupLayout((3, 1, 2, 1))
 LAYERS, LAYER = 32, 1
 DECODES, PROMPTS = 16, 2048
 
@@ -73,46 +76,36 @@ class Group:
     def __init__(
         self, model: str, group: int, rank: int, block_m: int, dtype: torch.dtype, **options: bool
     ) -> None:
-        self.rows = DECODES if block_m == lora.DECODE_BLOCK_M else PROMPTS
-        self.k, self.outs = LINEARS[model][group]
-        table = AdapterTable.allocate(64, LAYERS, "cpu", rank)
+        self.count = DECODES if block_m == lora.DECODE_BLOCK_M else PROMPTS
+        k, outs = LINEARS[model][group]
+        table = AdapterTable.allocate(LAYOUT, 64, LAYERS, "cpu", rank)
         a, b, ranks, scale = map(on_gpu, (table.a, table.b, table.rank, table.scale))
-        self.table = AdapterTable(a, b, ranks, scale, rank)
-        elements = lora.workspace_elements(self.rows, self.k, self.outs, block_m, rank, GPU)
-        self.x, self.y = empty(self.rows, self.k, dtype=dtype), self.new(sum(self.outs), dtype)
-        self.arena, self.workspace = empty(1 << 20, dtype=dtype), empty(elements, dtype=FP32)
-        self.group, self.tiles = group, tiles_of(self.rows, block_m, **options)
-
-    def new(self, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of that width."""
-        return empty(self.rows, width, dtype=dtype)
-
-    @property
-    def rest(self) -> Any:
-        """What `shrink` and `expand` take behind their tensors."""
-        return (
-            self.arena, self.table, LAYER, self.group, self.outs, self.tiles, self.workspace
-        )  # fmt: skip
+        table = AdapterTable(a, b, ranks, scale, LAYOUT, rank)
+        arena = empty(1 << 20, dtype=dtype)
+        self.adapters = GroupAdapters(arena, table, LAYER, group, k, outs)
+        elements = lora.workspace_elements(self.count, k, outs, block_m, rank, GPU)
+        workspace = empty(elements, dtype=FP32)
+        self.rows = LoraRows(tiles_of(self.count, block_m, **options), workspace)
+        self.x, self.y = (empty(self.count, n, dtype=dtype) for n in (k, sum(outs)))
 
     def add(self, *, beside_linear: bool = False) -> None:
         """`add_lora`."""
-        lora.add_lora(self.y, self.x, *self.rest, beside_linear=beside_linear)
+        lora.add_lora(self.y, self.x, self.adapters, self.rows, beside_linear=beside_linear)
 
     def make(self, bias: torch.Tensor | None) -> None:
         """`expand_from`."""
-        lora.expand_from(bias, self.y, self.k, *self.rest)
+        lora.expand_from(bias, self.y, self.adapters, self.rows)
 
     def activate(self) -> None:
         """`silu_mul_with_lora`."""
-        out = self.new(self.outs[0], self.y.dtype)
-        place = (self.arena, self.table, LAYER, self.tiles, self.workspace)
-        lora.silu_mul_with_lora(self.y, self.x, out, *place)
+        out = self.y.new_empty(self.count, self.adapters.out_features[0])
+        lora.silu_mul_with_lora(self.y, self.x, out, self.adapters, self.rows)
 
     def rotate(self, norm: torch.Tensor | None) -> None:
         """`rope_with_lora`."""
-        kv, numbers = kv_layout(self.outs[1] // 128, 128), integers(self.rows)
-        place = (self.arena, self.table, LAYER, self.tiles, self.workspace)
-        lora.rope_with_lora(self.y, self.x, numbers, rotary(128, norm), kv, numbers, *place)
+        layout, numbers = kv_layout(self.adapters.out_features[1] // 128, 128), integers(self.count)
+        kv, places = LayerKv(self.adapters.arena, layout, LAYER), RowPlaces(numbers, numbers)
+        lora.rope_with_lora(self.y, self.x, rotary(128, norm), kv, places, self.adapters, self.rows)
 
 
 def lora_cases() -> Iterator[tuple[str, Launch]]:
@@ -130,7 +123,7 @@ def lora_cases() -> Iterator[tuple[str, Launch]]:
         if block_m == 64:
             for group, biased in ((1, True), (3, False)):
                 made = Group(model, group, rank, block_m, dtype)
-                bias = empty(sum(made.outs), dtype=dtype) if biased else None
+                bias = empty(made.y.shape[1], dtype=dtype) if biased else None
                 yield f"expand_from {name} group {group}", partial(made.make, bias)
             if model != "odd":
                 for norm in (None, empty(128, dtype=dtype)):
@@ -189,7 +182,13 @@ def layer_cases() -> Iterator[tuple[str, Launch]]:
             yield (
                 f"rope_and_write_kv {heads}/{kv_heads}x{d} {dtype} normed {normed}",
                 partial(
-                    rope_and_write_kv, q, k, v, numbers, rotary(d, norm), arena, kv, LAYER, numbers
+                    rope_and_write_kv,
+                    q,
+                    k,
+                    v,
+                    rotary(d, norm),
+                    LayerKv(arena, kv, LAYER),
+                    RowPlaces(numbers, numbers),
                 ),
             )
 
@@ -208,14 +207,22 @@ def attention_cases() -> Iterator[tuple[str, Launch]]:
             norm = empty(d, dtype=dtype) if normed else None
             workspace = allocate_decode_workspace(rows, heads, kv, 4096, torch.device("cpu"))
             yield f"decode_attention {name} of {rows} normed {normed}", partial(
-                decode_attention, q, k, v, rotary(d, norm), arena, kv, LAYER, pages,
+                decode_attention, q, k, v, rotary(d, norm), LayerKv(arena, kv, LAYER), pages,
                 integers(rows), 0.1, out, workspace,
             )  # fmt: skip
         q = empty(PROMPTS, (heads + 2 * kv_heads) * d, dtype=dtype)[:, : heads * d]
         out, pages = empty(PROMPTS, heads * d, dtype=dtype), integers(64, 4096 // page_tokens)
         yield (
             f"prefill_attention {name}",
-            partial(prefill_attention, q, arena, kv, LAYER, pages, tiles_of(PROMPTS, 64), 0.1, out),
+            partial(
+                prefill_attention,
+                q,
+                LayerKv(arena, kv, LAYER),
+                pages,
+                tiles_of(PROMPTS, 64),
+                0.1,
+                out,
+            ),
         )
 
 
@@ -241,13 +248,11 @@ def sampling_cases() -> Iterator[tuple[str, Launch]]:
 
 def linear_cases() -> Iterator[tuple[str, Launch]]:
     """Every linear of the models that a kernel of ours serves, and the output projection."""
-    workspace = linear.Workspace(empty(1 << 24, dtype=FP32), integers(1 << 14))
+    workspace = Workspace(empty(1 << 24, dtype=FP32), integers(1 << 14))
     shapes = {(k, sum(outs)) for model in LINEARS.values() for k, outs in model.values()}
     for (k, n), rows in product(sorted(shapes | {(4096, 32000), (4096, 128256)}), (8, 32, 64)):
-        weight = empty(n, k)
-        if linear.runs_kernel_of_ours(empty(rows, k), weight):
-            for bias in (None, empty(n)):
-                yield (
-                    f"linear {k}->{n} of {rows} biased {bias is not None}",
-                    partial(linear.linear, empty(rows, k), weight, bias, workspace),
-                )
+        for bias in (None, empty(n)):
+            made = Dense(empty(n, k), bias, workspace)
+            if made.may_overlap(rows):
+                name = f"linear {k}->{n} of {rows} biased {bias is not None}"
+                yield name, partial(made.apply, empty(rows, k))

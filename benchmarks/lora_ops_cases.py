@@ -9,7 +9,7 @@ import torch
 from lora_harness import Packed, pack
 from workload import SHAPES, adapter_ids
 
-from granatum.kernels.layout import GROUPS
+from granatum.models.config import GROUPS
 
 SCALE = 0.5
 PROMPT = 128

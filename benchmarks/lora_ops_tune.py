@@ -29,6 +29,7 @@ import lora_ops_prompts as prompts
 import torch
 from lora_harness import Packed, tile_batch
 
+from granatum.kernels.adapters import GroupAdapters, LoraRows
 from granatum.kernels.lora.expand import launch_expand
 from granatum.kernels.lora.shrink import launch_shrink
 from granatum.kernels.lora.tuning import (
@@ -158,13 +159,15 @@ class Bench:
         table = self.packed.table(group, batch.distinct, layers)
         tiles = tile_batch(batch.adapters, search.block_m, x.device)
         workspace = torch.empty(config.workspace_elements(search.shape, batch.rows), device="cuda")
-        rest = (tiles, workspace, search.shape, config)
+        rest = (LoraRows(tiles, workspace), search.shape, config)
+        widths = (self.linear.in_features, self.linear.out_features)
 
-        def run(layer: int) -> None:
-            launch_shrink(x, self.packed.arena, table, layer, group, *rest)
-            launch_expand(y, self.packed.arena, table, layer, group, *rest)
+        def run(adapters: GroupAdapters) -> None:
+            launch_shrink(x, adapters, *rest)
+            launch_expand(y, adapters, *rest)
 
-        return [partial(run, layer) for layer in range(layers)]
+        every = (GroupAdapters(self.packed.arena, table, n, group, *widths) for n in range(layers))
+        return [partial(run, adapters) for adapters in every]
 
     def check(self, batch: cases.Batch, config: Config) -> None:
         """Raise AssertionError unless the configuration computes what it should."""

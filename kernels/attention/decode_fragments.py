@@ -183,7 +183,7 @@ def decode_kernel(
     BLOCK_T: gl.constexpr, BLOCK_ROWS: gl.constexpr, JOINED_HEADS: gl.constexpr,
     WEIGHTS: gl.constexpr, VALUES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """One block, a warp, as `decode_attention._decode_kernel`."""
+    """One block, a warp, as `decode_general.general_kernel`."""
     GROUP: gl.constexpr = HEADS // KV_HEADS
     HALF: gl.constexpr = D // 2
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])

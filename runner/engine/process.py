@@ -16,7 +16,6 @@ import structlog
 import torch
 
 from granatum.adapters_store.limits import RANK_STEP
-from granatum.kernels.layout import AdapterTable
 from granatum.models.base_model import BaseModel
 from granatum.models.config import ModelConfig, read_config
 from granatum.runner.adapters.cache import AdapterCache
@@ -29,7 +28,12 @@ from granatum.runner.engine.flight_recorder import FlightRecorder
 from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import Limits
 from granatum.runner.model.adapter_loader import AdapterLoader, ImageSource
-from granatum.runner.model.arena import allocate_arena, page_tokens, pages_that_fit
+from granatum.runner.model.arena import (
+    allocate_arena,
+    allocate_table,
+    page_tokens,
+    pages_that_fit,
+)
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import Weights, load_weights, random_weights
 from granatum.runner.records import (
@@ -147,7 +151,7 @@ def build_engine(
     limits = _limits(options, config, tokens, pages)
     arena = allocate_arena(config, tokens, pages, options.dtype, device)
     rank = padded(options.max_rank, RANK_STEP)  # as adapters lie in the arena
-    table = AdapterTable.allocate(options.adapter_slots, config.layers, device, rank)
+    table = allocate_table(config, options.adapter_slots, device, rank)
     base = BaseModel.from_config(options.model)
     elements = arena.kv.page_elements
     source = open_source(ImageShape(base, str(options.dtype), elements, options.max_rank))

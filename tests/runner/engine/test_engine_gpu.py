@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from granatum.examples.tasks import BASE, BASE_MODEL
-from granatum.kernels.layout import AdapterTable
+from granatum.kernels.adapters import AdapterTable
 from granatum.models.base_model import GROUPS as PROJECTIONS_OF
 from granatum.models.base_model import BaseModel
 from granatum.models.config import ModelConfig, Rope
@@ -21,7 +21,7 @@ from granatum.runner.engine.process import EngineOptions, build_engine
 from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import Limits
 from granatum.runner.model.adapter_loader import AdapterLoader, MemoryImages
-from granatum.runner.model.arena import Arena, allocate_arena, page_tokens
+from granatum.runner.model.arena import Arena, allocate_arena, allocate_table, page_tokens
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import Weights, empty_weights, random_weights, targets
 from granatum.runner.records import Sampling, Submit
@@ -72,7 +72,7 @@ def build_with_loads(device: str, slots: int) -> tuple[Engine, AdapterLoader]:
     """An engine on which fewer adapters have room than there are."""
     on = torch.device(device)
     arena = allocate_arena(CONFIG, LIMITS.page_tokens, PAGES, torch.float32, on)
-    table = AdapterTable.allocate(slots, CONFIG.layers, on, RANK)
+    table = allocate_table(CONFIG, slots, on, RANK)
     shape = ImageShape(base_model(), "float32", arena.kv.page_elements)
     images = {str(i): random_image(shape, RANK, seed=i) for i in range(ADAPTERS)}
     for image in images.values():
@@ -100,7 +100,7 @@ def build(device: str, like: Built | None = None) -> Built:
     on = torch.device(device)
     weights = weights_on(on)
     arena = allocate_arena(CONFIG, LIMITS.page_tokens, PAGES, torch.float32, on)
-    table = AdapterTable.allocate(ADAPTERS, CONFIG.layers, on, RANK)
+    table = allocate_table(CONFIG, ADAPTERS, on, RANK)
     pool = PagePool(PAGES)
     adapters = RandomAdapters(CONFIG, arena, table, pool, ADAPTERS)
     if like is not None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_adapters import BASE, digest_of, write_adapter
 
-from granatum.kernels.layout import AdapterTable
+from granatum.kernels.adapters import AdapterTable, GroupLayout
 from granatum.models.base_model import GROUPS, PROJECTIONS
 from granatum.runner.adapters.cache import AdapterCache
 from granatum.runner.adapters.disk.disk import DiskImages
@@ -26,6 +26,7 @@ from granatum.v1.errors import (
     Unavailable,
 )
 
+LAYOUT = GroupLayout(tuple(len(names) for names in GROUPS.values()))
 SHAPE = ImageShape(BASE, "float32", 4096)
 
 
@@ -50,7 +51,7 @@ class Bench:
 
     def __init__(self, disk: DiskImages | MemoryImages, pages: int = 12, host: int = 12) -> None:
         self.arena = torch.full((pages, SHAPE.page_elements), torch.nan)
-        self.table = AdapterTable.allocate(3, BASE.num_layers, "cpu")
+        self.table = AdapterTable.allocate(LAYOUT, 3, BASE.num_layers, "cpu")
         self.loader = AdapterLoader(self.arena, self.table, disk, host * SHAPE.page_bytes)
         self.pool = PagePool(pages)
         self.cache = AdapterCache(self.pool, self.loader, slots=3)
@@ -358,7 +359,7 @@ def test_what_would_leave_the_kernels_memory_never_reaches_the_table(
         bad = random_image(shape, 8, seed=1)
         bad.row.scale[1, 2] = np.inf
     arena = torch.zeros(40, shape.page_elements)
-    table = AdapterTable.allocate(3, BASE.num_layers, "cpu", max_rank=8)
+    table = AdapterTable.allocate(LAYOUT, 3, BASE.num_layers, "cpu", max_rank=8)
     images = MemoryImages({digest_of(1): bad, digest_of(2): good})
     loader = AdapterLoader(arena, table, images, 40 * shape.page_bytes)
     cache = AdapterCache(PagePool(40), loader, slots=3)
