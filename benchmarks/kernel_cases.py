@@ -18,7 +18,9 @@ from granatum.kernels.layout import KvLayout, LayerKv, RowPlaces, Tiles
 from granatum.kernels.linear.dense import Dense
 from granatum.kernels.linear.linear import Workspace
 from granatum.kernels.lora import ops as lora
-from granatum.kernels.sampling import sampling
+from granatum.kernels.sampling.greedy import greedy, greedy_workspace_elements
+from granatum.kernels.sampling.penalties import count_tokens, penalize
+from granatum.kernels.sampling.sample import sample
 
 Launch = Callable[[], object]
 GPU = torch.device("cuda", 0)
@@ -231,19 +233,19 @@ def sampling_cases() -> Iterator[tuple[str, Launch]]:
     for vocabulary, dtype in product((32000, 128256), (BF16, FP16)):
         logits = empty(DECODES, vocabulary, dtype=dtype)
         row, seats, name = empty(DECODES, dtype=FP32), integers(DECODES), f"{vocabulary} {dtype}"
-        elements = sampling.greedy_workspace_elements(DECODES, vocabulary)
+        elements = greedy_workspace_elements(DECODES, vocabulary)
         workspace = on_gpu(torch.empty(elements, dtype=torch.int64))
         yield (
             f"greedy {name}",
-            partial(sampling.greedy, logits, seats, workspace, seats, seats, seats),
+            partial(greedy, logits, seats, workspace, seats, seats, seats),
         )
         yield (
             f"sample {name}",
-            partial(sampling.sample, logits, row, seats, row, row, row, seats, seats),
+            partial(sample, logits, row, seats, row, row, row, seats, seats),
         )
         counts = integers(64, vocabulary)
-        yield f"penalize {name}", partial(sampling.penalize, logits, counts, seats, row, row, row)
-        yield f"count_tokens {name}", partial(sampling.count_tokens, counts, seats, seats)
+        yield f"penalize {name}", partial(penalize, logits, counts, seats, row, row, row)
+        yield f"count_tokens {name}", partial(count_tokens, counts, seats, seats)
 
 
 def linear_cases() -> Iterator[tuple[str, Launch]]:

@@ -28,7 +28,9 @@ from granatum.kernels.lora import expand_fragments
 from granatum.kernels.lora import ops as lora
 from granatum.kernels.lora.shrink import launch_shrink
 from granatum.kernels.lora.tuning import Shape, default_config
-from granatum.kernels.sampling import sampling
+from granatum.kernels.sampling.greedy import greedy, greedy_workspace_elements
+from granatum.kernels.sampling.penalties import count_tokens, penalize
+from granatum.kernels.sampling.sample import sample
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(backend.INTERPRETING, reason="compiles nothing")
@@ -211,13 +213,13 @@ def test_the_rest(compiled: list[Any]) -> None:
     layer_kv, places = LayerKv(x, kv, 1), RowPlaces(slots, slots)
     rope_and_write_kv(x, x[:, :1024], x[:, :1024], Rotary(table, table), layer_kv, places)
     logits = torch.empty(ROWS, 32000, dtype=BF16)
-    sampling.sample(logits, row, slots, row, row, row, slots, slots)
-    elements = sampling.greedy_workspace_elements(ROWS, 32000)
+    sample(logits, row, slots, row, row, row, slots, slots)
+    elements = greedy_workspace_elements(ROWS, 32000)
     workspace = torch.empty(elements, dtype=torch.int64)
-    sampling.greedy(logits, slots, workspace, slots, slots, slots)
+    greedy(logits, slots, workspace, slots, slots, slots)
     counts = torch.zeros(2, 32000, dtype=torch.int32)
-    sampling.penalize(logits, counts, slots, row, row, row)
-    sampling.count_tokens(counts, slots, slots)
+    penalize(logits, counts, slots, row, row, row)
+    count_tokens(counts, slots, slots)
     assert len(compiled) == 9
     for kernel in compiled:
         assert stack_bytes(kernel) == 0

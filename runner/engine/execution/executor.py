@@ -7,7 +7,7 @@ from itertools import product
 import torch
 
 from granatum.kernels.lora.tuning import PREFILL_BLOCK_M
-from granatum.kernels.sampling.sampling import greedy, greedy_workspace_elements
+from granatum.kernels.sampling.greedy import greedy, greedy_workspace_elements
 from granatum.runner.engine.execution.graphs import Graphs
 from granatum.runner.engine.execution.sampler import PendingLogprobs, Sampler
 from granatum.runner.engine.scheduling.plan import Limits, Plan
