@@ -53,9 +53,9 @@ _INTERPRETED = tl.constexpr(INTERPRETING)
 
 @jit()
 def dot(a, b, total):
-    """total + a @ b on the tensor cores, of float32 (by three tf32 products) to its full precision.
+    """total + a @ b on the tensor cores. Float32 keeps its full precision: three tf32 products.
 
-    The interpreter keeps bfloat16 as bit patterns, which it would multiply.
+    The interpreter keeps bfloat16 as bit patterns and would multiply these, so it converts first.
     """
     if _INTERPRETED:
         a = a.to(tl.float32)
@@ -71,13 +71,17 @@ def runs_kernel(tensor: torch.Tensor) -> bool:
 def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
     """Options with which a kernel on `tensor`'s device may start while its predecessor ends.
 
-    PDL is the kernel's own. Every block that has work calls `gdc_wait` before it reads what a
-    kernel of the step writes and before it writes at all, and only then `gdc_launch_dependents`:
-    kernels that start further ahead would hold places on the GPU that the next one needs. One
-    block at least waits, whatever the work, so that the kernel is not complete before its
-    predecessor is; all kernels before it are then complete as well. Before it waits, a block may
-    read weights, and what was copied to the device before the step. Behind a kernel of which this
-    is known, what was complete before that one's wait may be used without waiting for that one.
+    The kernel takes PDL as a constant. If it is set, the kernel keeps three rules:
+
+    - A block that has work calls `gdc_wait` before it reads what a kernel of the step writes, and
+      before it writes anything. Then the block calls `gdc_launch_dependents`, not earlier: kernels
+      that start further ahead would take places on the GPU that the next kernel needs.
+    - At least one block waits, even if no block has work. So a kernel is complete only after its
+      predecessor, and then all kernels before it are complete as well.
+    - Before it waits, a block may read weights, and what was copied to the device before the step.
+
+    Behind a predecessor that keeps these rules, a kernel need not wait for data that was complete
+    before the predecessor's own wait ended: a shrink beside its linear does not wait for x.
     """
     if gpu_of(tensor.device).overlaps:
         return {"PDL": True, "launch_pdl": True}

@@ -76,7 +76,7 @@ def allocate_decode_workspace(
     device: torch.device,
     config: DecodeConfig | None = None,
 ) -> DecodeWorkspace:
-    """What `decode_attention` needs for up to so many rows; max_tokens as it sees them."""
+    """Room for up to `max_rows` rows, whose page tables hold `max_tokens` tokens each."""
     config = config or decode_config(heads, kv, gpu_of(device).sms)
     pieces = max(
         rows * most_pieces(config, rows, kv, max_tokens) for rows in range(1, max_rows + 1)
@@ -128,18 +128,10 @@ def decode_attention(
 
 
 def launch_decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rotary: Rotary,
-    kv: LayerKv,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-    workspace: DecodeWorkspace,
-    config: DecodeConfig,
-) -> None:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary, kv: LayerKv,
+    page_table: torch.Tensor, lengths: torch.Tensor, scale: float, out: torch.Tensor,
+    workspace: DecodeWorkspace, config: DecodeConfig,
+) -> None:  # fmt: skip
     """The kernel in one configuration; the arguments were checked."""
     layout = kv.layout
     d, kv_heads, (rows, width) = layout.head_dim, layout.kv_heads, q.shape

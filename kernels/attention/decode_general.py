@@ -10,7 +10,7 @@ from granatum.kernels.layer.rope import load_angles, load_rotated
 
 @jit()
 def _add_own(qs, own_k, own_v, owner, scale, top, total, summed):
-    """Go on with softmaxes [N], [N, BLOCK_D] of qs [N, BLOCK_D] over the own token, for owners."""
+    """Go on with the softmaxes of qs [N, BLOCK_D] over their own token, where `owner` is set."""
     score = tl.sum(qs.to(tl.float32) * own_k.to(tl.float32), axis=1) * scale
     new_top = tl.where(owner, tl.maximum(top, score), top)
     kept = tl.exp2(top - new_top)
@@ -47,7 +47,7 @@ def _attend_single(
     PAGE_TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Go on with two softmaxes of a head, qs [2, BLOCK_D] both times, over half of each tile each.
+    """Go on with two softmaxes of one head, each over half of every tile; qs is the head twice.
 
     So half a warp holds a key or value in 16-byte parts, and only scores cross lanes.
     """
@@ -72,7 +72,7 @@ def _attend_single(
 
 @jit()
 def _join(tops, totals, sums):
-    """Softmaxes [H, N], [H, N, D] over parts of the tokens as one each, [H], [H, D]."""
+    """Join N softmaxes [H, N], [H, N, D], each over a part of the tokens, to one [H], [H, D]."""
     top = tl.max(tops, axis=1)
     weights = tl.where(totals > 0, tl.exp2(tops - top[:, None]), 0.0)
     total = tl.sum(weights * totals, axis=1)
@@ -81,7 +81,8 @@ def _join(tops, totals, sums):
 
 @jit()
 def _piece_of(place, row_lengths, row_ends, row_pieces, BLOCK_T: tl.constexpr):
-    """What comes at a place in turn: row, its length, its pieces, which of them, begin and end."""
+    """The piece at a place in the order of all pieces: its row, the row's length and pieces, which
+    of the row's pieces it is, and its first and last token."""
     r = tl.arange(0, row_lengths.shape[0])
     row = tl.sum((row_ends <= place).to(tl.int32), axis=0)
     length = tl.sum(tl.where(r == row, row_lengths, 0), axis=0)
@@ -95,7 +96,7 @@ def _piece_of(place, row_lengths, row_ends, row_pieces, BLOCK_T: tl.constexpr):
 
 @jit()
 def _joined(at, wanted, count, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Attention [H, BLOCK_D] of wanted heads, whose first of `count` partials are at `at` [H].
+    """Attention [H, BLOCK_D] of wanted heads; a head's `count` partials begin at `at` [H].
 
     Four partials are loaded at a time, in their order.
     """
@@ -134,12 +135,12 @@ def general_kernel(
     JOINED_HEADS: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One block: in turn, a piece of a row's tokens for the query heads that share a kv head.
+    """One block takes pieces in turn: some tokens of a row, for the query heads of one kv head.
 
-    The first piece's softmax ends with the row's own token, whose key and value it writes to the
-    arena. A row of one piece is written at once; of several, each piece leaves a partial
-    [row, piece, head] of maximum, sum and unnormalised values, D + 2 apart, and the last of them
-    to be done adds them up in order. Who takes which piece changes nothing.
+    The first piece ends with the row's own token and writes its key and value to the arena. A row
+    of one piece is written at once. Each piece of a longer row leaves a partial
+    [row, piece, head] of maximum, sum and unnormalised values, D + 2 apart. The block that ends the
+    row's last piece adds the partials in order. Which block takes which piece changes no result.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     g = tl.arange(0, BLOCK_G)
@@ -165,7 +166,7 @@ def general_kernel(
         kv_head = item % KV_HEADS
         past = tl.maximum(length - 1, 0)
         table = page_table + row * table_stride
-        # A head's own key and value are loaded once for the group's heads, or twice.
+        # The row's own key and value are loaded once for grouped heads, and twice for a single one.
         n = g if DOT else tl.arange(0, 2)
         m = tl.arange(0, 1) if DOT else tl.arange(0, 2)
         head = kv_head * GROUP + tl.where(n < GROUP, n, 0)

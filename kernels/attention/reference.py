@@ -12,16 +12,9 @@ from granatum.kernels.layout import LayerKv, RowPlaces, Tiles
 
 
 def decode_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rotary: Rotary,
-    kv: LayerKv,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-) -> None:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary, kv: LayerKv,
+    page_table: torch.Tensor, lengths: torch.Tensor, scale: float, out: torch.Tensor,
+) -> None:  # fmt: skip
     """As `attention.decode_attention`, without splits and so without their workspace."""
     positions, page_tokens = lengths.long() - 1, kv.layout.page_tokens
     pages = page_table[torch.arange(len(lengths), device=q.device), positions // page_tokens]
@@ -38,13 +31,9 @@ def decode_attention(
 
 
 def prefill_attention(
-    q: torch.Tensor,
-    kv: LayerKv,
-    page_table: torch.Tensor,
-    tiles: Tiles,
-    scale: float,
+    q: torch.Tensor, kv: LayerKv, page_table: torch.Tensor, tiles: Tiles, scale: float,
     out: torch.Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """As `attention.prefill_attention`."""
     for sequence, first, rows, position in tiles.entries[: int(tiles.count)].tolist():
         keys, values = _gather(kv, page_table[sequence], position + rows)

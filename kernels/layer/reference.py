@@ -10,16 +10,9 @@ from granatum.kernels.layout import LayerKv, RowPlaces
 
 
 def embed_rms_norm(
-    tokens: torch.Tensor,
-    last: torch.Tensor,
-    embedding: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    scale: float,
-) -> None:
+    tokens: torch.Tensor, last: torch.Tensor, embedding: torch.Tensor, weight: torch.Tensor,
+    eps: float, residual: torch.Tensor, out: torch.Tensor, *, scale: float,
+) -> None:  # fmt: skip
     """As `norm.embed_rms_norm`."""
     drawn = last[(-1 - tokens).clamp(min=0)]
     residual.copy_(scale * embedding[torch.where(tokens < 0, drawn, tokens)].float())
@@ -27,15 +20,9 @@ def embed_rms_norm(
 
 
 def add_rms_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    out: torch.Tensor,
-    rows: torch.Tensor | None = None,
-    *,
-    scale: float,
-) -> None:
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor,
+    rows: torch.Tensor | None = None, *, scale: float,
+) -> None:  # fmt: skip
     """As `norm.add_rms_norm`."""
     if rows is not None:
         x, residual = x[rows], residual[rows]
@@ -56,13 +43,9 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def rope_and_write_kv(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rotary: Rotary,
-    kv: LayerKv,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary, kv: LayerKv,
     places: RowPlaces,
-) -> None:
+) -> None:  # fmt: skip
     """As `rope.rope_and_write_kv`."""
     used = (places.kv_slots >= 0).nonzero().squeeze(1)
     where, place = places.positions[used].long(), places.kv_slots[used].long()

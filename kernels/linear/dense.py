@@ -52,9 +52,9 @@ class Dense:
         torch.addmm(y, x, self.weight.t(), out=y)
 
     def may_overlap(self, rows: int) -> bool:
-        """Whether a kernel that needs x alone may run beside `apply` of so many rows.
+        """Whether a kernel that needs x alone may run beside `apply` of `rows` rows.
 
-        That holds for our own kernel, which waits for x before it lets another kernel start.
+        Our own kernel allows it: it waits for x before it lets another kernel start.
         """
         return config_for(rows, self.weight) is not None
 

@@ -19,7 +19,7 @@ def to_sums(tile, SUMS: gl.constexpr):
 
 @jit()
 def to_rows(sums, ROWS: gl.constexpr):
-    """Sums as the tile [row, column] that they are."""
+    """Sums [8 e + g, row] as a tile [row, column]."""
     turned = gl.permute(gl.reshape(sums, [8, 8, 64]), [2, 1, 0])
     return gl.convert_layout(gl.reshape(turned, [64, 64]), ROWS, assert_trivial=True)
 
@@ -46,7 +46,7 @@ def copy_y(ring, stage, at, gap, present):
 def copy_b(
     ring, stage, start, next_start, column, width, done, rank, next_rank, COPIED: gl.constexpr
 ):
-    """Begin to copy a step's pair of B: ranks done to done + 15 of 64 columns, of either start."""
+    """Begin to copy a step's pair of B: ranks done to done + 15 of 64 columns, from both starts."""
     r = done + gl.arange(0, 16, gl.SliceLayout(1, COPIED))
     n = column + gl.arange(0, 64, gl.SliceLayout(0, COPIED))
     at = r[:, None] * width + n[None, :]
@@ -71,7 +71,7 @@ def make_held(PROJECTIONS: gl.constexpr, HELD: gl.constexpr):
 
 @jit()
 def read_intermediate(held, place, SUMS: gl.constexpr):
-    """What is kept at a place."""
+    """The two bfloat16 that `hold_intermediate` keeps at a place."""
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 2)
     return held.index(2 * place).load(RIGHT), held.index(2 * place + 1).load(RIGHT)
 

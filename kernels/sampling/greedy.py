@@ -76,24 +76,10 @@ def greedy(
     fits = workspace.dtype == torch.int64 and workspace.numel() >= rows * blocks
     require(fits, f"the workspace must be {rows * blocks} int64 elements")
     _greedy_block_kernel[(rows, blocks)](
-        logits,
-        workspace,
-        logits.stride(0),
-        blocks,
-        V=vocabulary,
-        BLOCK=_BLOCK,
-        num_warps=4,
+        logits, workspace, logits.stride(0), blocks, V=vocabulary, BLOCK=_BLOCK, num_warps=4,
         **overlap_options(logits),
-    )
-    power = triton.next_power_of_2(blocks)
+    )  # fmt: skip
     _greedy_kernel[(rows,)](
-        workspace,
-        out,
-        last,
-        seats,
-        sound,
-        blocks,
-        BLOCKS_POWER=power,
-        num_warps=1,
-        **overlap_options(logits),
-    )
+        workspace, out, last, seats, sound, blocks, BLOCKS_POWER=triton.next_power_of_2(blocks),
+        num_warps=1, **overlap_options(logits),
+    )  # fmt: skip

@@ -65,18 +65,9 @@ def penalize(
         reference.penalize(logits, counts, slots, repetition, presence, frequency)
         return
     _penalize_kernel[(rows, triton.cdiv(vocabulary, _BLOCK))](
-        logits,
-        counts,
-        slots,
-        repetition,
-        presence,
-        frequency,
-        logits.stride(0),
-        counts.stride(0),
-        V=vocabulary,
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
+        logits, counts, slots, repetition, presence, frequency, logits.stride(0),
+        counts.stride(0), V=vocabulary, BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
 
 
 def count_tokens(counts: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> None:

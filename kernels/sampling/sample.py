@@ -10,8 +10,8 @@ stay or go together:
     min-p: tokens at least min_p times as likely as the likeliest
 
 Thresholds are found bit by bit over the logits, not by sorting. They are exact but for the rounding
-of the sums that top-p compares. A row's result does not depend on the others. A row of which the
-filters leave nothing gives the token of its largest logit.
+of the sums that top-p compares. A row's result does not depend on the others. If the filters leave
+nothing of a row, it gives the token of its largest logit.
 """
 
 import torch
@@ -157,16 +157,6 @@ def sample(
         reference.sample(logits, temperature, top_k, top_p, min_p, uniform, out, sound)
         return
     _sample_kernel[(rows,)](
-        logits,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        uniform,
-        out,
-        sound,
-        logits.stride(0),
-        V=vocabulary,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)),
-        num_warps=8,
-    )
+        logits, temperature, top_k, top_p, min_p, uniform, out, sound, logits.stride(0),
+        V=vocabulary, BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=8,
+    )  # fmt: skip

@@ -115,9 +115,9 @@ class Model:
         return self._head.apply(sampled)
 
     def attend_far(self, rows: int, length: int) -> None:
-        """One layer's attention of a prompt's last `rows` tokens over `length`, for its time alone.
+        """Compute one layer's attention of a prompt's last `rows` tokens over `length` tokens.
 
-        On a CPU, whose attention keeps nothing of it.
+        Only its time matters. For a CPU: there attention keeps nothing of what it computed.
         """
         config, arena, most = self.config, self._arena, min(rows, length)
         q = torch.zeros(most, config.heads * config.head_dim, dtype=arena.pages.dtype)
