@@ -5,13 +5,12 @@ import torch
 
 from granatum.kernels.backend import INTERPRETING, runs_kernel
 from granatum.kernels.linear.linear import (
-    MAX_ROWS,
-    Config,
     Workspace,
     allocate_workspace,
     launch_linear,
     linear,
 )
+from granatum.kernels.linear.tuning import MAX_ROWS, Config
 
 BFLOAT16 = 2e-2 if INTERPRETING else 1e-2  # the interpreter cuts off what rounding would keep
 TOLERANCE = {torch.bfloat16: BFLOAT16, torch.float16: 2e-3, torch.float32: 1e-5}
