@@ -3,13 +3,14 @@
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fake_gpu import compiling
 
 from granatum.kernels import backend, device
 from granatum.kernels.attention import decode as attention
@@ -34,28 +35,12 @@ H200 = device.Gpu("NVIDIA H200", sms=132, shared_memory=232448, capability=(9, 0
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The kernels that launches of the test compile for an H200 and do not run."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
     made: list[Any] = []
-    hopper = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda _device: 0,
-    )
-
-    def launch(kernel: Any, grid: tuple[int, ...]) -> Any:
-        def run(*args: Any, **options: Any) -> None:
-            made.append(kernel.run(*args, grid=grid, warmup=True, **options))
-
-        return run
-
-    monkeypatch.setattr(triton.JITFunction, "__getitem__", launch)
     monkeypatch.setattr(backend, "INTERPRETING", True)  # launchers then take CPU tensors
-    monkeypatch.setattr(driver, "_active", hopper)
-    return made
+    with compiling(90, lambda kernel, _grid: made.append(kernel)):
+        yield made
 
 
 def stack_bytes(kernel: Any) -> int:
