@@ -5,14 +5,13 @@ that kernel, so that only both together tell what it costs.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 from functools import partial
 
 import lora_ops_cases as cases
 import torch
 from workload import SHAPES
 
-from granatum.kernels.adapters import AdapterTable, GroupAdapters, LoraRows
+from granatum.kernels.adapters import GroupAdapters, LoraRows
 from granatum.kernels.layer import reference as reference_layer
 from granatum.kernels.layer.activation import silu_mul
 from granatum.kernels.layer.rope import rope_and_write_kv
@@ -20,8 +19,6 @@ from granatum.kernels.layer.rotary import Rotary
 from granatum.kernels.layout import KvLayout, LayerKv, RowPlaces, Tiles, make_tiles
 from granatum.kernels.linear.dense import Dense
 from granatum.kernels.lora import ops as lora
-from granatum.kernels.lora import tuning
-from granatum.kernels.lora.tuning import Config, Shape
 
 LAYERS = 4
 TIMES = ("linear_us", "without_lora_us", "with_lora_us")
@@ -30,14 +27,9 @@ _PAGE_TOKENS = 16
 Run = Callable[[], torch.Tensor]
 
 
-def measure(
-    part: cases.Linear, batch: cases.Batch, matrices: cases.Matrices, max_rank: int | None = None
-) -> dict[str, float]:
-    """Microseconds: of the linear, with its next kernel, and with adapters; checked first.
-
-    `max_rank` is the table's, else it is the adapters' rank.
-    """
-    rig = Rig(part, batch, matrices, max_rank)
+def measure(part: cases.Linear, batch: cases.Batch, matrices: cases.Matrices) -> dict[str, float]:
+    """Microseconds: of the linear, with its next kernel, and with adapters; checked first."""
+    rig = Rig(part, batch, matrices)
     rig.check(matrices)
     lists = (
         [one(layer) for layer in range(LAYERS)] for one in (rig.alone, rig.bare, rig.with_lora)
@@ -46,31 +38,16 @@ def measure(
     return dict(zip(TIMES, (round(us, 2) for us in times), strict=True))
 
 
-def use(shape: Shape, config: Config) -> None:
-    """Have the LoRA ops of this process take `config` for `shape`."""
-    found = {shape.key: {str(shape.max_rank): asdict(config)}}
-    tuning._table_name = lambda _index: "tried"  # type: ignore[assignment] # noqa: SLF001
-    tuning._table = lambda _name: found  # type: ignore[assignment] # noqa: SLF001
-    tuning._measured.cache_clear()  # noqa: SLF001
-
-
 class Rig:
     """A linear of a few layers, adapters for them, and what the kernel after it needs."""
 
-    def __init__(
-        self,
-        part: cases.Linear,
-        batch: cases.Batch,
-        matrices: cases.Matrices,
-        max_rank: int | None = None,
-    ) -> None:
+    def __init__(self, part: cases.Linear, batch: cases.Batch, matrices: cases.Matrices) -> None:
         self._part, self._batch = part, batch
         shape, rows, used = SHAPES[part.model], batch.rows, batch.distinct * LAYERS
         packed = cases.pack_matrices(
             cases.Matrices(*(tuple(m[:used] for m in ms) for ms in (matrices.a, matrices.b)))
         )
-        table = packed.table(part.group_index, batch.distinct, LAYERS)
-        self._table: AdapterTable = replace(table, max_rank=max_rank or table.max_rank)
+        self._table = packed.table(part.group_index, batch.distinct, LAYERS)
         elements = LAYERS * 2 * shape.kv_heads * _PAGE_TOKENS * shape.head_dim
         self._kv = KvLayout(elements, _PAGE_TOKENS, shape.kv_heads, shape.head_dim)
         before = -(-packed.arena.numel() // elements)  # pages that hold the adapters

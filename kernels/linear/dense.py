@@ -7,13 +7,8 @@ import torch
 from torch.nn import functional
 
 from granatum.kernels.backend import require, require_rows
-from granatum.kernels.linear.linear import (
-    MAX_ROWS,
-    Workspace,
-    block_rows,
-    config_for,
-    launch_linear,
-)
+from granatum.kernels.linear.linear import Workspace, launch_linear
+from granatum.kernels.linear.tuning import ROWS, block_rows, config_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +56,7 @@ class Dense:
     def workspace_elements(self, rows: int) -> tuple[int, int]:
         """Partial sums and arrivals that `apply` needs for up to `rows` rows."""
         partials, arrivals = 0, 0
-        for some in (min(16, rows), min(32, rows), min(MAX_ROWS, rows)):
+        for some in (min(most, rows) for most in ROWS):
             config = config_for(some, self.weight)
             if config is not None and config.splits > 1:
                 sums = block_rows(some) * self.weight.shape[0] * config.splits

@@ -6,16 +6,11 @@ A block streams its rows of W through shared memory. Where the rows of W make to
 GPU, blocks share K: each block writes a partial sum, and the last block adds all of them in order.
 A row's result depends on shapes alone, not on the other rows.
 
-`h200_linear.json`, written by `benchmarks/linear_tune.py` and `step_tune.py`, says how a shape is
-cut; it serves the H100 as well, the same chip with slower memory. Shapes that it lacks, or where
-the library was faster, go to torch.
+`tuning.py` says how a shape is cut. Shapes that were not measured, or for which the library was
+faster, go to torch.
 """
 
-import json
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,31 +19,9 @@ from granatum.kernels.backend import (
     jit,
     overlap_options,
     require,
-    runs_kernel,
     tl,
 )
-
-MAX_ROWS = 64
-"""The most rows that the kernel takes. With more, arithmetic counts as well, and the library
-serves."""
-_LEAST_ROWS = 16
-"""The fewest rows that the tensor cores take."""
-_TABLES = {"H200": "h200_linear.json", "H100": "h200_linear.json"}
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """How a linear is cut into blocks.
-
-    block_n, block_k: rows and columns of W in a tile;
-    splits:           blocks that share K.
-    """
-
-    block_n: int
-    block_k: int
-    splits: int
-    warps: int
-    stages: int
+from granatum.kernels.linear.tuning import Config, block_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,37 +118,3 @@ def launch_linear(
         num_warps=config.warps, num_stages=config.stages, **overlap_options(x),
     )  # fmt: skip
     return y
-
-
-def block_rows(rows: int) -> int:
-    """Rows of x that a block takes, padding included."""
-    return max(_LEAST_ROWS, 1 << (rows - 1).bit_length())
-
-
-def config_for(rows: int, weight: torch.Tensor) -> Config | None:
-    """How `rows` rows meet `weight`, where that was measured to be faster than the library."""
-    on_gpu = weight.is_cuda and runs_kernel(weight)
-    if rows > MAX_ROWS or not on_gpu or weight.dtype.itemsize != 2:
-        return None
-    out_features, in_features = weight.shape
-    return _measured(weight.get_device(), shape_key(in_features, out_features, rows))
-
-
-def shape_key(in_features: int, out_features: int, rows: int) -> str:
-    """A shape's name in a measured table."""
-    return f"{in_features}->{out_features} by {block_rows(rows)}"
-
-
-@cache
-def _measured(device_index: int, key: str) -> Config | None:
-    gpu = torch.cuda.get_device_name(device_index)
-    name = next((table for name, table in _TABLES.items() if name in gpu), None)
-    found = _table(name).get(key) if name else None
-    return Config(**found) if found else None
-
-
-@cache
-def _table(name: str) -> dict[str, dict[str, Any] | None]:
-    text = (Path(__file__).parents[1] / "tables" / name).read_text()
-    configs: dict[str, dict[str, Any] | None] = json.loads(text)["configs"]
-    return configs

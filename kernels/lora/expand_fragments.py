@@ -75,7 +75,7 @@ def load_intermediate(
     partials, first, rows, stacked_row, done, rank, scale, chunk_stride, width,
     CHUNKS: gl.constexpr, SUMS: gl.constexpr,
 ):  # fmt: skip
-    """A tile's scaled intermediate [rank, row] of ranks done to done + 15, as a sum of two bfloat16.
+    """A tile's scaled intermediate [rank, row] of ranks done to done + 15, as two bfloat16.
 
     The shrink's partial sums are added in order.
     """

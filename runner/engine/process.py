@@ -1,6 +1,7 @@
 """The engine's process: commands in, one report per step out.
 
-drain commands -> step -> report; when idle: wait for a command, probe the device, report
+drain commands -> capture a graph if one is due -> step -> report
+when idle: wait for a command, probe the device, report
 """
 
 import os
@@ -25,6 +26,7 @@ from granatum.runner.channel import Channel, ChannelClosed
 from granatum.runner.engine.engine import Capacity, Engine, EngineLost
 from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.flight_recorder import FlightRecorder
+from granatum.runner.engine.phases import phase
 from granatum.runner.engine.scheduling.pages import PagePool
 from granatum.runner.engine.scheduling.plan import Limits
 from granatum.runner.model.adapter_loader import AdapterLoader, ImageSource
@@ -128,7 +130,7 @@ def run(
 def build_engine(
     options: EngineOptions, open_source: OpenSource, recorder: FlightRecorder | None = None
 ) -> Engine:
-    """Load the model, take the memory, capture the graphs.
+    """Load the model, take the memory, compile the kernels, capture the first graphs.
 
     Raises:
         InvalidRequest: what the model directory or an option should be instead.
@@ -144,8 +146,8 @@ def build_engine(
             )
         torch.cuda.set_device(device.index or 0)
     config = read_config(options.model)
-    weights = _weights(options, config, device)
-    log.info("weights loaded", seconds=round(time.monotonic() - started, 1))
+    with phase("reading weights", "weights loaded"):
+        weights = _weights(options, config, device)
     tokens = page_tokens(config, options.max_rank)
     pages = _pages(options, config, tokens, device)
     limits = _limits(options, config, tokens, pages)
@@ -236,6 +238,8 @@ def _serve(engine: Engine, channel: Channel[Report, Command]) -> None:
             if isinstance(command, Stop):
                 return
             obey(engine, command)
+        if engine.graph_due:
+            engine.capture()
         news = engine.step()
         overdue = time.monotonic() - reported >= PROBE_S
         if overdue and not engine.in_flight:
@@ -248,8 +252,8 @@ def _serve(engine: Engine, channel: Channel[Report, Command]) -> None:
 
 
 def _patience(engine: Engine, reported: float) -> float:
-    """Seconds to wait for a command: none while the device works."""
-    if engine.in_flight:
+    """Seconds to wait for a command: none while there is something to do."""
+    if engine.in_flight or engine.graph_due:
         return 0.0
     if engine.busy:
         return POLL_S

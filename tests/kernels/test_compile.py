@@ -1,6 +1,5 @@
 """Every kernel compiles for Hopper, as its launcher launches it, on a machine without a GPU."""
 
-import json
 import re
 import subprocess
 import tempfile
@@ -24,6 +23,7 @@ from granatum.kernels.layer.rotary import Rotary
 from granatum.kernels.layout import KvLayout, LayerKv, RowPlaces, Tiles
 from granatum.kernels.linear import linear
 from granatum.kernels.linear.dense import Dense
+from granatum.kernels.linear.tuning import measured
 from granatum.kernels.lora import expand_fragments
 from granatum.kernels.lora import ops as lora
 from granatum.kernels.lora.shrink import launch_shrink
@@ -36,6 +36,7 @@ triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(backend.INTERPRETING, reason="compiles nothing")
 
 BF16, ROWS = torch.bfloat16, 8
+H200 = device.Gpu("NVIDIA H200", sms=132, shared_memory=232448, capability=(9, 0))
 
 
 @pytest.fixture
@@ -191,13 +192,11 @@ def test_attention(kv_heads: int, name: str, compiled: list[Any]) -> None:
 
 @pytest.mark.parametrize("rows", [8, 32, 64])
 def test_linear(rows: int, compiled: list[Any]) -> None:
-    configs = json.loads(
-        (Path(linear.__file__).parents[1] / "tables" / "h200_linear.json").read_text()
-    )["configs"]
     workspace = linear.Workspace.of_size(1 << 22, 1 << 10, torch.device("cpu"))
-    key = linear.shape_key(11008, 4096, rows)
+    config = measured(H200, 11008, 4096, rows)
+    assert config is not None
     x, weight = torch.empty(rows, 11008, dtype=BF16), torch.empty(4096, 11008, dtype=BF16)
-    linear.launch_linear(x, weight, None, workspace, linear.Config(**configs[key]))
+    linear.launch_linear(x, weight, None, workspace, config)
     assert stack_bytes(compiled[0]) == 0
     assert "wgmma" in compiled[0].asm["ptx"]
 

@@ -6,11 +6,10 @@ import torch
 from granatum.kernels.backend import INTERPRETING, runs_kernel
 from granatum.kernels.linear.dense import Dense, allocate_workspace
 from granatum.kernels.linear.linear import (
-    MAX_ROWS,
-    Config,
     Workspace,
     launch_linear,
 )
+from granatum.kernels.linear.tuning import MAX_ROWS, Config
 
 BFLOAT16 = 2e-2 if INTERPRETING else 1e-2  # the interpreter cuts off what rounding would keep
 TOLERANCE = {torch.bfloat16: BFLOAT16, torch.float16: 2e-3, torch.float32: 1e-5}

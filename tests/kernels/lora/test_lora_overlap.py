@@ -17,8 +17,8 @@ from lora_groups import (
 from granatum.kernels.adapters import LoraRows
 from granatum.kernels.layer.norm import add_rms_norm
 from granatum.kernels.layout import Tiles, make_tiles
-from granatum.kernels.linear.linear import Config as LinearConfig
 from granatum.kernels.linear.linear import Workspace, launch_linear
+from granatum.kernels.linear.tuning import Config as LinearConfig
 from granatum.kernels.lora import ops as lora
 from granatum.kernels.lora.expand import launch_expand
 from granatum.kernels.lora.shrink import launch_shrink
