@@ -37,6 +37,7 @@ from granatum.runner.model.arena import (
     pages_that_fit,
 )
 from granatum.runner.model.decoder import Model
+from granatum.runner.model.dtypes import Dtypes
 from granatum.runner.model.weights import Weights, load_weights, random_weights
 from granatum.runner.records import (
     Cancel,
@@ -96,9 +97,9 @@ class EngineOptions:
     """Draw the weights instead of reading them; only the configuration is read."""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtypes(self) -> Dtypes:
         """Of weights, KV and adapters."""
-        return torch.float32 if self.device == "cpu" else torch.bfloat16
+        return Dtypes.on(torch.device(self.device))
 
 
 def run(
@@ -151,12 +152,12 @@ def build_engine(
     tokens = page_tokens(config, options.max_rank)
     pages = _pages(options, config, tokens, device)
     limits = _limits(options, config, tokens, pages)
-    arena = allocate_arena(config, tokens, pages, options.dtype, device)
+    arena = allocate_arena(config, tokens, pages, options.dtypes.kv, device)
     rank = padded(options.max_rank, RANK_STEP)  # as adapters lie in the arena
     table = allocate_table(config, options.adapter_slots, device, rank)
     base = BaseModel.from_config(options.model)
     elements = arena.kv.page_elements
-    source = open_source(ImageShape(base, str(options.dtype), elements, options.max_rank))
+    source = open_source(ImageShape(base, str(options.dtypes.adapters), elements, options.max_rank))
     loader = AdapterLoader(arena.pages, table, source, options.host_bytes)
     pool = PagePool(pages)
     executor = Executor(Model(config, weights, arena, table, limits), limits)
@@ -169,13 +170,13 @@ def build_engine(
 
 def _weights(options: EngineOptions, config: ModelConfig, device: torch.device) -> Weights:
     if options.random_weights:
-        return random_weights(config, options.dtype, device)
-    return load_weights(config, options.model, options.dtype, device)
+        return random_weights(config, options.dtypes.weights, device)
+    return load_weights(config, options.model, options.dtypes.weights, device)
 
 
 def _pages(options: EngineOptions, config: ModelConfig, tokens: int, device: torch.device) -> int:
     """Pages of the arena."""
-    page_bytes = tokens * config.kv_elements * options.dtype.itemsize
+    page_bytes = tokens * config.kv_elements * options.dtypes.kv.itemsize
     arena_bytes = options.arena_bytes
     if arena_bytes is None and device.type == "cpu":
         arena_bytes = CPU_ARENA_BYTES
