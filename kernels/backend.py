@@ -104,6 +104,6 @@ def require_rows(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
     Raises:
         ValueError: naming the tensor, its shape and its strides.
     """
-    fits = tuple(tensor.shape) == tuple(shape) and (tensor.stride(-1) == 1 or shape[-1] <= 1)
-    found = f"{tuple(tensor.shape)} with strides {tensor.stride()}"
-    require(fits, f"{name} must be {tuple(shape)} with adjacent last elements, not {found}")
+    if tensor.shape != tuple(shape) or (tensor.stride(-1) != 1 and shape[-1] > 1):
+        found = f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+        raise ValueError(f"{name} must be {tuple(shape)} with adjacent last elements, not {found}")

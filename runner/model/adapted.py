@@ -50,8 +50,9 @@ class AdaptedLinear:
     def apply(self, x: torch.Tensor, rows: AdaptedRows) -> torch.Tensor:
         """The linear of x [T, K] with what each row's adapter adds, [T, N]."""
         if rows.long is None:
-            return self.apply_short(x, rows)
-        y = linear_with_lora(self.base, x, self.adapters, rows.long)
+            y = self.base.apply(x)
+        else:
+            y = linear_with_lora(self.base, x, self.adapters, rows.long)
         self._add_short(y, x, rows)
         return y
 
