@@ -15,12 +15,14 @@ import torch
 from lora_harness import tile_batch
 from results import Results, add_options
 
+from granatum.kernels.adapters import GroupAdapters, LoraRows
 from granatum.kernels.attention.decode import allocate_decode_workspace, decode_attention
 from granatum.kernels.attention.prefill import prefill_attention
 from granatum.kernels.layer.activation import silu_mul
 from granatum.kernels.layer.norm import add_rms_norm
-from granatum.kernels.layer.rope import Rotary, rope_and_write_kv
-from granatum.kernels.layout import GROUPS, KvLayout, Tiles, make_query_tiles
+from granatum.kernels.layer.rope import rope_and_write_kv
+from granatum.kernels.layer.rotary import Rotary
+from granatum.kernels.layout import KvLayout, LayerKv, RowPlaces, Tiles, make_query_tiles
 from granatum.kernels.lora import ops as lora
 
 HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 32, 128, 4096, 11008
@@ -39,7 +41,7 @@ def lora_outcomes() -> Iterator[Outcome]:
         cases.prefill(512, "distinct"),
     )
     for rank in (16, 64):
-        for group in GROUPS:
+        for group in cases.GROUPS:
             linear = cases.Linear("7b", group, rank)
             for batch in batches:
                 yield f"lora {group} rank {rank}, {batch.name}", *_lora(linear, batch)
@@ -56,9 +58,8 @@ def _lora(linear: cases.Linear, batch: cases.Batch) -> tuple[torch.Tensor, torch
     widths = (linear.in_features, linear.out_features)
     elements = lora.workspace_elements(batch.rows, *widths, block_m, table.max_rank, x.device)
     workspace = torch.full((elements,), math.nan, device=x.device)
-    lora.add_lora(
-        y, x, packed.arena, table, 0, linear.group_index, linear.out_features, tiles, workspace
-    )
+    adapters = GroupAdapters(packed.arena, table, 0, linear.group_index, *widths)
+    lora.add_lora(y, x, adapters, LoraRows(tiles, workspace))
     truth = torch.zeros(y.shape, dtype=torch.float64, device=x.device)
     for row, adapter in enumerate(batch.adapters):
         parts = [
@@ -79,7 +80,7 @@ def attention_outcomes() -> Iterator[Outcome]:
         per_row = -(-tokens // PAGE_TOKENS)
         shape = (rows * per_row, 2, kv_heads, PAGE_TOKENS, HEAD_DIM)
         pages = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
-        arena = pages.view(rows * per_row, -1)
+        layer_kv = LayerKv(pages.view(rows * per_row, -1), kv, 0)
         table = torch.arange(rows * per_row, dtype=torch.int32, device="cuda").view(rows, per_row)
         keys, values = (
             pages[:, plane].view(rows, per_row, kv_heads, PAGE_TOKENS, HEAD_DIM).transpose(1, 2)
@@ -97,7 +98,7 @@ def attention_outcomes() -> Iterator[Outcome]:
         scale = HEAD_DIM**-0.5
         own = [pages[table[:, -1].long(), plane, :, (tokens - 1) % PAGE_TOKENS] for plane in (0, 1)]
         k, v = (part.reshape(rows, -1) for part in own)
-        decode_attention(q, k, v, still, arena, kv, 0, table, lengths, scale, out, workspace)
+        decode_attention(q, k, v, still, layer_kv, table, lengths, scale, out, workspace)
         heads = q.double().view(rows, HEADS, 1, HEAD_DIM)
         truth = _attend(heads, keys[:, :, :tokens], values[:, :, :tokens], scale, 0)
         yield f"decode attention, {kv_heads} KV heads", out, truth.reshape(rows, -1)
@@ -107,7 +108,7 @@ def attention_outcomes() -> Iterator[Outcome]:
         out = torch.full_like(q, math.nan)
         tiles = Tiles.allocate(chunk // 64, 64, "cuda")
         tiles.fill(make_query_tiles([(1, 0, chunk, first)], 64))
-        prefill_attention(q, arena, kv, 0, table, tiles, scale, out)
+        prefill_attention(q, layer_kv, table, tiles, scale, out)
         heads = q.double().view(chunk, HEADS, HEAD_DIM).transpose(0, 1)
         end = first + chunk
         truth = _attend(heads, keys[1, :, :end], values[1, :, :end], scale, first)
@@ -160,7 +161,7 @@ def _rope() -> tuple[torch.Tensor, torch.Tensor]:
     arena = torch.zeros(2, kv.page_elements, dtype=torch.bfloat16, device="cuda")
     slots = torch.arange(32, dtype=torch.int32, device="cuda")
     rotary = Rotary(angles.cos().float(), angles.sin().float())
-    rope_and_write_kv(q, k, v, positions, rotary, arena, kv, 0, slots)
+    rope_and_write_kv(q, k, v, rotary, LayerKv(arena, kv, 0), RowPlaces(positions, slots))
     return q, truth.reshape(32, -1)
 
 

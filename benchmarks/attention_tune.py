@@ -24,8 +24,9 @@ from workload import MAX_LENGTH, SEED, SHAPES, textgen_lengths
 
 from granatum.kernels.attention.decode import DecodeConfig, allocate_decode_workspace, launch_decode
 from granatum.kernels.attention.reference import decode_attention
-from granatum.kernels.layer.rope import Rotary
-from granatum.kernels.layout import KvLayout
+from granatum.kernels.device import gpu
+from granatum.kernels.layer.rotary import Rotary
+from granatum.kernels.layout import KvLayout, LayerKv
 
 PAGE_TOKENS = 16
 POOL_BYTES = 300e6
@@ -86,8 +87,8 @@ class Bench:
         self.out = torch.empty(batch, self.heads * d, dtype=torch.bfloat16, device="cuda")
         self.expected = torch.empty_like(self.out)
         decode_attention(
-            self.q, self.k, self.v, self.rotary, self.arena, self.kv, 1, self.table, self.tokens,
-            0.1, self.expected,
+            self.q, self.k, self.v, self.rotary, LayerKv(self.arena, self.kv, 1), self.table,
+            self.tokens, 0.1, self.expected,
         )  # fmt: skip
         self.workspace = allocate_decode_workspace(
             batch, self.heads, self.kv, 4096, self.out.device, DecodeConfig(8, 1, 0, 16)
@@ -96,7 +97,7 @@ class Bench:
     def run(self, config: DecodeConfig, layer: int) -> None:
         """Attention of one layer."""
         launch_decode(
-            self.q, self.k, self.v, self.rotary, self.arena, self.kv, layer, self.table,
+            self.q, self.k, self.v, self.rotary, LayerKv(self.arena, self.kv, layer), self.table,
             self.tokens, 0.1, self.out, self.workspace, config,
         )  # fmt: skip
 
@@ -113,7 +114,7 @@ def compile_one(grouped: bool, config: DecodeConfig, batches: tuple[int, ...]) -
     try:
         for batch in batches:
             bench = Bench("8b" if grouped else "7b", [40] * batch)
-            bench.run(replace(config, blocks=132, piece=256), 0)
+            bench.run(replace(config, blocks=gpu(0).sms, piece=256), 0)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{config}: {type(error).__name__}: {str(error)[:150]}"
@@ -125,7 +126,7 @@ def candidates(compiled: list[DecodeConfig]) -> Iterator[DecodeConfig]:
     for config in compiled:
         for per_sm in (8, 12, 16):
             for piece in PIECES:
-                yield replace(config, blocks=per_sm * 132, piece=piece)
+                yield replace(config, blocks=per_sm * gpu(0).sms, piece=piece)
 
 
 def measure(model: str, batch: int, context: int, compiled: list[DecodeConfig]) -> None:

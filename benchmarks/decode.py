@@ -33,12 +33,18 @@ from workload import (
     running_lengths,
 )
 
-from granatum.kernels.layout import AdapterTable
+from granatum.kernels.adapters import AdapterTable
 from granatum.models.config import ModelConfig
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.scheduling.plan import EngineLimits
-from granatum.runner.model.arena import Arena, allocate_arena, page_tokens, pages_that_fit
+from granatum.runner.model.arena import (
+    Arena,
+    allocate_arena,
+    allocate_table,
+    page_tokens,
+    pages_that_fit,
+)
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import Weights, random_weights
 from granatum.runner.pages import PagePool
@@ -125,7 +131,7 @@ class Rig:
         page_bytes = tokens * config.kv_elements * dtype.itemsize
         pages = pages or pages_that_fit(page_bytes, device, 0.9)
         arena = allocate_arena(config, tokens, pages, dtype, device)
-        table = AdapterTable.allocate(batch, config.layers, device, rank)
+        table = allocate_table(config, batch, device, rank)
         pool = PagePool(pages)
         adapters = RandomAdapters(config, arena, table, pool, batch)
         return cls(config, weights, arena, table, adapters, pool, limits)

@@ -10,10 +10,13 @@ from typing import Protocol
 
 import torch
 
-from granatum.kernels.layout import FIRST_PROJECTION, AdapterTable, Tiles, make_tiles
+from granatum.kernels.adapters import AdapterTable, GroupAdapters, GroupLayout, LoraRows
+from granatum.kernels.layout import Tiles, make_tiles
 from granatum.kernels.lora import ops as lora
 
 Run = Callable[[torch.Tensor, torch.Tensor], None]
+LAYOUT = GroupLayout((3, 1, 2, 1))
+"""q, k, v; o; gate, up; down."""
 GROUP_OF_SLICES = {3: 0, 1: 1, 2: 2}
 """A group with that many projections; o and down differ in their shape alone."""
 _ALIGN = 64
@@ -70,8 +73,9 @@ class Packed:
 
     def table(self, group: int, slots: int, layers: int) -> AdapterTable:
         """Slot s of layer l is adapter `l * slots + s`."""
-        projections = slice(FIRST_PROJECTION[group], FIRST_PROJECTION[group] + len(self.ranks))
-        table = AdapterTable.allocate(slots, layers, "cpu", max(self.ranks))
+        first = LAYOUT.first[group]
+        projections = slice(first, first + len(self.ranks))
+        table = AdapterTable.allocate(LAYOUT, slots, layers, "cpu", max(self.ranks))
         index = torch.arange(layers)[None, :] * slots + torch.arange(slots)[:, None]
         table.a[:, :, group] = self.a[index]
         table.b[:, :, projections] = self.b[index]
@@ -140,12 +144,14 @@ def setup(case: Case, weight_sets: Sequence[Weights]) -> list[Run]:
         rows, case.in_features, case.out_slices, tiles.block_m, table.max_rank, device
     )
     workspace = torch.empty(elements, dtype=torch.float32, device=device)
+    widths = (case.in_features, case.out_slices)
 
     def bind(layer: int) -> Run:
+        adapters = GroupAdapters(packed.arena, table, layer, group, *widths)
+        call = (adapters, LoraRows(tiles, workspace))
+
         def run(x: torch.Tensor, y: torch.Tensor) -> None:
-            lora.add_lora(
-                y, x, packed.arena, table, layer, group, case.out_slices, tiles, workspace
-            )
+            lora.add_lora(y, x, *call)
 
         return run
 

@@ -24,10 +24,10 @@ from types import MappingProxyType
 import lora_ops_cases as cases
 import lora_ops_prompts as prompts
 import torch
-from lora_harness import setup, tile_batch
+from lora_harness import LAYOUT, setup, tile_batch
 from results import Results, Row, add_options
 
-from granatum.kernels.layout import GROUPS, AdapterTable
+from granatum.kernels.adapters import AdapterTable, GroupAdapters, LoraRows
 from granatum.kernels.lora import ops as lora
 
 KEY = ("model", "group", "rank", "rows", "popularity")
@@ -102,7 +102,7 @@ def measure_mixed(linears: Sequence[cases.Linear]) -> float:
     each = MIXED_ROWS // len(linears)
     packs = [cases.pack_matrices(cases.make_matrices(one, each * layers)) for one in linears]
     tables = [pack.table(linear.group_index, each, layers) for pack in packs]
-    table = AdapterTable.allocate(MIXED_ROWS, layers, "cuda", linear.rank)
+    table = AdapterTable.allocate(LAYOUT, MIXED_ROWS, layers, "cuda", linear.rank)
     base = 0
     for i, (pack, own) in enumerate(zip(packs, tables, strict=True)):
         table.a[i :: len(linears)] = own.a + base
@@ -118,16 +118,16 @@ def measure_mixed(linears: Sequence[cases.Linear]) -> float:
         batch.rows, linear.in_features, linear.out_features, tiles.block_m, linear.rank, x.device
     )
     workspace = torch.empty(elements, device=x.device)
-    rest = (linear.group_index, linear.out_features, tiles, workspace)
-    return cases.graph_us(
-        [partial(lora.add_lora, y, x, arena, table, layer, *rest) for layer in range(layers)]
-    )
+    rest = (linear.group_index, linear.in_features, linear.out_features)
+    adapters = [GroupAdapters(arena, table, layer, *rest) for layer in range(layers)]
+    rows = LoraRows(tiles, workspace)
+    return cases.graph_us([partial(lora.add_lora, y, x, own, rows) for own in adapters])
 
 
 def mixed_rows(model: str, bandwidth: float) -> list[Row]:
     """A batch of all MIXED_RANKS in turn, and one of each of these ranks."""
     batch, rows = cases.decode(MIXED_ROWS, "distinct"), []
-    for group in GROUPS:
+    for group in cases.GROUPS:
         linears = [cases.Linear(model, group, rank) for rank in MIXED_RANKS]
         alike = []
         for linear in linears:
@@ -218,7 +218,7 @@ def main() -> None:
         for rank in (int(r) for r in args.ranks.split(",")):
             batches = FEWER_BATCHES if rank in OTHER_RANKS else BATCHES
             mine = []
-            for group in GROUPS:
+            for group in cases.GROUPS:
                 linear = cases.Linear(model, group, rank)
                 count = max(64, math.ceil(POOL_BYTES / linear.adapter_bytes))
                 matrices = cases.make_matrices(linear, count)

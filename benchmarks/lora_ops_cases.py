@@ -9,8 +9,9 @@ import torch
 from lora_harness import Packed, pack
 from workload import SHAPES, adapter_ids
 
-from granatum.kernels.layout import GROUPS
+from granatum.models.families import LLAMA
 
+GROUPS = tuple(group.name for group in LLAMA.groups)
 SCALE = 0.5
 PROMPT = 128
 _TRIALS = 3

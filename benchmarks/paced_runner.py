@@ -80,6 +80,10 @@ class PacedExecutor:
         self._steps += 1
         return _Flight(plan, self._end, self._steps * 37 % self._tokens)
 
+    def graph_due(self, *, idle: bool) -> bool:  # noqa: ARG002 - as the executor's own
+        """Never: it has no graphs."""
+        return False
+
     def probe(self) -> None:
         """Nothing to prove."""
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable
+from granatum.kernels.adapters import AdapterTable
 from granatum.models.config import ModelConfig
 from granatum.runner.adapters.residency import AdapterFigures
 from granatum.runner.model.arena import Arena
@@ -47,11 +47,11 @@ class RandomAdapters:
         pieces: list[tuple[torch.Tensor, int]] = []
         for layer in range(self._config.layers):
             for group, name in enumerate(self._config.in_features):
-                projections = GROUP_PROJECTIONS[group]
+                projections = self._table.groups.projections[group]
                 a = self._table.a[slot, layer, group]
                 pieces.append((a, rank * projections * self._config.in_features[name]))
                 for p, out in enumerate(self._config.out_features[name]):
-                    b = self._table.b[slot, layer, FIRST_PROJECTION[group] + p]
+                    b = self._table.b[slot, layer, self._table.groups.first[group] + p]
                     pieces.append((b, rank * out))
         size = self._arena.kv.page_elements
         page = at = size

@@ -6,11 +6,12 @@ A launcher asks `runs_kernel` whether its Triton kernel or its torch twin serves
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from granatum.kernels.device import gpu_of
 
 try:
     import triton
@@ -52,9 +53,9 @@ _INTERPRETED = tl.constexpr(INTERPRETING)
 
 @jit()
 def dot(a, b, total):
-    """total + a @ b on the tensor cores, of float32 (by three tf32 products) to its full precision.
+    """total + a @ b on the tensor cores. Float32 keeps its full precision: three tf32 products.
 
-    The interpreter keeps bfloat16 as bit patterns, which it would multiply.
+    The interpreter keeps bfloat16 as bit patterns and would multiply these, so it converts first.
     """
     if _INTERPRETED:
         a = a.to(tl.float32)
@@ -70,22 +71,21 @@ def runs_kernel(tensor: torch.Tensor) -> bool:
 def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
     """Options with which a kernel on `tensor`'s device may start while its predecessor ends.
 
-    PDL is the kernel's own. Every block that has work calls `gdc_wait` before it reads what a
-    kernel of the step writes and before it writes at all, and only then `gdc_launch_dependents`:
-    kernels that start further ahead would hold places on the GPU that the next one needs. One
-    block at least waits, whatever the work, so that the kernel is not complete before its
-    predecessor is; all kernels before it are then complete as well. Before it waits, a block may
-    read weights, and what was copied to the device before the step. Behind a kernel of which this
-    is known, what was complete before that one's wait may be used without waiting for that one.
+    The kernel takes PDL as a constant. If it is set, the kernel keeps three rules:
+
+    - A block that has work calls `gdc_wait` before it reads what a kernel of the step writes, and
+      before it writes anything. Then the block calls `gdc_launch_dependents`, not earlier: kernels
+      that start further ahead would take places on the GPU that the next kernel needs.
+    - At least one block waits, even if no block has work. So a kernel is complete only after its
+      predecessor, and then all kernels before it are complete as well.
+    - Before it waits, a block may read weights, and what was copied to the device before the step.
+
+    Behind a predecessor that keeps these rules, a kernel need not wait for data that was complete
+    before the predecessor's own wait ended: a shrink beside its linear does not wait for x.
     """
-    if tensor.is_cuda and _overlaps(tensor.get_device()):
+    if gpu_of(tensor.device).overlaps:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
-
-
-@cache
-def _overlaps(device_index: int) -> bool:
-    return torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
 def require(condition: bool, message: str) -> None:
@@ -104,6 +104,6 @@ def require_rows(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
     Raises:
         ValueError: naming the tensor, its shape and its strides.
     """
-    fits = tuple(tensor.shape) == tuple(shape) and (tensor.stride(-1) == 1 or shape[-1] <= 1)
-    found = f"{tuple(tensor.shape)} with strides {tensor.stride()}"
-    require(fits, f"{name} must be {tuple(shape)} with adjacent last elements, not {found}")
+    if tensor.shape != tuple(shape) or (tensor.stride(-1) != 1 and shape[-1] > 1):
+        found = f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+        raise ValueError(f"{name} must be {tuple(shape)} with adjacent last elements, not {found}")

@@ -1,10 +1,10 @@
-"""Gluon, in which a kernel says which lane holds what; the interpreter does not know it.
+"""Gluon: kernels that say which lane holds which element; the interpreter does not know it.
 
-Where it is missing, files with such kernels still import, and kernels in Triton or torch serve.
+Where Gluon is missing, files with such kernels still import, and kernels in Triton or the torch
+twins serve.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from granatum.kernels.backend import HAS_TRITON, INTERPRETING, tl
@@ -14,7 +14,6 @@ if AVAILABLE:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
-    from triton.runtime import driver
 
     if hasattr(async_copy, "async_load"):
         async_load = async_copy.async_load
@@ -32,7 +31,6 @@ __all__ = [
     "launch_dependents",
     "mma_v2",
     "of_triton",
-    "shared_memory",
     "sync_warp",
     "wait",
 ]
@@ -50,14 +48,8 @@ def jit(*runtime_integers: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def of_triton(helper: Any) -> Any:
-    """A Triton helper of scalars and what they address, for kernels in Gluon."""
+    """A Triton helper for kernels in Gluon. It must use scalars and pointers alone, no layouts."""
     return gluon.jit(helper.fn) if AVAILABLE else helper
-
-
-@cache
-def shared_memory(device_index: int) -> int:
-    """Bytes of shared memory that a block may have on a GPU."""
-    return int(driver.active.utils.get_device_properties(device_index)["max_shared_mem"])
 
 
 @jit()
@@ -70,7 +62,7 @@ def launch_dependents():
 
 @jit()
 def wait():
-    """Until the kernel before this one is complete."""
+    """Wait until the kernel before this one is complete."""
     gl.inline_asm_elementwise(
         "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -78,7 +70,7 @@ def wait():
 
 @jit()
 def sync_warp():
-    """What the warp's lanes have written is there for all of them."""
+    """Make what each lane of the warp has written visible to all its lanes."""
     gl.inline_asm_elementwise(
         "bar.warp.sync 0xffffffff; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )

@@ -1,7 +1,7 @@
-"""How the arena and a step's work lists are laid out: what every kernel that reads them agrees on.
+"""How KV lies in the arena, and how a step's rows are listed: every kernel agrees on this.
 
-The arena is one contiguous tensor of the model's dtype; KV and adapters lie in it at element
-offsets. A step has T rows; tiles say which of them go through which adapter.
+The arena is one contiguous tensor; KV and adapters lie in it at element offsets. A step has T rows.
+Tiles cut the rows into pieces, each for one block of a kernel.
 """
 
 from collections.abc import Sequence
@@ -10,71 +10,20 @@ from itertools import groupby
 
 import torch
 
-GROUPS = ("qkv", "o", "gate_up", "down")
-"""The fused linears of a layer, in the order of their indices."""
-GROUP_PROJECTIONS = (3, 1, 2, 1)
-"""Projections of each group."""
-FIRST_PROJECTION = (0, 3, 4, 6)
-"""Index of each group's first projection among a layer's seven."""
-MAX_RANK = 256
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterTable:
-    """Where each slot's adapter lies in the arena; fixed addresses, rewritten between steps.
-
-    a:     int64 [slots, layers, 4], element offset of the group's stacked A, [R, K] row-major;
-    b:     int64 [slots, layers, 7], element offset of the projection's B transposed, [r, N];
-    rank:  int32 [slots, layers, 7], multiple of 8; 0: the adapter leaves the projection alone;
-    scale: float32 [slots, layers, 7].
-
-    Pieces start 128-byte aligned. R is the sum of the ranks of the group's projections, in order.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    rank: torch.Tensor
-    scale: torch.Tensor
-    max_rank: int = MAX_RANK
-    """No rank in the table is ever larger; it sizes workspaces and chooses configurations."""
-
-    @classmethod
-    def allocate(
-        cls, slots: int, layers: int, device: torch.device | str, max_rank: int = MAX_RANK
-    ) -> "AdapterTable":
-        """A table whose slots all leave every projection alone."""
-        projections = sum(GROUP_PROJECTIONS)
-        groups = len(GROUP_PROJECTIONS)
-        return cls(
-            a=torch.zeros(slots, layers, groups, dtype=torch.int64, device=device),
-            b=torch.zeros(slots, layers, projections, dtype=torch.int64, device=device),
-            rank=torch.zeros(slots, layers, projections, dtype=torch.int32, device=device),
-            scale=torch.zeros(slots, layers, projections, dtype=torch.float32, device=device),
-            max_rank=max_rank,
-        )
-
-    def to(self, device: torch.device | str) -> "AdapterTable":
-        """A copy on another device."""
-        tensors = (self.a, self.b, self.rank, self.scale)
-        a, b, rank, scale = (tensor.to(device) for tensor in tensors)
-        return AdapterTable(a, b, rank, scale, self.max_rank)
-
-    @property
-    def layers(self) -> int:
-        """Layers of the model."""
-        return self.a.shape[1]
+from granatum.kernels.backend import require
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A step's rows, cut into pieces of at most `block_m` that one block of a kernel takes.
+    """A step's rows, cut into tiles of at most `block_m` rows; one block of a kernel takes a tile.
 
-    entries: int32 [capacity, 4], beyond `count` never read as tiles,
-             for LoRA (adapter slot, first row, rows, 0), base-model rows in none or of slot -1;
-             for prefill attention (row of the page table, first row, rows, position of that row);
-    count:   int32 [1];
-    order:   int32 [T] or None: LoRA's tiles count rows in this order, order[i] being the i-th, so
-             that rows of one adapter need not be adjacent; None: as they are.
+    entries: int32 [capacity, 4]; entries from `count` on are never read as tiles.
+             A LoRA tile is (adapter slot, first row, rows, 0). Rows of the base model are in no
+             tile, or in tiles of slot -1.
+             An attention tile is (row of the page table, first row, rows, position of that row);
+    count:   int32 [1], tiles in use;
+    order:   int32 [T] or None. LoRA tiles count rows in this order: order[i] is the i-th row. So
+             the rows of one adapter need not be adjacent. None: rows are counted as they lie.
     """
 
     entries: torch.Tensor
@@ -90,11 +39,11 @@ class Tiles:
 
     @property
     def capacity(self) -> int:
-        """The most tiles there can be; it alone sizes grids."""
+        """The most tiles there can be. Only this number sizes grids."""
         return self.entries.shape[0]
 
     def fill(self, tiles: Sequence[tuple[int, ...]]) -> None:
-        """Make `tiles`, as `make_tiles` or `make_query_tiles` lists them, the content."""
+        """Replace the content by `tiles`, which `make_tiles` or `make_query_tiles` has listed."""
         if len(tiles) > self.capacity:
             raise ValueError(f"{len(tiles)} tiles do not fit a list of {self.capacity}")
         if tiles:
@@ -108,8 +57,8 @@ def make_tiles(
 ) -> list[tuple[int, int, int]]:
     """Tiles (slot, first row, rows) of at most `block_m` adjacent rows of one adapter each.
 
-    `slots_per_row` holds each row's adapter slot; None or -1 is the base model, in no tile, or
-    with `base` in tiles of slot -1.
+    `slots_per_row` holds each row's adapter slot. None or -1 is the base model: such rows are in
+    no tile, or in tiles of slot -1 if `base` is set.
     """
     tiles: list[tuple[int, int, int]] = []
     first = 0
@@ -134,6 +83,36 @@ class KvLayout:
     def layer_elements(self) -> int:
         """Elements from a page's layer to its next."""
         return 2 * self.kv_heads * self.page_tokens * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKv:
+    """The keys and values of one layer in the arena."""
+
+    arena: torch.Tensor
+    layout: KvLayout
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlaces:
+    """Where a step's rows stand in their sequences and in the arena.
+
+    positions: int [T], the row's position in its sequence;
+    kv_slots:  int [T], page * page_tokens + place in the page; negative: the row has no place.
+    """
+
+    positions: torch.Tensor
+    kv_slots: torch.Tensor
+
+    def require(self, rows: int) -> None:
+        """Refuse places that are not of `rows` rows.
+
+        Raises:
+            ValueError: naming the shape.
+        """
+        fits = self.positions.shape == self.kv_slots.shape == (rows,)
+        require(fits, f"positions and kv_slots must be [{rows}]")
 
 
 def make_query_tiles(

@@ -1,7 +1,7 @@
-"""Flash decoding over the arena's pages, with its rows' rotary positions and the write of their KV.
+"""Flash decoding over the arena's pages; it also rotates its rows' queries and keys and writes KV.
 
-A row's tokens are cut into pieces, by shapes and its own length alone; blocks take pieces, and the
-last of a row to be done adds them up.
+A row's tokens are cut into pieces; the cut depends on shapes and on the row's own length alone.
+Blocks take pieces. The block that ends a row's last piece adds up the row's pieces.
 """
 
 from dataclasses import dataclass
@@ -9,40 +9,25 @@ from typing import Any
 
 import torch
 
-from granatum.kernels.attention import decode_fragments as fragments
-from granatum.kernels.attention import reference
-from granatum.kernels.attention.common import (
-    LOG2_E,
-    NEVER,
-    require_queries,
-    softmax_step,
-    token_offsets,
-)
-from granatum.kernels.backend import (
-    dot,
-    jit,
-    overlap_options,
-    require,
-    require_rows,
-    runs_kernel,
-    tl,
-    triton,
-)
-from granatum.kernels.layer.rope import Rotary, load_angles, load_rotated
-from granatum.kernels.layout import KvLayout
+from granatum.kernels.attention import decode_fragments, decode_general, reference
+from granatum.kernels.attention.common import LOG2_E, require_queries
+from granatum.kernels.backend import overlap_options, require, require_rows, runs_kernel, triton
+from granatum.kernels.device import gpu_of
+from granatum.kernels.layer.rotary import Rotary
+from granatum.kernels.layout import KvLayout, LayerKv
 
 MAX_PIECES = 16
-"""That a row's tokens are cut into."""
+"""The most pieces of a row."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
     """How decode attention is cut into blocks.
 
-    block_t: tokens that a block takes at a time, of 16 bits; half of them are taken of 32;
-    stages:  that its loads are ahead, where they go through shared memory;
-    blocks:  how many keep the GPU's memory busy;
-    piece:   tokens of a piece, where 1024 pairs of a row and a kv head or more are to be served.
+    block_t: tokens that a block takes at a time, in a dtype of 16 bits; with 32 bits, half as many;
+    stages:  how many steps ahead loads go through shared memory;
+    blocks:  blocks that keep the GPU's memory busy;
+    piece:   tokens of a piece, where rows times kv heads are 1024 or more.
     """
 
     block_t: int
@@ -51,249 +36,18 @@ class DecodeConfig:
     piece: int
 
 
-GROUPED = DecodeConfig(32, 3, 8 * 132, 1024)
-"""Where query heads share keys."""
-SINGLE = DecodeConfig(16, 2, 16 * 132, 512)
-"""Where each has its own."""
-
-
 @dataclass(frozen=True, slots=True)
 class DecodeWorkspace:
-    """Partial results, float32; of pieces that are done, arrivals by row and kv head, and what
-    turns blocks have taken, int32, zero between launches."""
+    """Room for the results of pieces.
+
+    partials: float32, a piece's maximum, sum and unnormalised values for each head;
+    arrivals: int32 [rows * kv_heads], pieces that are done; zero between launches;
+    turns:    int32 [2], pieces that blocks have taken and blocks that have ended; likewise.
+    """
 
     partials: torch.Tensor
     arrivals: torch.Tensor
     turns: torch.Tensor
-
-
-@jit()
-def _add_own(qs, own_k, own_v, owner, scale, top, total, summed):
-    """Go on with softmaxes [N], [N, BLOCK_D] of qs [N, BLOCK_D] over the own token, for owners."""
-    score = tl.sum(qs.to(tl.float32) * own_k.to(tl.float32), axis=1) * scale
-    new_top = tl.where(owner, tl.maximum(top, score), top)
-    kept = tl.exp2(top - new_top)
-    weight = tl.where(owner, tl.exp2(score - new_top), 0.0)
-    summed = summed * kept[:, None] + weight[:, None] * own_v.to(tl.float32)
-    return new_top, total * kept + weight, summed
-
-
-@jit()
-def _attend_grouped(
-    qs, keys, values, table, kv_head, begin, end, page_elements, scale, top, total, summed,
-    PAGE_TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """Go on with a softmax of query heads qs [BLOCK_G, BLOCK_D], on the tensor cores."""
-    d = tl.arange(0, BLOCK_D)
-    for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
-        t = start + tl.arange(0, BLOCK_T)
-        at = token_offsets(table, t, end, page_elements, kv_head, PAGE_TOKENS, D)
-        there = (t < end)[:, None] & (d < D)[None, :]
-        turned = (t < end)[None, :] & (d < D)[:, None]
-        v = tl.load(values + at[:, None] + d[None, :], mask=there, other=0.0)
-        k = tl.load(keys + at[None, :] + d[:, None], mask=turned, other=0.0)
-        scores = dot(qs, k, tl.zeros((qs.shape[0], BLOCK_T), tl.float32))
-        scores = tl.where((t < end)[None, :], scores * scale, NEVER)
-        weights, top, total, kept = softmax_step(scores, top, total, 1)
-        summed = dot(weights.to(v.dtype), v, summed * kept[:, None])
-    return top, total, summed
-
-
-@jit()
-def _attend_single(
-    qs, keys, values, table, kv_head, begin, end, page_elements, scale, top, total, summed,
-    PAGE_TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """Go on with two softmaxes of a head, qs [2, BLOCK_D] both times, over half of each tile each.
-
-    So half a warp holds a key or value in 16-byte parts, and only scores cross lanes.
-    """
-    d = tl.arange(0, BLOCK_D)
-    HALF: tl.constexpr = BLOCK_T // 2
-    for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
-        t = start + tl.arange(0, 2)[:, None] * HALF + tl.arange(0, HALF)[None, :]
-        if PAGE_TOKENS % BLOCK_T == 0:  # a tile lies in one page
-            page = tl.load(table + start // PAGE_TOKENS).to(tl.int64)
-            at = page * page_elements + (kv_head * PAGE_TOKENS + t % PAGE_TOKENS) * D
-        else:
-            at = token_offsets(table, t, end, page_elements, kv_head, PAGE_TOKENS, D)
-        there = (t < end)[:, :, None] & (d < D)[None, None, :]
-        k = tl.load(keys + at[:, :, None] + d[None, None, :], mask=there, other=0.0)
-        v = tl.load(values + at[:, :, None] + d[None, None, :], mask=there, other=0.0)
-        scores = tl.sum(qs.to(tl.float32)[:, None, :] * k.to(tl.float32), axis=2)
-        scores = tl.where(t < end, scores * scale, NEVER)
-        weights, top, total, kept = softmax_step(scores, top, total, 1)
-        summed = summed * kept[:, None] + tl.sum(weights[:, :, None] * v.to(tl.float32), axis=1)
-    return top, total, summed
-
-
-@jit()
-def _join(tops, totals, sums):
-    """Softmaxes [H, N], [H, N, D] over parts of the tokens as one each, [H], [H, D]."""
-    top = tl.max(tops, axis=1)
-    weights = tl.where(totals > 0, tl.exp2(tops - top[:, None]), 0.0)
-    total = tl.sum(weights * totals, axis=1)
-    return top, total, tl.sum(sums * weights[:, :, None], axis=1)
-
-
-@jit()
-def _piece_of(place, row_lengths, row_ends, row_pieces, BLOCK_T: tl.constexpr):
-    """What comes at a place in turn: row, its length, its pieces, which of them, begin and end."""
-    r = tl.arange(0, row_lengths.shape[0])
-    row = tl.sum((row_ends <= place).to(tl.int32), axis=0)
-    length = tl.sum(tl.where(r == row, row_lengths, 0), axis=0)
-    count = tl.sum(tl.where(r == row, row_pieces, 0), axis=0)
-    piece = place - tl.sum(tl.where(r == row, row_ends - row_pieces, 0), axis=0)
-    past = tl.maximum(length - 1, 0)
-    size = tl.cdiv(tl.cdiv(past, BLOCK_T), tl.maximum(count, 1)) * BLOCK_T
-    begin = piece * size
-    return row.to(tl.int64), length, count, piece, begin, tl.minimum(begin + size, past)
-
-
-@jit()
-def _joined(at, wanted, count, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Attention [H, BLOCK_D] of wanted heads, whose first of `count` partials are at `at` [H].
-
-    Four partials are loaded at a time, in their order.
-    """
-    d = tl.arange(0, BLOCK_D)
-    top = tl.full(at.shape, NEVER, tl.float32)
-    total = tl.zeros(at.shape, tl.float32)
-    summed = tl.zeros((at.shape[0], BLOCK_D), tl.float32)
-    for start in range(0, count, 4):
-        p = start + tl.arange(0, 4)
-        there = wanted[:, None] & (p < count)[None, :]
-        place = at[:, None] + p[None, :] * (HEADS * (D + 2))
-        tops = tl.load(place, mask=there, other=NEVER, cache_modifier=".cg")
-        totals = tl.load(place + 1, mask=there, other=0.0, cache_modifier=".cg")
-        sums = tl.load(
-            place[:, :, None] + 2 + d[None, None, :],
-            mask=there[:, :, None] & (d < D)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        part_top, part_total, part = _join(tops, totals, sums)
-        new_top = tl.maximum(top, part_top)
-        kept, added = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
-        total = total * kept + part_total * added
-        summed = summed * kept[:, None] + part * added[:, None]
-        top = new_top
-    return summed / tl.where(total > 0, total, 1.0)[:, None]
-
-
-@jit("rows", "pieces", "piece_tokens", "layer", "table_stride")
-def _decode_kernel(
-    q, k, v, cos, sin, q_norm, k_norm, arena, page_table, lengths, out, partials, arrivals, turns,
-    q_stride, k_stride, v_stride, out_stride, table_stride, page_elements, rows, pieces,
-    piece_tokens, layer, scale, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGE_TOKENS: tl.constexpr, D: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    JOINED_HEADS: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """One block: in turn, a piece of a row's tokens for the query heads that share a kv head.
-
-    The first piece's softmax ends with the row's own token, whose key and value it writes to the
-    arena. A row of one piece is written at once; of several, each piece leaves a partial
-    [row, piece, head] of maximum, sum and unnormalised values, D + 2 apart, and the last of them
-    to be done adds them up in order. Who takes which piece changes nothing.
-    """
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    g = tl.arange(0, BLOCK_G)
-    d = tl.arange(0, BLOCK_D)
-    r = tl.arange(0, BLOCK_ROWS)
-    row_lengths = tl.load(lengths + r, mask=r < rows, other=0)
-    row_pasts = tl.maximum(row_lengths - 1, 0)
-    row_pieces = tl.minimum(tl.maximum(tl.cdiv(row_pasts, piece_tokens), 1), pieces)
-    row_pieces = tl.where(r < rows, row_pieces, 0)
-    row_ends = tl.cumsum(row_pieces, axis=0)
-    items = tl.sum(row_pieces, axis=0) * KV_HEADS
-    many = items > tl.num_programs(0)
-    keys = arena + layer.to(tl.int64) * (2 * KV_HEADS * PAGE_TOKENS * D)
-    values = keys + KV_HEADS * PAGE_TOKENS * D
-    item = tl.program_id(0)
-    row, length, count, piece, begin, end = _piece_of(
-        item // KV_HEADS, row_lengths, row_ends, row_pieces, BLOCK_T
-    )
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    while item < items:
-        kv_head = item % KV_HEADS
-        past = tl.maximum(length - 1, 0)
-        table = page_table + row * table_stride
-        # A head's own key and value are loaded once for the group's heads, or twice.
-        n = g if DOT else tl.arange(0, 2)
-        m = tl.arange(0, 1) if DOT else tl.arange(0, 2)
-        head = kv_head * GROUP + tl.where(n < GROUP, n, 0)
-        q_at = q + row * q_stride + head[:, None] * D
-        inside = (n >= 0)[:, None] & (d < D)[None, :]
-        c, s = load_angles(cos, sin, past, d, inside, D)
-        qs = load_rotated(q_at, d, inside, c, s, q_norm, eps, D).to(q.dtype.element_ty)
-        own = kv_head * D + (m * 0)[:, None]
-        k_at = k + row * k_stride + own
-        inside = (m >= 0)[:, None] & (d < D)[None, :]
-        if DOT:
-            c, s = load_angles(cos, sin, past, d, inside, D)
-        own_k = load_rotated(k_at, d, inside, c, s, k_norm, eps, D).to(k.dtype.element_ty)
-        own_v = tl.load(v + row * v_stride + own + d[None, :], mask=inside, other=0.0)
-        top = tl.full((n.shape[0],), NEVER, tl.float32)
-        total = tl.zeros((n.shape[0],), tl.float32)
-        summed = tl.zeros((n.shape[0], BLOCK_D), tl.float32)
-        if DOT:
-            top, total, summed = _attend_grouped(
-                qs, keys, values, table, kv_head, begin, end, page_elements, scale,
-                top, total, summed, PAGE_TOKENS, D, BLOCK_T, BLOCK_D, STAGES,
-            )  # fmt: skip
-        else:
-            top, total, summed = _attend_single(
-                qs, keys, values, table, kv_head, begin, end, page_elements, scale,
-                top, total, summed, PAGE_TOKENS, D, BLOCK_T, BLOCK_D, STAGES,
-            )  # fmt: skip
-        owner = (piece == 0) & (length > 0)
-        own_page = tl.load(table + past // PAGE_TOKENS, mask=owner, other=0).to(tl.int64)
-        own_place = (kv_head * PAGE_TOKENS + past % PAGE_TOKENS) * D + d[None, :] + (m * 0)[:, None]
-        written = (m < tl.where(owner, 1, 0))[:, None] & (d < D)[None, :]
-        tl.store(keys + own_page * page_elements + own_place, own_k, mask=written)
-        tl.store(values + own_page * page_elements + own_place, own_v, mask=written)
-        first = n < tl.where(owner, BLOCK_G, 0)
-        top, total, summed = _add_own(qs, own_k, own_v, first, scale, top, total, summed)
-        if not DOT:
-            top, total, summed = _join(top[None, :], total[None, :], summed[None, :, :])
-        heads = kv_head * GROUP + g
-        real = (g < GROUP)[:, None] & (d < D)[None, :]
-        if count == 1:
-            result = summed / tl.where(total > 0, total, 1.0)[:, None]
-            tl.store(out + row * out_stride + heads[:, None] * D + d[None, :], result, mask=real)
-        else:
-            row_partials = partials + row * pieces * (HEADS * (D + 2))
-            own_partial = row_partials + (piece * HEADS + heads) * (D + 2)
-            tl.store(own_partial, top, mask=g < GROUP)
-            tl.store(own_partial + 1, total, mask=g < GROUP)
-            tl.store(own_partial[:, None] + 2 + d[None, :], summed, mask=real)
-            tl.debug_barrier()
-            arrival = arrivals + row * KV_HEADS + kv_head
-            if tl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == count - 1:
-                tl.store(arrival, 0)
-                h = tl.arange(0, JOINED_HEADS)
-                at = row_partials + (kv_head * GROUP + h) * (D + 2)
-                result = _joined(at, h < GROUP, count, HEADS, D, BLOCK_D)
-                result_at = out + row * out_stride + (kv_head * GROUP + h)[:, None] * D + d[None, :]
-                tl.store(result_at, result, mask=(h < GROUP)[:, None] & (d < D)[None, :])
-        if many:
-            item = tl.atomic_add(turns, 1, sem="relaxed") + tl.num_programs(0)
-            row, length, count, piece, begin, end = _piece_of(
-                item // KV_HEADS, row_lengths, row_ends, row_pieces, BLOCK_T
-            )
-        else:
-            item = items
-    if many:
-        ended = tl.atomic_add(turns + 1, 1, sem="relaxed") + 1
-        if ended == tl.num_programs(0):
-            tl.store(turns, 0)
-            tl.store(turns + 1, 0)
 
 
 def piece_tokens(config: DecodeConfig, rows: int, kv: KvLayout) -> int:
@@ -307,9 +61,11 @@ def most_pieces(config: DecodeConfig, rows: int, kv: KvLayout, max_tokens: int) 
     return min(-(-max_tokens // piece_tokens(config, rows, kv)), MAX_PIECES)
 
 
-def decode_config(heads: int, kv: KvLayout) -> DecodeConfig:
-    """What was measured to be best on an H200."""
-    return SINGLE if heads == kv.kv_heads else GROUPED
+def decode_config(heads: int, kv: KvLayout, sms: int) -> DecodeConfig:
+    """What was measured to be best on an H200, with blocks for a GPU of `sms` multiprocessors."""
+    if heads == kv.kv_heads:  # no key is shared among query heads
+        return DecodeConfig(16, 2, 16 * sms, 512)
+    return DecodeConfig(32, 3, 8 * sms, 1024)
 
 
 def allocate_decode_workspace(
@@ -320,8 +76,8 @@ def allocate_decode_workspace(
     device: torch.device,
     config: DecodeConfig | None = None,
 ) -> DecodeWorkspace:
-    """What `decode_attention` needs for up to so many rows; max_tokens as it sees them."""
-    config = config or decode_config(heads, kv)
+    """Room for up to `max_rows` rows, whose page tables hold `max_tokens` tokens each."""
+    config = config or decode_config(heads, kv, gpu_of(device).sms)
     pieces = max(
         rows * most_pieces(config, rows, kv, max_tokens) for rows in range(1, max_rows + 1)
     )
@@ -337,110 +93,77 @@ def decode_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     rotary: Rotary,
-    arena: torch.Tensor,
-    kv: KvLayout,
-    layer: int,
+    kv: LayerKv,
     page_table: torch.Tensor,
     lengths: torch.Tensor,
     scale: float,
     out: torch.Tensor,
     workspace: DecodeWorkspace,
 ) -> None:
-    """Attention of one row per sequence over its `lengths` tokens, of which the row's own is last.
+    """Attention of one row per sequence over its `lengths` tokens; the row's own token is the last.
 
-    q and k are rotated to that position first, as `rope.rope_and_write_kv` does, but left as they
+    q and k are rotated to that position first, as `rope.rope_and_write_kv` does, but stay as they
     are; the rotated k, and v, are written to the arena.
 
     q [T, heads * head_dim], k, v [T, kv_heads * head_dim], out as q; rows evenly apart (views of
     the fused projections). page_table int32 [T, pages of the longest sequence]; entries past a
     sequence's end are not read. lengths int32 [T]; 0: a padding row, whose output is 0. workspace
     for T rows of `page_table.shape[1] * page_tokens` tokens at least.
+
+    Raises:
+        ValueError: a shape or stride that the op cannot take.
     """
-    rows, heads = require_queries(q, out, kv)
+    layout = kv.layout
+    rows, heads = require_queries(q, out, layout)
     for name, tensor in (("k", k), ("v", v)):
-        require_rows(name, tensor, (rows, kv.kv_heads * kv.head_dim))
-    rotary.require(kv.head_dim)
+        require_rows(name, tensor, (rows, layout.kv_heads * layout.head_dim))
+    rotary.require(layout.head_dim)
     require(lengths.shape == (rows,), f"lengths must be [{rows}]")
     require_rows("page_table", page_table, (rows, page_table.shape[1]))
     if not runs_kernel(q):
-        reference.decode_attention(
-            q, k, v, rotary, arena, kv, layer, page_table, lengths, scale, out
-        )
+        reference.decode_attention(q, k, v, rotary, kv, page_table, lengths, scale, out)
         return
-    launch_decode(
-        q, k, v, rotary, arena, kv, layer, page_table, lengths, scale, out, workspace,
-        decode_config(heads, kv),
-    )  # fmt: skip
+    config = decode_config(heads, layout, gpu_of(q.device).sms)
+    launch_decode(q, k, v, rotary, kv, page_table, lengths, scale, out, workspace, config)
 
 
 def launch_decode(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rotary: Rotary,
-    arena: torch.Tensor,
-    kv: KvLayout,
-    layer: int,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-    workspace: DecodeWorkspace,
-    config: DecodeConfig,
-) -> None:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary, kv: LayerKv,
+    page_table: torch.Tensor, lengths: torch.Tensor, scale: float, out: torch.Tensor,
+    workspace: DecodeWorkspace, config: DecodeConfig,
+) -> None:  # fmt: skip
     """The kernel in one configuration; the arguments were checked."""
-    rows, heads = q.shape[0], q.shape[1] // kv.head_dim
-    group = heads // kv.kv_heads
-    pieces = most_pieces(config, rows, kv, page_table.shape[1] * kv.page_tokens)
-    enough = workspace.partials.numel() >= rows * pieces * heads * (kv.head_dim + 2)
-    enough &= workspace.arrivals.numel() >= rows * kv.kv_heads
+    layout = kv.layout
+    d, kv_heads, (rows, width) = layout.head_dim, layout.kv_heads, q.shape
+    heads = width // d
+    pieces = most_pieces(config, rows, layout, page_table.shape[1] * layout.page_tokens)
+    enough = workspace.partials.numel() >= rows * pieces * heads * (d + 2)
+    enough &= workspace.arrivals.numel() >= rows * kv_heads
     require(enough, f"the workspace must be for {rows} rows of {pieces} pieces")
     block_t = config.block_t * 2 // q.element_size()
-    kernel: Any = _decode_kernel
-    if fragments.serves(q, kv.head_dim, group):
-        kernel, options = fragments.decode_kernel, fragments.options(block_t)
-    else:
-        options = {
-            "BLOCK_G": max(16, triton.next_power_of_2(group)) if group > 1 else 1,
-            "BLOCK_D": triton.next_power_of_2(kv.head_dim),
-            "DOT": group > 1,
-            "STAGES": config.stages,
-            "num_warps": 4 if group > 1 else 1,
-        }
-    kernel[(min(config.blocks, rows * kv.kv_heads * pieces),)](
-        q,
-        k,
-        v,
-        rotary.cos,
-        rotary.sin,
-        rotary.q_norm,
-        rotary.k_norm,
-        arena,
-        page_table,
-        lengths,
-        out,
-        workspace.partials,
-        workspace.arrivals,
-        workspace.turns,
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        out.stride(0),
-        page_table.stride(0),
-        kv.page_elements,
-        rows,
-        pieces,
-        piece_tokens(config, rows, kv),
-        layer,
-        scale * LOG2_E,
-        rotary.eps,
-        HEADS=heads,
-        KV_HEADS=kv.kv_heads,
-        PAGE_TOKENS=kv.page_tokens,
-        D=kv.head_dim,
-        BLOCK_T=block_t,
+    kernel, options = _kernel_for(q, heads // kv_heads, d, block_t, config.stages)
+    kernel[(min(config.blocks, rows * kv_heads * pieces),)](
+        q, k, v, rotary.cos, rotary.sin, rotary.q_norm, rotary.k_norm, kv.arena, page_table,
+        lengths, out, workspace.partials, workspace.arrivals, workspace.turns,
+        q.stride(0), k.stride(0), v.stride(0), out.stride(0), page_table.stride(0),
+        layout.page_elements, rows, pieces, piece_tokens(config, rows, layout), kv.layer,
+        scale * LOG2_E, rotary.eps,
+        HEADS=heads, KV_HEADS=kv_heads, PAGE_TOKENS=layout.page_tokens, D=d, BLOCK_T=block_t,
         BLOCK_ROWS=max(32, triton.next_power_of_2(rows)),  # lest each batch be compiled for
-        JOINED_HEADS=triton.next_power_of_2(group),
-        **options,
-        **overlap_options(q),
-    )
+        JOINED_HEADS=triton.next_power_of_2(heads // kv_heads), **options, **overlap_options(q),
+    )  # fmt: skip
+
+
+def _kernel_for(
+    q: torch.Tensor, group: int, head_dim: int, block_t: int, stages: int
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel for `group` query heads to a kv head, and the options that it alone has."""
+    if decode_fragments.serves(q, head_dim, group):
+        return decode_fragments.decode_kernel, decode_fragments.options(block_t)
+    return decode_general.general_kernel, {
+        "BLOCK_G": max(16, triton.next_power_of_2(group)) if group > 1 else 1,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "DOT": group > 1,
+        "STAGES": stages,
+        "num_warps": 4 if group > 1 else 1,
+    }

@@ -1,17 +1,17 @@
-"""Decode attention on the tensor cores, keys and values never in shared memory.
+"""Decode attention on the tensor cores; keys and values are never in shared memory.
 
-One warp attends to a tile of tokens for up to eight query heads that share a kv head: an
-instruction costs the same for one head as for eight. Both products find their operands in the
+One warp attends to a tile of tokens for up to eight query heads that share a kv head. An
+instruction costs the same for one head as for eight. Both products take their operands from the
 registers into which they were loaded, 16 adjacent bytes at a time:
 
     scores [head, token] = queries [head, d] keys^T
         A dot product may be summed in any order, so each lane takes eight adjacent d at a time.
     sums [d, head] = values^T [d, token] weights^T
-        Rows may come in any order, so row 8 e + g of each 64 is d = 8 g + e. The scores that the
-        first product leaves in a lane are those whose weights it needs here.
+        Rows may come in any order, so row 8 e + g of each 64 is d = 8 g + e. Each lane needs the
+        weights of exactly the scores that the first product leaves in it.
 
-For heads with keys of their own, `decode_attention` has a kernel that was measured to be faster
-within a step; it also serves other dtypes and head dimensions, and the interpreter.
+For heads with keys of their own `decode_general` was measured to be faster within a step; it also
+serves other dtypes and head dimensions, and the interpreter.
 """
 
 from functools import cache
@@ -41,7 +41,7 @@ def serves(q: torch.Tensor, head_dim: int, group: int) -> bool:
 
 
 def options(tokens: int) -> dict[str, Any]:
-    """What `decode_kernel` is to be compiled with for tiles of so many tokens."""
+    """What `decode_kernel` is compiled with for tiles of `tokens` tokens."""
     layouts = {"WEIGHTS": _weights_layout(tokens), "VALUES": _values_layout(tokens)}
     return {**layouts, "num_warps": 1}
 
@@ -75,7 +75,7 @@ def _sum_of(a, b):
 
 @jit()
 def _piece_of(place, r, row_lengths, row_ends, row_pieces, BLOCK_T: gl.constexpr):
-    """What comes at a place in turn: row, its length, its pieces, which of them, begin and end."""
+    """As `decode_general._piece_of`."""
     row = gl.sum((row_ends <= place).to(gl.int32), axis=0)
     length = gl.sum(gl.where(r == row, row_lengths, 0), axis=0)
     count = gl.sum(gl.where(r == row, row_pieces, 0), axis=0)
@@ -113,7 +113,7 @@ def _rotated(low, high, c, s, weight, eps, d):
 
 @jit()
 def _dimension(row):
-    """The d that is in a row of `values^T`."""
+    """The dimension d that stands in a row of `values^T`."""
     return row // 64 * 64 + row % 8 * 8 + row % 64 // 8
 
 
@@ -128,7 +128,7 @@ def _scores(q_low, q_high, low, high, TOKENS: gl.constexpr, SUMS: gl.constexpr):
 
 @jit()
 def _as_tile(own, KEYS: gl.constexpr):
-    """A key's half [1, D / 2] as that of eight tokens, [D / 2, 8]."""
+    """Half of one key [1, D / 2], repeated as the keys of eight tokens [D / 2, 8]."""
     own = gl.reshape(own, [own.shape[1]])
     own = gl.convert_layout(own, gl.SliceLayout(1, KEYS), assert_trivial=True)
     return own[:, None] + gl.zeros([own.shape[0], 8], own.dtype, KEYS)
@@ -139,7 +139,7 @@ def _join(
     partials, out, count, GROUP: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
     BLOCK_G: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Write the attention of a group's heads, of `count` partials of each.
+    """Add up `count` partials of each of a group's heads, and write the heads' attention.
 
     Four partials are loaded at a time, in their order.
     """
@@ -183,7 +183,7 @@ def decode_kernel(
     BLOCK_T: gl.constexpr, BLOCK_ROWS: gl.constexpr, JOINED_HEADS: gl.constexpr,
     WEIGHTS: gl.constexpr, VALUES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """One block, a warp, as `decode_attention._decode_kernel`."""
+    """One block, a warp, as `decode_general.general_kernel`."""
     GROUP: gl.constexpr = HEADS // KV_HEADS
     HALF: gl.constexpr = D // 2
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])

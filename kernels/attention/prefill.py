@@ -11,7 +11,7 @@ from granatum.kernels.attention.common import (
     token_offsets,
 )
 from granatum.kernels.backend import dot, jit, require_rows, runs_kernel, tl, triton
-from granatum.kernels.layout import KvLayout, Tiles
+from granatum.kernels.layout import LayerKv, Tiles
 
 
 @jit("layer", "table_stride")
@@ -60,9 +60,7 @@ def _prefill_kernel(
 
 def prefill_attention(
     q: torch.Tensor,
-    arena: torch.Tensor,
-    kv: KvLayout,
-    layer: int,
+    kv: LayerKv,
     page_table: torch.Tensor,
     tiles: Tiles,
     scale: float,
@@ -73,32 +71,22 @@ def prefill_attention(
     A tile is (row of page_table, first row of q, rows, position of that row), as
     `layout.make_query_tiles` makes them. q, out [T, heads * head_dim], rows evenly apart; rows in
     no tile are left alone. page_table int32 [sequences, pages].
+
+    Raises:
+        ValueError: a shape or stride that the op cannot take.
     """
-    _, heads = require_queries(q, out, kv)
+    layout = kv.layout
+    _, heads = require_queries(q, out, layout)
     require_rows("page_table", page_table, tuple(page_table.shape))
     if not runs_kernel(q):
-        reference.prefill_attention(q, arena, kv, layer, page_table, tiles, scale, out)
+        reference.prefill_attention(q, kv, page_table, tiles, scale, out)
         return
     _prefill_kernel[(tiles.capacity, heads)](
-        q,
-        arena,
-        page_table,
-        tiles.entries,
-        tiles.count,
-        out,
-        q.stride(0),
-        out.stride(0),
-        page_table.stride(0),
-        kv.page_elements,
-        layer,
+        q, kv.arena, page_table, tiles.entries, tiles.count, out,
+        q.stride(0), out.stride(0), page_table.stride(0), layout.page_elements, kv.layer,
         scale * LOG2_E,
-        HEADS=heads,
-        KV_HEADS=kv.kv_heads,
-        PAGE_TOKENS=kv.page_tokens,
-        D=kv.head_dim,
+        HEADS=heads, KV_HEADS=layout.kv_heads, PAGE_TOKENS=layout.page_tokens, D=layout.head_dim,
         BLOCK_M=max(16, triton.next_power_of_2(tiles.block_m)),
         BLOCK_T=64 if q.dtype.itemsize == 2 else 32,
-        BLOCK_D=max(16, triton.next_power_of_2(kv.head_dim)),
-        num_warps=4,
-        num_stages=2,
-    )
+        BLOCK_D=max(16, triton.next_power_of_2(layout.head_dim)), num_warps=4, num_stages=2,
+    )  # fmt: skip

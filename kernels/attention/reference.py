@@ -3,73 +3,50 @@
 Arguments and effects are those of the launchers of the same names.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from granatum.kernels.layer.reference import kv_planes, rope_and_write_kv
-from granatum.kernels.layout import KvLayout, Tiles
-
-if TYPE_CHECKING:
-    from granatum.kernels.layer.rope import Rotary
+from granatum.kernels.layer.rotary import Rotary
+from granatum.kernels.layout import LayerKv, RowPlaces, Tiles
 
 
 def decode_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rotary: "Rotary",
-    arena: torch.Tensor,
-    kv: KvLayout,
-    layer: int,
-    page_table: torch.Tensor,
-    lengths: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-) -> None:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary, kv: LayerKv,
+    page_table: torch.Tensor, lengths: torch.Tensor, scale: float, out: torch.Tensor,
+) -> None:  # fmt: skip
     """As `attention.decode_attention`, without splits and so without their workspace."""
-    positions = lengths.long() - 1
-    pages = page_table[torch.arange(len(lengths), device=q.device), positions // kv.page_tokens]
-    slots = pages * kv.page_tokens + positions % kv.page_tokens
+    positions, page_tokens = lengths.long() - 1, kv.layout.page_tokens
+    pages = page_table[torch.arange(len(lengths), device=q.device), positions // page_tokens]
+    slots = pages * page_tokens + positions % page_tokens
     slots = torch.where(positions < 0, -1, slots)
     q = q.clone()
-    rope_and_write_kv(q, k, v, positions, rotary, arena, kv, layer, slots)
-    planes = kv_planes(arena, kv, layer)
+    rope_and_write_kv(q, k, v, rotary, kv, RowPlaces(positions, slots))
     for row, length in enumerate(lengths.tolist()):
         if length == 0:
             out[row] = 0
         else:
-            keys, values = _gather(planes, kv, page_table[row], length)
+            keys, values = _gather(kv, page_table[row], length)
             out[row : row + 1] = _attend(q[row : row + 1], keys, values, None, scale)
 
 
 def prefill_attention(
-    q: torch.Tensor,
-    arena: torch.Tensor,
-    kv: KvLayout,
-    layer: int,
-    page_table: torch.Tensor,
-    tiles: Tiles,
-    scale: float,
+    q: torch.Tensor, kv: LayerKv, page_table: torch.Tensor, tiles: Tiles, scale: float,
     out: torch.Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """As `attention.prefill_attention`."""
-    planes = kv_planes(arena, kv, layer)
     for sequence, first, rows, position in tiles.entries[: int(tiles.count)].tolist():
-        keys, values = _gather(planes, kv, page_table[sequence], position + rows)
+        keys, values = _gather(kv, page_table[sequence], position + rows)
         at = position + torch.arange(rows, device=q.device)
         seen = torch.arange(position + rows, device=q.device)[None, :] <= at[:, None]
         mine = slice(first, first + rows)
         out[mine] = _attend(q[mine], keys, values, seen, scale)
 
 
-def _gather(
-    planes: torch.Tensor, kv: KvLayout, pages: torch.Tensor, length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gather(kv: LayerKv, pages: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A sequence's keys and values, [kv_heads, length, head_dim] each."""
-    used = pages[: -(-length // kv.page_tokens)].long()
-    tokens = planes[used].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+    used = pages[: -(-length // kv.layout.page_tokens)].long()
+    tokens = kv_planes(kv)[used].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
     return tokens[0], tokens[1]
 
 

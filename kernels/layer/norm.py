@@ -14,7 +14,7 @@ from granatum.kernels.backend import (
 from granatum.kernels.layer import reference
 
 _WARP_ELEMENTS = 1024
-"""Columns that one warp of a row's block takes."""
+"""Columns for each warp of the block that takes a row."""
 
 
 @jit()
@@ -122,21 +122,7 @@ def _launch(
     require(weight.shape == (n,) and weight.is_contiguous(), f"weight must be [{n}], contiguous")
     block = triton.next_power_of_2(n)
     _rms_norm_kernel[(rows,)](
-        x,
-        residual,
-        indices,
-        last,
-        weight,
-        out,
-        x.stride(0),
-        residual.stride(0),
-        out.stride(0),
-        eps,
-        N=n,
-        BLOCK_N=block,
-        ADD=add,
-        KEEP=keep,
-        SCALE=scale,
-        num_warps=min(8, max(1, block // _WARP_ELEMENTS)),
-        **overlap_options(x),
-    )
+        x, residual, indices, last, weight, out, x.stride(0), residual.stride(0), out.stride(0),
+        eps, N=n, BLOCK_N=block, ADD=add, KEEP=keep, SCALE=scale,
+        num_warps=min(8, max(1, block // _WARP_ELEMENTS)), **overlap_options(x),
+    )  # fmt: skip

@@ -3,27 +3,16 @@
 Arguments and effects are those of the launchers of the same names.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from granatum.kernels.layout import KvLayout
-
-if TYPE_CHECKING:
-    from granatum.kernels.layer.rope import Rotary
+from granatum.kernels.layer.rotary import Rotary
+from granatum.kernels.layout import LayerKv, RowPlaces
 
 
 def embed_rms_norm(
-    tokens: torch.Tensor,
-    last: torch.Tensor,
-    embedding: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    scale: float,
-) -> None:
+    tokens: torch.Tensor, last: torch.Tensor, embedding: torch.Tensor, weight: torch.Tensor,
+    eps: float, residual: torch.Tensor, out: torch.Tensor, *, scale: float,
+) -> None:  # fmt: skip
     """As `norm.embed_rms_norm`."""
     drawn = last[(-1 - tokens).clamp(min=0)]
     residual.copy_(scale * embedding[torch.where(tokens < 0, drawn, tokens)].float())
@@ -31,15 +20,9 @@ def embed_rms_norm(
 
 
 def add_rms_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    out: torch.Tensor,
-    rows: torch.Tensor | None = None,
-    *,
-    scale: float,
-) -> None:
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor,
+    rows: torch.Tensor | None = None, *, scale: float,
+) -> None:  # fmt: skip
     """As `norm.add_rms_norm`."""
     if rows is not None:
         x, residual = x[rows], residual[rows]
@@ -60,36 +43,32 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def rope_and_write_kv(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    positions: torch.Tensor,
-    rotary: "Rotary",
-    arena: torch.Tensor,
-    kv: KvLayout,
-    layer: int,
-    kv_slots: torch.Tensor,
-) -> None:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary, kv: LayerKv,
+    places: RowPlaces,
+) -> None:  # fmt: skip
     """As `rope.rope_and_write_kv`."""
-    used = (kv_slots >= 0).nonzero().squeeze(1)
-    where, place = positions[used].long(), kv_slots[used].long()
+    used = (places.kv_slots >= 0).nonzero().squeeze(1)
+    where, place = places.positions[used].long(), places.kv_slots[used].long()
     angles = rotary.cos[where].unsqueeze(1), rotary.sin[where].unsqueeze(1)
+    head_dim, page_tokens = kv.layout.head_dim, kv.layout.page_tokens
     rotated = [
-        _rotated(_heads(x[used], kv.head_dim), weight, rotary.eps, *angles).to(x.dtype)
+        _rotated(_heads(x[used], head_dim), weight, rotary.eps, *angles).to(x.dtype)
         for x, weight in ((q, rotary.q_norm), (k, rotary.k_norm))
     ]
     q[used] = rotated[0].flatten(1)
-    planes = kv_planes(arena, kv, layer)
-    page, token = place // kv.page_tokens, place % kv.page_tokens
+    planes = kv_planes(kv)
+    page, token = place // page_tokens, place % page_tokens
     planes[page, 0, :, token] = rotated[1]
-    planes[page, 1, :, token] = _heads(v[used], kv.head_dim)
+    planes[page, 1, :, token] = _heads(v[used], head_dim)
 
 
-def kv_planes(arena: torch.Tensor, kv: KvLayout, layer: int) -> torch.Tensor:
+def kv_planes(kv: LayerKv) -> torch.Tensor:
     """A layer's part of every page: [pages, k|v, kv_heads, page_tokens, head_dim], a view."""
-    pages = arena.view(-1, kv.page_elements)
-    part = pages[:, layer * kv.layer_elements : (layer + 1) * kv.layer_elements]
-    return part.view(-1, 2, kv.kv_heads, kv.page_tokens, kv.head_dim)
+    layout = kv.layout
+    pages = kv.arena.view(-1, layout.page_elements)
+    first = kv.layer * layout.layer_elements
+    part = pages[:, first : first + layout.layer_elements]
+    return part.view(-1, 2, layout.kv_heads, layout.page_tokens, layout.head_dim)
 
 
 def _heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -1,68 +1,43 @@
-"""A linear layer of few rows, as decoding has them: bound by the bytes of its weight.
+"""The kernel of a linear of few rows, as decoding has them: the bytes of its weight bound its time.
 
     y = x W^T + b        x [M, K], W [N, K], M up to `MAX_ROWS`, float32 sums
 
-A block streams its rows of W through shared memory. Where N has too few rows
-of blocks for the GPU, blocks share K: each writes a partial sum, and the last to arrive adds all of
-them in order. A row's result depends on shapes alone, not on the other rows.
+A block streams its rows of W through shared memory. Where the rows of W make too few blocks for the
+GPU, blocks share K: each block writes a partial sum, and the last block adds all of them in order.
+A row's result depends on shapes alone, not on the other rows.
 
-`h200_linear.json`, written by `benchmarks/linear_tune.py` and `step_tune.py`, says how a shape is
-cut; it serves the H100 as well, the same chip with slower memory. Shapes that it lacks, or where
-the library was faster, go to torch.
+`tuning.py` says how a shape is cut. Shapes that were not measured, or for which the library was
+faster, go to torch.
 """
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch.nn import functional
 
 from granatum.kernels.backend import (
     dot,
     jit,
     overlap_options,
     require,
-    require_rows,
-    runs_kernel,
     tl,
 )
-
-MAX_ROWS = 64
-"""From here on arithmetic counts as well, and the library serves."""
-_LEAST_ROWS = 16
-"""The tensor cores' least."""
-_TABLES = {"H200": "h200_linear.json", "H100": "h200_linear.json"}
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """How a linear is cut into blocks.
-
-    block_n, block_k: rows and columns of W in a tile;
-    splits:           blocks that share K.
-    """
-
-    block_n: int
-    block_k: int
-    splits: int
-    warps: int
-    stages: int
+from granatum.kernels.linear.tuning import Config, block_rows
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Partial sums, float32, and arrivals per block of N, int32, zero between launches."""
+    """Room for the partial sums of blocks that share K; linears of one stream may share it.
+
+    partials: float32; arrivals: int32, blocks that have written theirs, by block of N; zero between
+    launches.
+    """
 
     partials: torch.Tensor
     arrivals: torch.Tensor
 
     @classmethod
     def of_size(cls, partials: int, arrivals: int, device: torch.device) -> "Workspace":
-        """Room for so many."""
+        """Room for `partials` partial sums and `arrivals` blocks of N."""
         return cls(
             torch.empty(partials, dtype=torch.float32, device=device),
             torch.zeros(arrivals, dtype=torch.int32, device=device),
@@ -77,7 +52,7 @@ def _linear_kernel(
 ):  # fmt: skip
     """One block: BLOCK_N columns of y, of one of the splits of K.
 
-    W is the left operand of the tensor cores, which so have rows enough.
+    W is the left operand of the tensor cores, so that the instruction has enough rows.
     """
     pid = tl.program_id(0)
     block = pid // splits
@@ -119,41 +94,6 @@ def _linear_kernel(
         tl.store(y + m[:, None] * y_stride + n[None, :], total, mask=real)
 
 
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, workspace: Workspace
-) -> torch.Tensor:
-    """x W^T + b [M, N], new; x [M, K], weight [N, K] contiguous, bias [N].
-
-    Raises:
-        ValueError: a shape, stride or dtype that the op cannot take.
-    """
-    rows, in_features = x.shape
-    config = config_for(rows, weight)
-    if config is None:
-        return functional.linear(x, weight, bias)
-    require_rows("x", x, (rows, in_features))
-    require(weight.is_contiguous(), "the weight must be contiguous")
-    require(x.dtype == weight.dtype, f"x is {x.dtype}, the weight {weight.dtype}")
-    return launch_linear(x, weight, bias, workspace, config)
-
-
-def runs_kernel_of_ours(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `linear` launches its own kernel, which waits before it lets another one start."""
-    return config_for(x.shape[0], weight) is not None
-
-
-def allocate_workspace(rows: int, weights: Sequence[torch.Tensor]) -> Workspace:
-    """What `linear` needs for up to `rows` rows and any of `weights`, or others of their shapes."""
-    partials, arrivals = 0, 0
-    for weight in weights:
-        for block_m in (16, 32, 64):
-            config = config_for(min(block_m, rows), weight)
-            if config is not None and config.splits > 1:
-                partials = max(partials, block_m * weight.shape[0] * config.splits)
-                arrivals = max(arrivals, weight.shape[0] // config.block_n)
-    return Workspace.of_size(partials, arrivals, weights[0].device)
-
-
 def launch_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -172,57 +112,9 @@ def launch_linear(
         require(enough, f"the workspace must have {needed} partial sums, {blocks} arrivals")
     y = x.new_empty(rows, out_features)
     _linear_kernel[(blocks * config.splits,)](
-        x,
-        weight,
-        bias,
-        y,
-        workspace.partials,
-        workspace.arrivals,
-        rows,
-        config.splits,
-        in_features,
-        x.stride(0),
-        y.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        SPLIT=config.splits > 1,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **overlap_options(x),
-    )
+        x, weight, bias, y, workspace.partials, workspace.arrivals, rows, config.splits,
+        in_features, x.stride(0), y.stride(0),
+        BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SPLIT=config.splits > 1,
+        num_warps=config.warps, num_stages=config.stages, **overlap_options(x),
+    )  # fmt: skip
     return y
-
-
-def block_rows(rows: int) -> int:
-    """Rows of x, and some of padding, that a block takes."""
-    return max(_LEAST_ROWS, 1 << (rows - 1).bit_length())
-
-
-def config_for(rows: int, weight: torch.Tensor) -> Config | None:
-    """How `rows` rows meet `weight`, where that was measured to be faster than the library."""
-    on_gpu = weight.is_cuda and runs_kernel(weight)
-    if rows > MAX_ROWS or not on_gpu or weight.dtype.itemsize != 2:
-        return None
-    out_features, in_features = weight.shape
-    return _measured(weight.get_device(), shape_key(in_features, out_features, rows))
-
-
-def shape_key(in_features: int, out_features: int, rows: int) -> str:
-    """A shape's name in a measured table."""
-    return f"{in_features}->{out_features} by {block_rows(rows)}"
-
-
-@cache
-def _measured(device_index: int, key: str) -> Config | None:
-    gpu = torch.cuda.get_device_name(device_index)
-    name = next((table for name, table in _TABLES.items() if name in gpu), None)
-    found = _table(name).get(key) if name else None
-    return Config(**found) if found else None
-
-
-@cache
-def _table(name: str) -> dict[str, dict[str, Any] | None]:
-    text = (Path(__file__).parents[1] / "tables" / name).read_text()
-    configs: dict[str, dict[str, Any] | None] = json.loads(text)["configs"]
-    return configs

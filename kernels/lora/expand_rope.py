@@ -1,20 +1,26 @@
-"""SGMV-expand of prompts' q, k and v within the positions: it never travels through y."""
+"""SGMV-expand of prompts' q, k and v within the rotation: what adapters add skips memory."""
 
 from math import gcd
 
 import torch
 
-from granatum.kernels.backend import require, runs_kernel
+from granatum.kernels.adapters import GroupAdapters, LoraRows
+from granatum.kernels.backend import runs_kernel
+from granatum.kernels.device import gpu_of
 from granatum.kernels.gluon import gl, jit, launch_dependents, wait
-from granatum.kernels.layer.rope import Rotary, rope_and_write_kv
-from granatum.kernels.layout import FIRST_PROJECTION, GROUPS, AdapterTable, KvLayout, Tiles
-from granatum.kernels.lora import expand_fragments as fragments
-from granatum.kernels.lora.expand import check_expand, expand, fitting_span
-from granatum.kernels.lora.shrink import tile_programs
+from granatum.kernels.layer.rotary import Rotary
+from granatum.kernels.layout import LayerKv, RowPlaces
+from granatum.kernels.lora import expand_fragments, fragments
+from granatum.kernels.lora.cut import (
+    cut_expand,
+    expand_arguments,
+    fewest_blocks,
+    fitting_span,
+    tile_programs,
+)
 
-QKV = GROUPS.index("qkv")
 _BLOCK_HEADS = 8
-"""That a block goes through at most."""
+"""The most heads that a block goes through."""
 
 
 @jit()
@@ -41,43 +47,15 @@ def _store_rotated(finished, turn, _at, low, high, ROWS: gl.constexpr):
 
 @jit("rows_total", "workspace_width", "layers", "layer")
 def _expand_rope_kernel(
-    qkv,
-    positions,
-    cos,
-    sin,
-    q_norm,
-    k_norm,
-    kv_slots,
-    arena,
-    b_offsets,
-    ranks,
-    scales,
-    entries,
-    count,
-    order,
-    partials,
-    y_stride,
-    page_elements,
-    rows_total,
-    workspace_width,
-    layers,
-    layer,
-    eps,
-    PROJECTION: gl.constexpr,
-    HEADS: gl.constexpr,
-    KV_HEADS: gl.constexpr,
-    BLOCK_HEADS: gl.constexpr,
-    PAGE_TOKENS: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    PDL: gl.constexpr,
-    ROWS: gl.constexpr,
-    RANKS: gl.constexpr,
-    COPIED: gl.constexpr,
-    SUMS: gl.constexpr,
-    HELD: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """One block: some heads of q, k or v, in turn, of every so many-th tile."""
+    qkv, positions, cos, sin, q_norm, k_norm, kv_slots,
+    arena, b_offsets, ranks, scales, entries, count, order, partials,
+    y_stride, page_elements, rows_total, workspace_width, layers, layer, eps,
+    PROJECTION: gl.constexpr, LAYER_PROJECTIONS: gl.constexpr, HEADS: gl.constexpr,
+    KV_HEADS: gl.constexpr, BLOCK_HEADS: gl.constexpr, PAGE_TOKENS: gl.constexpr,
+    CHUNKS: gl.constexpr, PDL: gl.constexpr, ROWS: gl.constexpr, RANKS: gl.constexpr,
+    COPIED: gl.constexpr, SUMS: gl.constexpr, HELD: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One block: BLOCK_HEADS heads of q, k or v in turn, of every num_programs(1)-th tile."""
     head = gl.program_id(0) * BLOCK_HEADS
     p = (head >= HEADS).to(gl.int32) + (head >= HEADS + KV_HEADS).to(gl.int32)
     before = gl.where(p == 0, 0, gl.where(p == 1, HEADS, HEADS + KV_HEADS))
@@ -90,13 +68,13 @@ def _expand_rope_kernel(
     held = fragments.make_held(1, HELD)
     chunk_stride = rows_total.to(gl.int64) * workspace_width
     for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
-        slot, first, rows = fragments.load_tile(entries, count, tile)
-        place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
-        rank, stacked_row = fragments.rank_before(ranks + place, p, 3)
+        slot, first, rows = expand_fragments.load_tile(entries, count, tile)
+        place = (gl.maximum(slot, 0) * layers + layer) * LAYER_PROJECTIONS + PROJECTION
+        rank, stacked_row = expand_fragments.rank_before(ranks + place, p, 3)
         rank = gl.where(slot < 0, 0, rank)
         start = arena + gl.multiple_of(gl.load(b_offsets + place + p), 32)
         scale = gl.load(scales + place + p)
-        row = fragments.source_rows(order, first + m, m < rows)
+        row = expand_fragments.source_rows(order, first + m, m < rows)
         kv_slot = gl.load(kv_slots + row, mask=m < rows, other=-1).to(gl.int64)
         position = gl.load(positions + row, mask=kv_slot >= 0, other=0).to(gl.int64)
         present = (kv_slot >= 0)[:, None]
@@ -120,13 +98,13 @@ def _expand_rope_kernel(
         source = (partials, first, rows, chunk_stride, workspace_width)
         side = (start, stacked_row, rank, scale)
         if rank <= 16:
-            fragments.go_through(
+            expand_fragments.go_through(
                 _store_rotated, finished, y_rows, 64, present, room, source, side, None,
                 own_head * 128, BLOCK_HEADS * 128, width, 128, True, CHUNKS, ROWS, RANKS, COPIED,
                 SUMS, HELD, STAGES, False,
             )  # fmt: skip
         if HELD > 1 and rank > 16:
-            fragments.go_through(
+            expand_fragments.go_through(
                 _store_rotated, finished, y_rows, 64, present, room, source, side, None,
                 own_head * 128, BLOCK_HEADS * 128, width, 128, True, CHUNKS, ROWS, RANKS, COPIED,
                 SUMS, HELD, STAGES, True,
@@ -137,73 +115,40 @@ def _expand_rope_kernel(
 
 def expand_rope_and_write_kv(
     qkv: torch.Tensor,
-    in_features: int,
-    positions: torch.Tensor,
     rotary: Rotary,
-    kv: KvLayout,
-    kv_slots: torch.Tensor,
-    arena: torch.Tensor,
-    table: AdapterTable,
-    layer: int,
-    tiles: Tiles,
-    workspace: torch.Tensor,
-) -> None:
-    """What tiles' adapters add to q, k and v, then `rope.rope_and_write_kv` of tiles' rows.
+    kv: LayerKv,
+    places: RowPlaces,
+    adapters: GroupAdapters,
+    rows: LoraRows,
+) -> bool:
+    """Add what tiles' adapters add to q, k and v, then do `rope.rope_and_write_kv` of tiles' rows.
 
-    After a `shrink` of the group. qkv [T, (heads + 2 kv_heads) * head_dim]: q is rotated in place,
-    k and v may change. arena: of the adapters and of the pages. Rows of a negative kv_slot may take
-    what adapters add, and no more; tiles hold all others. The rest as in `expand.expand` and
-    `rope.rope_and_write_kv`.
+    After a `shrink` of the group, and with its arguments checked. qkv [T, (heads + 2 kv_heads) *
+    head_dim]: q is rotated in place, k and v may change. Rows without a place in the arena may take
+    what adapters add, and no more; tiles hold all other rows.
+
+    Returns:
+        Whether the kernel takes such heads; if not, nothing was done.
 
     Raises:
         ValueError: a shape, stride or dtype that the op cannot take.
     """
-    rows, d, kv_heads = qkv.shape[0], kv.head_dim, kv.kv_heads
-    heads = qkv.shape[1] // d - 2 * kv_heads
-    outs = (heads * d, kv_heads * d, kv_heads * d)
-    shape, config = check_expand(qkv, in_features, table, QKV, outs, tiles, workspace)
-    rotary.require(d)
-    require(positions.shape == kv_slots.shape == (rows,), "positions and kv_slots must be [T]")
-    served = d == fragments.PAIR and kv.page_elements % 8 == 0
-    served &= fragments.serves(qkv, shape, fragments.PAIR)
+    shape, config = cut_expand(qkv, adapters, rows)
+    layout = kv.layout
+    served = layout.head_dim == expand_fragments.PAIR and layout.page_elements % 8 == 0
+    served &= expand_fragments.serves(qkv, shape, expand_fragments.PAIR)
     if not (served and runs_kernel(qkv)):
-        expand(qkv, in_features, arena, table, layer, QKV, outs, tiles, workspace)
-        q, k, v = torch.split(qkv, list(outs), dim=1)
-        rope_and_write_kv(q, k, v, positions, rotary, arena, kv, layer, kv_slots)
-        return
-    across, most = tile_programs(tiles, rows), gcd(heads, kv_heads, _BLOCK_HEADS)
-    block_heads = fitting_span(most, 1, (heads + 2 * kv_heads,), across)
-    _expand_rope_kernel[((heads + 2 * kv_heads) // block_heads, across)](
-        qkv,
-        positions,
-        rotary.cos,
-        rotary.sin,
-        rotary.q_norm,
-        rotary.k_norm,
-        kv_slots,
-        arena,
-        table.b,
-        table.rank,
-        table.scale,
-        tiles.entries,
-        tiles.count,
-        tiles.order,
-        workspace,
-        qkv.stride(0),
-        kv.page_elements,
-        rows,
-        3 * shape.max_rank,
-        table.layers,
-        layer,
-        rotary.eps,
-        PROJECTION=FIRST_PROJECTION[QKV],
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        BLOCK_HEADS=block_heads,
-        PAGE_TOKENS=kv.page_tokens,
-        CHUNKS=config.chunks(shape),
-        PDL=config.pdl,
-        num_stages=1,
-        **fragments.options(shape.max_rank),
-        **config.launch_options,
-    )
+        return False
+    heads, kv_heads, _ = (n // layout.head_dim for n in shape.out_features)
+    across, most = tile_programs(rows.tiles, qkv.shape[0]), gcd(heads, kv_heads, _BLOCK_HEADS)
+    fewest, blocks = fewest_blocks(gpu_of(qkv.device)), heads + 2 * kv_heads
+    block_heads = fitting_span(most, 1, (blocks,), across, fewest)
+    _expand_rope_kernel[(blocks // block_heads, across)](
+        qkv, places.positions, rotary.cos, rotary.sin, rotary.q_norm, rotary.k_norm,
+        places.kv_slots, *expand_arguments(adapters, rows), qkv.stride(0), layout.page_elements,
+        qkv.shape[0], 3 * shape.max_rank, adapters.table.layers, adapters.layer, rotary.eps,
+        HEADS=heads, KV_HEADS=kv_heads, BLOCK_HEADS=block_heads, PAGE_TOKENS=layout.page_tokens,
+        CHUNKS=config.chunks(shape), PDL=config.pdl, num_stages=1, **adapters.constants,
+        **expand_fragments.options(shape.max_rank), **config.launch_options,
+    )  # fmt: skip
+    return True

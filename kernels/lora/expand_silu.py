@@ -1,25 +1,28 @@
-"""SGMV-expand of gate and up within the activation: what adapters add never travels through y."""
+"""SGMV-expand of gate and up within the activation: what adapters add skips memory."""
 
 from typing import Any
 
 import torch
 
+from granatum.kernels.adapters import GroupAdapters, LoraRows
 from granatum.kernels.backend import jit, require_rows, runs_kernel, tl
+from granatum.kernels.device import gpu_of
 from granatum.kernels.gluon import gl, launch_dependents, wait
 from granatum.kernels.gluon import jit as gluon_jit
-from granatum.kernels.layer.activation import silu_mul
-from granatum.kernels.layout import FIRST_PROJECTION, GROUPS, AdapterTable, Tiles
-from granatum.kernels.lora import expand_fragments as fragments
-from granatum.kernels.lora.expand import check_expand, expand, fitting_span
+from granatum.kernels.lora import expand_fragments, fragments
+from granatum.kernels.lora.cut import (
+    cut_expand,
+    expand_arguments,
+    fitting_span,
+    tile_programs,
+)
 from granatum.kernels.lora.lookup import load_tile, source_rows
-from granatum.kernels.lora.shrink import tile_programs
-from granatum.kernels.lora.tuning import power_of_two
+from granatum.kernels.lora.tuning import Config, Shape, power_of_two
 
-GATE_UP = GROUPS.index("gate_up")
-_FEWEST_BLOCKS = 396
-"""Of long tiles: a GPU of 132 multiprocessors has room for three on each."""
+_BLOCKS_PER_SM = 3
+"""Blocks of long tiles that a multiprocessor has room for, and gets where rows are few."""
 _REGISTERS = 168
-"""Of a thread of theirs, for that."""
+"""The most registers of a thread with which three such blocks fit a multiprocessor."""
 
 
 @jit()
@@ -29,37 +32,19 @@ def _silu(x):
 
 @jit("rows_total", "workspace_width", "layers", "layer")
 def _expand_silu_rows_kernel(
-    gate_up,
-    out,
-    arena,
-    b_offsets,
-    ranks,
-    scales,
-    entries,
-    count,
-    order,
-    partials,
-    y_stride,
-    out_stride,
-    rows_total,
-    workspace_width,
-    layers,
-    layer,
-    PROJECTION: tl.constexpr,
-    N: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNKS_HELD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    gate_up, out, arena, b_offsets, ranks, scales, entries, count, order, partials,
+    y_stride, out_stride, rows_total, workspace_width, layers, layer,
+    PROJECTION: tl.constexpr, LAYER_PROJECTIONS: tl.constexpr, N: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNKS_HELD: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One block: BLOCK_N columns of gate and the same of up, a tile, its ranks in turn.
 
-    As `expand._expand_rows_kernel`, for both at once.
+    As `expand_rows.expand_rows_kernel`, for both at once.
     """
     tile = tl.program_id(1)
     slot, first, rows = load_tile(entries, count, tile)
-    place = (tl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
+    place = (tl.maximum(slot, 0) * layers + layer) * LAYER_PROJECTIONS + PROJECTION
     gate_rank = tl.where(slot < 0, 0, tl.load(ranks + place))
     up_rank = tl.where(slot < 0, 0, tl.load(ranks + place + 1))
     gate_start = arena + tl.multiple_of(tl.load(b_offsets + place), 32)
@@ -137,35 +122,14 @@ def _store_activated(finished, _turn, at, gate, up, ROWS: gl.constexpr):
 
 @gluon_jit("rows_total", "workspace_width", "layers", "layer")
 def _expand_silu_tiles_kernel(
-    gate_up,
-    out,
-    arena,
-    b_offsets,
-    ranks,
-    scales,
-    entries,
-    count,
-    order,
-    partials,
-    y_stride,
-    out_stride,
-    rows_total,
-    workspace_width,
-    layers,
-    layer,
-    PROJECTION: gl.constexpr,
-    N: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    SPAN: gl.constexpr,
-    PDL: gl.constexpr,
-    ROWS: gl.constexpr,
-    RANKS: gl.constexpr,
-    COPIED: gl.constexpr,
-    SUMS: gl.constexpr,
-    HELD: gl.constexpr,
+    gate_up, out, arena, b_offsets, ranks, scales, entries, count, order, partials,
+    y_stride, out_stride, rows_total, workspace_width, layers, layer,
+    PROJECTION: gl.constexpr, LAYER_PROJECTIONS: gl.constexpr, N: gl.constexpr,
+    CHUNKS: gl.constexpr, SPAN: gl.constexpr, PDL: gl.constexpr, ROWS: gl.constexpr,
+    RANKS: gl.constexpr, COPIED: gl.constexpr, SUMS: gl.constexpr, HELD: gl.constexpr,
     STAGES: gl.constexpr,
-):
-    """One block: SPAN columns of gate and the same of up, in steps, of every so many-th tile.
+):  # fmt: skip
+    """One block: SPAN columns of gate and of up, in steps, of every num_programs(1)-th tile.
 
     As `expand_fragments.expand_kernel`, for both at once.
     """
@@ -176,8 +140,8 @@ def _expand_silu_tiles_kernel(
     y_ring, b_ring = fragments.make_rings(gate_up, STAGES)
     held = fragments.make_held(2, HELD)
     for tile in range(gl.program_id(1), gl.load(count), gl.num_programs(1)):
-        slot, first, rows = fragments.load_tile(entries, count, tile)
-        place = (gl.maximum(slot, 0) * layers + layer) * 7 + PROJECTION
+        slot, first, rows = expand_fragments.load_tile(entries, count, tile)
+        place = (gl.maximum(slot, 0) * layers + layer) * LAYER_PROJECTIONS + PROJECTION
         gate_rank = gl.where(slot < 0, 0, gl.load(ranks + place))
         up_rank = gl.where(slot < 0, 0, gl.load(ranks + place + 1))
         gate_start = arena + gl.multiple_of(gl.load(b_offsets + place), 32)
@@ -185,7 +149,7 @@ def _expand_silu_tiles_kernel(
         gate_scale = gl.load(scales + place)
         up_scale = gl.load(scales + place + 1)
         present = (m < rows)[:, None]
-        source = fragments.source_rows(order, first + m, m < rows)[:, None]
+        source = expand_fragments.source_rows(order, first + m, m < rows)[:, None]
         y_rows = gate_up + source * y_stride + n
         out_rows = out + source * out_stride + n
         if PDL:
@@ -197,13 +161,13 @@ def _expand_silu_tiles_kernel(
         up_side = (up_start, gate_rank, up_rank, up_scale)
         columns, rank = gl.minimum(SPAN, N - column), gl.maximum(gate_rank, up_rank)
         if rank <= 16:
-            fragments.go_through(
+            expand_fragments.go_through(
                 _store_activated, finished, y_rows, N, present, room, source, gate_side, up_side,
                 column, columns, N, 64, True, CHUNKS, ROWS, RANKS, COPIED, SUMS, HELD, STAGES,
                 False,
             )  # fmt: skip
         if HELD > 1 and rank > 16:
-            fragments.go_through(
+            expand_fragments.go_through(
                 _store_activated, finished, y_rows, N, present, room, source, gate_side, up_side,
                 column, columns, N, 64, True, CHUNKS, ROWS, RANKS, COPIED, SUMS, HELD, STAGES,
                 True,
@@ -213,68 +177,56 @@ def _expand_silu_tiles_kernel(
 
 
 def expand_silu_mul(
-    gate_up: torch.Tensor,
-    out: torch.Tensor,
-    in_features: int,
-    arena: torch.Tensor,
-    table: AdapterTable,
-    layer: int,
-    tiles: Tiles,
-    workspace: torch.Tensor,
-) -> None:
+    gate_up: torch.Tensor, out: torch.Tensor, adapters: GroupAdapters, rows: LoraRows
+) -> bool:
     """out[t] = silu(gate + g) * (up + u) of tiles' rows t: g and u of their adapters.
 
     After a `shrink` of the group. gate_up [T, 2 N] holds gate, then up, and may change; out [T, N].
     Tiles of slot -1 are rows without an adapter; rows in no tile are undefined. The rest as in
     `expand.expand`.
 
+    Returns:
+        Whether a kernel takes such rows; if not, nothing was done.
+
     Raises:
         ValueError: a shape, stride or dtype that the op cannot take.
     """
-    rows, n = out.shape
-    require_rows("out", out, (rows, n))
-    outs, pairs = (n, n), (gate_up, out)
-    shape, config = check_expand(gate_up, in_features, table, GATE_UP, outs, tiles, workspace)
-    served = all(fragments.serves(y, shape, fragments.BLOCK, 2) for y in pairs)
-    served |= not shape.dot
-    if not (served and runs_kernel(out)):
-        expand(gate_up, in_features, arena, table, layer, GATE_UP, outs, tiles, workspace)
-        silu_mul(gate_up, out)
-        return
-    kernel: Any = _expand_silu_rows_kernel
-    span, across = config.silu_n, tiles.capacity
-    options = {
-        "CHUNKS_HELD": power_of_two(config.chunks(shape)),
-        "BLOCK_N": span,
-        "BLOCK_R": config.expand_r,
-        "num_warps": config.expand_warps,
-    }
-    if shape.dot:
-        kernel, across = _expand_silu_tiles_kernel, tile_programs(tiles, rows)
-        span = fitting_span(config.silu_n, fragments.BLOCK, (n,), across, _FEWEST_BLOCKS)
-        options = {"SPAN": span, "maxnreg": _REGISTERS, **fragments.options(shape.max_rank)}
+    shape, config = cut_expand(gate_up, adapters, rows)
+    n = shape.out_features[0]
+    require_rows("out", out, (gate_up.shape[0], n))
+    served = all(
+        expand_fragments.serves(y, shape, expand_fragments.BLOCK, 2) for y in (gate_up, out)
+    )
+    if not (runs_kernel(out) and (served or not shape.dot)):
+        return False
+    across = tile_programs(rows.tiles, out.shape[0]) if shape.dot else rows.tiles.capacity
+    kernel, span, options = _kernel_for(shape, config, across, out.device)
     kernel[(-(-n // span), across)](
-        gate_up,
-        out,
-        arena,
-        table.b,
-        table.rank,
-        table.scale,
-        tiles.entries,
-        tiles.count,
-        tiles.order,
-        workspace,
-        gate_up.stride(0),
-        out.stride(0),
-        rows,
-        2 * shape.max_rank,
-        table.layers,
-        layer,
-        PROJECTION=FIRST_PROJECTION[GATE_UP],
-        N=n,
-        CHUNKS=config.chunks(shape),
-        PDL=config.pdl,
-        num_stages=1,
-        **options,
-        **config.launch_options,
+        gate_up, out, *expand_arguments(adapters, rows), gate_up.stride(0), out.stride(0),
+        out.shape[0], 2 * shape.max_rank, adapters.table.layers, adapters.layer,
+        N=n, CHUNKS=config.chunks(shape), PDL=config.pdl, num_stages=1,
+        **adapters.constants, **options, **config.launch_options,
+    )  # fmt: skip
+    return True
+
+
+def _kernel_for(
+    shape: Shape, config: Config, across: int, device: torch.device
+) -> tuple[Any, int, dict[str, Any]]:
+    """The kernel, the columns that a block goes through, and the options that it alone has."""
+    if shape.dot:
+        fewest = _BLOCKS_PER_SM * gpu_of(device).sms
+        columns = shape.out_features[:1]
+        span = fitting_span(config.silu_n, expand_fragments.BLOCK, columns, across, fewest)
+        options = expand_fragments.options(shape.max_rank)
+        return _expand_silu_tiles_kernel, span, {"SPAN": span, "maxnreg": _REGISTERS, **options}
+    return (
+        _expand_silu_rows_kernel,
+        config.silu_n,
+        {
+            "CHUNKS_HELD": power_of_two(config.chunks(shape)),
+            "BLOCK_N": config.silu_n,
+            "BLOCK_R": config.expand_r,
+            "num_warps": config.expand_warps,
+        },
     )

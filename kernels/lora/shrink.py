@@ -4,69 +4,51 @@ from typing import Any
 
 import torch
 
+from granatum.kernels.adapters import GroupAdapters, LoraRows
 from granatum.kernels.backend import dot, jit, require, require_rows, runs_kernel, tl
-from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, AdapterTable, Tiles
 from granatum.kernels.lora import reference, shrink_fragments
-from granatum.kernels.lora.lookup import load_adapter_tile, load_tile, source_rows
-from granatum.kernels.lora.tuning import Config, Shape, config_for, power_of_two
+from granatum.kernels.lora.cut import cut_rows, tile_programs
+from granatum.kernels.lora.lookup import (
+    load_adapter_tile,
+    load_inside,
+    load_tile,
+    source_rows,
+    stacked_a,
+)
+from granatum.kernels.lora.tuning import Config, Shape, power_of_two
 
 _ROW_FEATURES = 256
 """Features in adjacent lanes, where rows are multiplied one by one."""
 _ROW_RANKS = 4
-"""Stacked ranks of a block there."""
-_USUAL_SEGMENTS = 4
-"""Of a step with long tiles: runs of rows of one adapter, whose last tiles are not full."""
-
-
-@jit()
-def load_inside(at, inside, FULL: tl.constexpr):
-    """Weights where they are inside, else 0; FULL: all are."""
-    return tl.load(at) if FULL else tl.load(at, mask=inside, other=0.0)
+"""Stacked ranks of a block, where rows are multiplied one by one."""
 
 
 @jit("rows_total", "width", "layers", "layer")
 def _shrink_rows_kernel(
-    x,
-    arena,
-    a_offsets,
-    ranks,
-    entries,
-    count,
-    order,
-    partials,
-    x_stride,
-    rows_total,
-    width,
-    layers,
-    layer,
-    GROUP: tl.constexpr,
-    PROJECTION: tl.constexpr,
-    PROJECTIONS: tl.constexpr,
-    K: tl.constexpr,
-    CHUNK_K: tl.constexpr,
-    RANK_BLOCKS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BESIDE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x, arena, a_offsets, ranks, entries, count, order, partials,
+    x_stride, rows_total, width, layers, layer,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    PROJECTION: tl.constexpr, PROJECTIONS: tl.constexpr, LAYER_PROJECTIONS: tl.constexpr,
+    K: tl.constexpr, CHUNK_K: tl.constexpr, RANK_BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BESIDE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One block: a chunk of K, a tile, every RANK_BLOCKS-th block of BLOCK_R stacked ranks.
 
-    The chunk of A is loaded once, into registers, and serves the tile's rows in turn, each by
-    the same sums whatever its company; the next row of x is loaded while one is multiplied.
-    Adjacent lanes hold BLOCK_K adjacent features. BESIDE: x is there and `partials` free
-    from the start, as the kernel before this one waited before it let this one start; but where
-    nothing is waited for, L1 may hold an older x.
+    The chunk of A is loaded once, into registers, and serves the tile's rows in turn. A row's sums
+    are the same in any company. While one row of x is multiplied, the next is loaded. Adjacent
+    lanes hold BLOCK_K adjacent features.
+    BESIDE: x is complete and `partials` is free from the start, because the kernel before this one
+    waited before it let this one start. So this kernel does not wait; L1 may then hold an older x,
+    and x is read past L1.
     """
     chunk = tl.program_id(0)
     tile = tl.program_id(1)
     rank_block = tl.program_id(2)
     slot, first, rows = load_adapter_tile(entries, count, tile)
-    place = slot * layers + layer
-    a_start = arena + tl.multiple_of(tl.load(a_offsets + place * 4 + GROUP), 32)
-    stacked = tl.load(ranks + place * 7 + PROJECTION)
-    for p in tl.static_range(1, PROJECTIONS):
-        stacked += tl.load(ranks + place * 7 + PROJECTION + p)
+    a_start, stacked = stacked_a(
+        arena, a_offsets, ranks, slot * layers + layer, GROUP, GROUPS, PROJECTION, PROJECTIONS,
+        LAYER_PROJECTIONS,
+    )  # fmt: skip
     begin = rank_block * BLOCK_R
     if (rows > 0) & (begin < stacked):
         r = tl.arange(0, BLOCK_R)
@@ -111,33 +93,16 @@ def _shrink_rows_kernel(
 
 @jit("rows_total", "width", "layers", "layer")
 def _shrink_tiles_kernel(
-    x,
-    arena,
-    a_offsets,
-    ranks,
-    entries,
-    count,
-    order,
-    partials,
-    x_stride,
-    rows_total,
-    width,
-    layers,
-    layer,
-    GROUP: tl.constexpr,
-    PROJECTION: tl.constexpr,
-    PROJECTIONS: tl.constexpr,
-    K: tl.constexpr,
-    CHUNK_K: tl.constexpr,
-    RANK_BLOCKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One block: a chunk of K, every so many-th tile, every RANK_BLOCKS-th block of stacked ranks.
+    x, arena, a_offsets, ranks, entries, count, order, partials,
+    x_stride, rows_total, width, layers, layer,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    PROJECTION: tl.constexpr, PROJECTIONS: tl.constexpr, LAYER_PROJECTIONS: tl.constexpr,
+    K: tl.constexpr, CHUNK_K: tl.constexpr, RANK_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One block: a chunk of K, every num_programs(1)-th tile, every RANK_BLOCKS-th block of ranks.
 
-    On the tensor cores, in steps of BLOCK_K.
+    It multiplies on the tensor cores, in steps of BLOCK_K.
     """
     chunk = tl.program_id(0)
     rank_block = tl.program_id(2)
@@ -145,10 +110,10 @@ def _shrink_tiles_kernel(
     for tile in range(tl.program_id(1), tl.load(count), tl.num_programs(1)):
         slot, first, rows = load_tile(entries, count, tile)
         place = tl.maximum(slot, 0) * layers + layer
-        a_start = arena + tl.multiple_of(tl.load(a_offsets + place * 4 + GROUP), 32)
-        stacked = tl.load(ranks + place * 7 + PROJECTION)
-        for p in tl.static_range(1, PROJECTIONS):
-            stacked += tl.load(ranks + place * 7 + PROJECTION + p)
+        a_start, stacked = stacked_a(
+            arena, a_offsets, ranks, place, GROUP, GROUPS, PROJECTION, PROJECTIONS,
+            LAYER_PROJECTIONS,
+        )  # fmt: skip
         stacked = tl.where(slot < 0, 0, stacked)
         if PDL:
             tl.extra.cuda.gdc_wait()
@@ -171,56 +136,29 @@ def _shrink_tiles_kernel(
         tl.extra.cuda.gdc_wait()  # as in `_shrink_rows_kernel`
 
 
-def tile_programs(tiles: Tiles, rows: int) -> int:
-    """Blocks across long tiles: each takes one, or in turn several where there are more than usual.
-
-    Spare blocks cost more than a few turns.
-    """
-    return min(tiles.capacity, rows // tiles.block_m + _USUAL_SEGMENTS)
-
-
 def shrink(
-    x: torch.Tensor,
-    arena: torch.Tensor,
-    table: AdapterTable,
-    layer: int,
-    group: int,
-    out_features: tuple[int, ...],
-    tiles: Tiles,
-    workspace: torch.Tensor,
-    *,
-    beside_linear: bool = False,
+    x: torch.Tensor, adapters: GroupAdapters, rows: LoraRows, *, beside_linear: bool = False
 ) -> None:
     """workspace[c, t, j] = x[t, chunk c] @ A[j, chunk c], for each row j of t's stacked A.
 
-    Arguments as in `lora.add_lora`.
+    Arguments as in `ops.add_lora`.
 
     Raises:
         ValueError: a shape, stride or dtype that the op cannot take.
     """
-    rows, in_features = x.shape
-    require_rows("x", x, (rows, in_features))
-    require(x.dtype == arena.dtype, f"x is {x.dtype}, the arena {arena.dtype}")
-    require(len(out_features) == GROUP_PROJECTIONS[group], f"group {group} is not {out_features}")
-    shape = Shape(in_features, out_features, table.max_rank, tiles.block_m)
-    config = config_for(shape, x.device)
-    config.require_workspace(workspace, shape, rows)
+    require_rows("x", x, (x.shape[0], adapters.in_features))
+    require(x.dtype == adapters.arena.dtype, f"x is {x.dtype}, the arena {adapters.arena.dtype}")
+    shape, config = cut_rows(x.shape[0], adapters, rows, x.device)
     if not runs_kernel(x):
-        reference.shrink(x, arena, table, layer, group, out_features, tiles, workspace)
+        reference.shrink(x, adapters, rows)
         return
-    launch_shrink(
-        x, arena, table, layer, group, tiles, workspace, shape, config, beside_linear=beside_linear
-    )
+    launch_shrink(x, adapters, rows, shape, config, beside_linear=beside_linear)
 
 
 def launch_shrink(
     x: torch.Tensor,
-    arena: torch.Tensor,
-    table: AdapterTable,
-    layer: int,
-    group: int,
-    tiles: Tiles,
-    workspace: torch.Tensor,
+    adapters: GroupAdapters,
+    rows: LoraRows,
     shape: Shape,
     config: Config,
     *,
@@ -229,6 +167,7 @@ def launch_shrink(
     """The kernel in one configuration; its arguments were checked."""
     kernel: Any
     options: dict[str, int] = {}
+    table, tiles = adapters.table, rows.tiles
     rank_blocks, across = config.rank_blocks, tiles.capacity
     if shape.dot:
         kernel = _shrink_tiles_kernel
@@ -243,28 +182,11 @@ def launch_shrink(
         options = {"BLOCK_K": _ROW_FEATURES, "BLOCK_R": _ROW_RANKS, "BESIDE": beside_linear}
         rank_blocks *= config.shrink_r // _ROW_RANKS
     kernel[(config.chunks(shape), across, rank_blocks)](
-        x,
-        arena,
-        table.a,
-        table.rank,
-        tiles.entries,
-        tiles.count,
-        tiles.order,
-        workspace,
-        x.stride(0),
-        x.shape[0],
-        len(shape.out_features) * shape.max_rank,
-        table.layers,
-        layer,
-        GROUP=group,
-        PROJECTION=FIRST_PROJECTION[group],
-        PROJECTIONS=len(shape.out_features),
-        K=shape.in_features,
-        CHUNK_K=config.chunk_k,
-        RANK_BLOCKS=rank_blocks,
-        PDL=config.pdl,
-        num_warps=config.shrink_warps,
-        num_stages=config.shrink_stages,
-        **options,
-        **config.launch_options,
-    )
+        x, adapters.arena, table.a, table.rank, tiles.entries, tiles.count, tiles.order,
+        rows.workspace, x.stride(0), x.shape[0], len(shape.out_features) * shape.max_rank,
+        table.layers, adapters.layer,
+        GROUP=adapters.group, GROUPS=len(table.groups.projections),
+        PROJECTIONS=len(shape.out_features), K=shape.in_features, CHUNK_K=config.chunk_k,
+        RANK_BLOCKS=rank_blocks, PDL=config.pdl, num_warps=config.shrink_warps,
+        num_stages=config.shrink_stages, **adapters.constants, **options, **config.launch_options,
+    )  # fmt: skip

@@ -1,11 +1,12 @@
-"""A decode step's shrink on the tensor cores, neither operand ever in shared memory.
+"""A decode step's shrink on the tensor cores; neither operand is ever in shared memory.
 
-One warp multiplies 16 ranks with up to eight rows at once: an instruction costs the same for one
-row as for eight, and a row's sums are the same in any company. The order in which a dot product is
-summed is free, so each lane takes eight adjacent features, of A as of x, in one load, and the
-instruction finds them where they are.
+One warp multiplies 16 ranks with up to eight rows at once. An instruction costs the same for one
+row as for eight, and a row's sums are the same in any company. A dot product may be summed in any
+order, so each lane loads eight adjacent features of A and of x, and the instruction takes the
+operands from where they were loaded.
 
-It knows no other dtype; for these, and under the interpreter, `shrink` multiplies row by row.
+The kernel takes bfloat16 alone. For other dtypes, and under the interpreter, `shrink` multiplies
+row by row.
 """
 
 import torch
@@ -29,35 +30,21 @@ def serves(x: torch.Tensor) -> bool:
 
 _load_adapter_tile = of_triton(lookup.load_adapter_tile)
 _source_rows = of_triton(lookup.source_rows)
+_stacked_a = of_triton(lookup.stacked_a)
 
 
 @jit("rows_total", "width", "layers", "layer")
 def shrink_kernel(
-    x,
-    arena,
-    a_offsets,
-    ranks,
-    entries,
-    count,
-    order,
-    partials,
-    x_stride,
-    rows_total,
-    width,
-    layers,
-    layer,
-    GROUP: gl.constexpr,
-    PROJECTION: gl.constexpr,
-    PROJECTIONS: gl.constexpr,
-    K: gl.constexpr,
-    CHUNK_K: gl.constexpr,
-    RANK_BLOCKS: gl.constexpr,
-    BESIDE: gl.constexpr,
-    PDL: gl.constexpr,
-):
+    x, arena, a_offsets, ranks, entries, count, order, partials,
+    x_stride, rows_total, width, layers, layer,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr,
+    PROJECTION: gl.constexpr, PROJECTIONS: gl.constexpr, LAYER_PROJECTIONS: gl.constexpr,
+    K: gl.constexpr, CHUNK_K: gl.constexpr, RANK_BLOCKS: gl.constexpr,
+    BESIDE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
     """One block: a chunk of K, a tile, every RANK_BLOCKS-th block of 16 stacked ranks.
 
-    Two halves of the chunk are summed apart, so that one's products need not wait for the other's.
+    The two halves of the chunk are summed apart, so that neither waits for the other's products.
     BESIDE: as in `shrink._shrink_rows_kernel`.
     """
     HALF: gl.constexpr = CHUNK_K // 2
@@ -70,11 +57,10 @@ def shrink_kernel(
     tile = gl.program_id(1)
     rank_block = gl.program_id(2)
     slot, first, rows = _load_adapter_tile(entries, count, tile)
-    place = slot * layers + layer
-    a_start = arena + gl.multiple_of(gl.load(a_offsets + place * 4 + GROUP), 32)
-    stacked = gl.load(ranks + place * 7 + PROJECTION)
-    for p in gl.static_range(1, PROJECTIONS):
-        stacked += gl.load(ranks + place * 7 + PROJECTION + p)
+    a_start, stacked = _stacked_a(
+        arena, a_offsets, ranks, slot * layers + layer, GROUP, GROUPS, PROJECTION, PROJECTIONS,
+        LAYER_PROJECTIONS,
+    )  # fmt: skip
     begin = rank_block * 16
     if (rows > 0) & (begin < stacked):
         r = gl.arange(0, 16, gl.SliceLayout(1, LEFT))[:, None]

@@ -1,19 +1,19 @@
-"""Which configuration of the LoRA kernels serves a shape: measured on a GPU, or a default.
+"""Which configuration of the LoRA kernels serves a shape: as it was measured, or the default.
 
-`h200.json` is the measured table, written by `benchmarks/lora_ops_tune.py`; it serves the H100 as
-well, the same chip with slower memory. A configuration depends on shapes and on the table's largest
-rank, never on a batch's content, so that a row's result does not depend on its company.
+A configuration depends on shapes and on the table's largest rank, never on a batch's content, so
+that a row's result does not depend on its company.
 """
 
-import json
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from granatum.kernels.backend import require
+from granatum.kernels.device import Gpu, gpu_of
+from granatum.kernels.tables import tables
+
+OP = "lora"
+"""The op's name among the tables."""
 
 DECODE_BLOCK_M = 2
 """Rows per tile of a decode step: below `DOT_ROWS`, operands stay in registers."""
@@ -21,8 +21,6 @@ PREFILL_BLOCK_M = 64
 """Rows per tile of prefill chunks, multiplied on the tensor cores."""
 DOT_ROWS = 16
 """The least rows per tile whose operands go through shared memory, to the tensor cores."""
-
-_TABLES = {"H200": "h200.json", "H100": "h200.json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +76,9 @@ class Config:
         return {"launch_pdl": True} if self.pdl else {}
 
 
+FIELDS = frozenset(field.name for field in fields(Config))
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What a configuration may depend on."""
@@ -94,9 +95,13 @@ class Shape:
 
     @property
     def key(self) -> str:
-        """The shape's name in a measured table, without its rank."""
+        """The shape's name in a table, where the largest rank is the size.
+
+        Only bfloat16 was measured. The other types, of which float32 serves tests alone, take the
+        configurations that were measured for bfloat16.
+        """
         outs = "+".join(str(n) for n in self.out_features)
-        return f"{self.in_features}->{outs} by {'tiles' if self.dot else 'rows'}"
+        return f"{self.in_features}->{outs} bf16 by {'tiles' if self.dot else 'rows'}"
 
 
 def default_config(shape: Shape, *, pdl: bool = False) -> Config:
@@ -134,39 +139,14 @@ def default_config(shape: Shape, *, pdl: bool = False) -> Config:
 
 
 def config_for(shape: Shape, device: torch.device) -> Config:
-    """What was measured at the nearest rank, from `shape.max_rank` up if any; else the default."""
-    if device.type != "cuda":
-        return default_config(shape)
-    return _measured(_table_name(device.index or 0), shape) or _default(device.index or 0, shape)
+    """What serves a shape on a device."""
+    return measured(gpu_of(device), shape)
 
 
-@cache
-def _default(device_index: int, shape: Shape) -> Config:
-    pdl = torch.cuda.get_device_capability(device_index) >= (9, 0)
-    return default_config(shape, pdl=pdl)
-
-
-@cache
-def _measured(table: str | None, shape: Shape) -> Config | None:
-    by_rank = _table(table).get(shape.key, {}) if table else {}
-    ranks = sorted(int(rank) for rank in by_rank)
-    if not ranks:
-        return None
-    nearest = next((rank for rank in ranks if rank >= shape.max_rank), ranks[-1])
-    return Config(**by_rank[str(nearest)])
-
-
-@cache
-def _table(name: str) -> dict[str, dict[str, dict[str, Any]]]:
-    path = Path(__file__).parents[1] / "tables" / name
-    configs: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())["configs"]
-    return configs
-
-
-@cache
-def _table_name(device_index: int) -> str | None:
-    gpu = torch.cuda.get_device_name(device_index)
-    return next((table for name, table in _TABLES.items() if name in gpu), None)
+def measured(gpu: Gpu, shape: Shape) -> Config:
+    """What was measured on a GPU at the nearest rank; the default where nothing was measured."""
+    default = default_config(shape, pdl=gpu.overlaps)
+    return replace(default, **(tables.find(gpu, OP, shape.key, shape.max_rank) or {}))
 
 
 def power_of_two(n: int) -> int:

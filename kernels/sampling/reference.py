@@ -17,15 +17,10 @@ def greedy(logits: torch.Tensor, out: torch.Tensor, sound: torch.Tensor | None =
 
 
 def sample(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    uniform: torch.Tensor,
-    out: torch.Tensor,
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
+    min_p: torch.Tensor, uniform: torch.Tensor, out: torch.Tensor,
     sound: torch.Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """As `sampling.sample`; sums are float64."""
     greedy(logits, out, sound)
     rows = ((temperature > 0) & logits.amax(1).isfinite()).nonzero().squeeze(1)
@@ -64,13 +59,9 @@ def _top_p(values: torch.Tensor, weights: torch.Tensor, p: torch.Tensor) -> torc
 
 
 def penalize(
-    logits: torch.Tensor,
-    counts: torch.Tensor,
-    slots: torch.Tensor,
-    repetition: torch.Tensor,
-    presence: torch.Tensor,
-    frequency: torch.Tensor,
-) -> None:
+    logits: torch.Tensor, counts: torch.Tensor, slots: torch.Tensor, repetition: torch.Tensor,
+    presence: torch.Tensor, frequency: torch.Tensor,
+) -> None:  # fmt: skip
     """As `sampling.penalize`."""
     rows = (slots >= 0).nonzero().squeeze(1)
     state = counts[slots[rows].long()]

@@ -103,6 +103,11 @@ class Engine:
         return self._flight is not None
 
     @property
+    def graph_due(self) -> bool:
+        """Whether `capture` should be called before the next step."""
+        return self._executor.graph_due(idle=not self.busy)
+
+    @property
     def figures(self) -> EngineFigures:
         """The engine's state as heartbeats report it."""
         adapters = self._adapters.figures
@@ -162,6 +167,19 @@ class Engine:
             self._collect()
         news, self._news = self._news + self._scheduler.take_news(), []
         return news
+
+    def capture(self) -> None:
+        """Capture the CUDA graph that is due, with no step in flight.
+
+        The step in flight is collected first; `step` returns its news. If the capture fails on a
+        device that still works, the graphs that there are go on serving.
+        """
+        self._collect()
+        try:
+            self._executor.capture_next()
+        except Exception as error:
+            self._raise_if_lost(error)
+            log.warning("no more graphs are captured", reason=str(error))
 
     def probe(self) -> None:
         """Run a step without sequences to its end, which proves that the device computes."""

@@ -1,6 +1,7 @@
 """The engine's process: commands in, one report per step out.
 
-drain commands -> step -> report; when idle: wait for a command, probe the device, report
+drain commands -> capture a graph if one is due -> step -> report
+when idle: wait for a command, probe the device, report
 """
 
 import os
@@ -16,7 +17,6 @@ import structlog
 import torch
 
 from granatum.adapters_store.limits import padded_rank
-from granatum.kernels.layout import AdapterTable
 from granatum.models.base_model import BaseModel
 from granatum.models.config import ModelConfig, read_config
 from granatum.runner.adapters.cache import AdapterCache
@@ -25,10 +25,17 @@ from granatum.runner.channel import Channel, ChannelClosed
 from granatum.runner.engine.engine import Capacity, Engine, EngineLost
 from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.flight_recorder import FlightRecorder
+from granatum.runner.engine.phases import phase
 from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.adapter_loader import AdapterLoader, ImageSource
-from granatum.runner.model.arena import allocate_arena, page_tokens, pages_that_fit
+from granatum.runner.model.arena import (
+    allocate_arena,
+    allocate_table,
+    page_tokens,
+    pages_that_fit,
+)
 from granatum.runner.model.decoder import Model
+from granatum.runner.model.dtypes import Dtypes
 from granatum.runner.model.weights import Weights, load_weights, random_weights
 from granatum.runner.pages import PagePool
 from granatum.runner.records import (
@@ -89,9 +96,9 @@ class EngineOptions:
     """Draw the weights instead of reading them; only the configuration is read."""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtypes(self) -> Dtypes:
         """Of weights, KV and adapters."""
-        return torch.float32 if self.device == "cpu" else torch.bfloat16
+        return Dtypes.on(torch.device(self.device))
 
 
 def run(
@@ -123,7 +130,7 @@ def run(
 def build_engine(
     options: EngineOptions, open_source: OpenSource, recorder: FlightRecorder | None = None
 ) -> Engine:
-    """Load the model, take the memory, capture the graphs.
+    """Load the model, take the memory, compile the kernels, capture the first graphs.
 
     Raises:
         InvalidRequest: what the model directory or an option should be instead.
@@ -139,17 +146,17 @@ def build_engine(
             )
         torch.cuda.set_device(device.index or 0)
     config = read_config(options.model)
-    weights = _weights(options, config, device)
-    log.info("weights loaded", seconds=round(time.monotonic() - started, 1))
+    with phase("reading weights", "weights loaded"):
+        weights = _weights(options, config, device)
     tokens = page_tokens(config, options.max_rank)
     pages = _pages(options, config, tokens, device)
     limits = _limits(options, config, tokens, pages)
-    arena = allocate_arena(config, tokens, pages, options.dtype, device)
+    arena = allocate_arena(config, tokens, pages, options.dtypes.kv, device)
     rank = padded_rank(options.max_rank)  # as adapters lie in the arena
-    table = AdapterTable.allocate(options.adapter_slots, config.layers, device, rank)
+    table = allocate_table(config, options.adapter_slots, device, rank)
     base = BaseModel.from_config(options.model)
     elements = arena.kv.page_elements
-    source = open_source(ImageShape(base, str(options.dtype), elements, options.max_rank))
+    source = open_source(ImageShape(base, str(options.dtypes.adapters), elements, options.max_rank))
     loader = AdapterLoader(arena.pages, table, source, options.host_cache_bytes)
     pool = PagePool(pages)
     executor = Executor(Model(config, weights, arena, table, limits), limits)
@@ -162,13 +169,13 @@ def build_engine(
 
 def _weights(options: EngineOptions, config: ModelConfig, device: torch.device) -> Weights:
     if options.random_weights:
-        return random_weights(config, options.dtype, device)
-    return load_weights(config, options.model, options.dtype, device)
+        return random_weights(config, options.dtypes.weights, device)
+    return load_weights(config, options.model, options.dtypes.weights, device)
 
 
 def _pages(options: EngineOptions, config: ModelConfig, tokens: int, device: torch.device) -> int:
     """Pages of the arena."""
-    page_bytes = tokens * config.kv_elements * options.dtype.itemsize
+    page_bytes = tokens * config.kv_elements * options.dtypes.kv.itemsize
     arena_bytes = options.arena_bytes
     if arena_bytes is None and device.type == "cpu":
         arena_bytes = CPU_ARENA_BYTES
@@ -231,6 +238,8 @@ def _serve(engine: Engine, channel: Channel[Report, Command]) -> None:
             if isinstance(command, Stop):
                 return
             obey(engine, command)
+        if engine.graph_due:
+            engine.capture()
         news = engine.step()
         overdue = time.monotonic() - reported >= PROBE_S
         if overdue and not engine.in_flight:
@@ -243,8 +252,8 @@ def _serve(engine: Engine, channel: Channel[Report, Command]) -> None:
 
 
 def _patience(engine: Engine, reported: float) -> float:
-    """Seconds to wait for a command: none while the device works."""
-    if engine.in_flight:
+    """Seconds to wait for a command: none while there is something to do."""
+    if engine.in_flight or engine.graph_due:
         return 0.0
     if engine.busy:
         return POLL_S

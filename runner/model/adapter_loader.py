@@ -10,7 +10,7 @@ import numpy as np
 import structlog
 import torch
 
-from granatum.kernels.layout import AdapterTable
+from granatum.kernels.adapters import AdapterTable
 from granatum.runner.adapters.images.file import DamagedImage
 from granatum.runner.adapters.images.image import AdapterImage
 from granatum.runner.adapters.images.layout import TableRow

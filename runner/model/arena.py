@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from granatum.adapters_store.limits import padded_rank
+from granatum.kernels.adapters import AdapterTable, GroupLayout
 from granatum.kernels.layout import KvLayout
 from granatum.models.base_model import BaseModel
 from granatum.models.config import ModelConfig
@@ -62,6 +63,14 @@ def allocate_arena(
     elements = tokens * config.kv_elements
     layout = KvLayout(elements, tokens, config.kv_heads, config.head_dim)
     return Arena(torch.zeros(pages, elements, dtype=dtype, device=device), layout)
+
+
+def allocate_table(
+    config: ModelConfig, slots: int, device: torch.device, max_rank: int
+) -> AdapterTable:
+    """A table of `slots` adapters for the model's groups; `max_rank` as they lie in the arena."""
+    groups = GroupLayout(tuple(len(widths) for widths in config.out_features.values()))
+    return AdapterTable.allocate(groups, slots, config.layers, device, max_rank)
 
 
 def pages_that_fit(page_bytes: int, device: torch.device, share: float) -> int:

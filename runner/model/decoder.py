@@ -1,27 +1,39 @@
 """The decoder, one page for every family: what differs is data in the config and the weights."""
 
+from dataclasses import dataclass
+
 import torch
 
+from granatum.kernels.adapters import AdapterTable, GroupAdapters
 from granatum.kernels.attention.decode import allocate_decode_workspace, decode_attention
 from granatum.kernels.attention.prefill import prefill_attention
-from granatum.kernels.layer.activation import silu_mul
 from granatum.kernels.layer.norm import add_rms_norm, embed_rms_norm
-from granatum.kernels.layer.rope import Rotary, rope_and_write_kv
-from granatum.kernels.layout import AdapterTable, Tiles, make_query_tiles
-from granatum.kernels.linear.linear import allocate_workspace, linear, runs_kernel_of_ours
-from granatum.kernels.lora.ops import (
-    add_lora,
-    linear_with_lora,
-    rope_with_lora,
-    silu_mul_with_lora,
-    workspace_elements,
-)
+from granatum.kernels.layer.rotary import Rotary
+from granatum.kernels.layout import LayerKv, RowPlaces, Tiles, make_query_tiles
+from granatum.kernels.linear.dense import Dense, allocate_workspace
+from granatum.kernels.linear.linear import Workspace
+from granatum.kernels.lora.ops import workspace_elements
 from granatum.kernels.lora.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
 from granatum.models.config import ModelConfig
 from granatum.runner.engine.scheduling.plan import EngineLimits
+from granatum.runner.model.adapted import AdaptedLinear, AdaptedRows
 from granatum.runner.model.arena import Arena
 from granatum.runner.model.inputs import FEW_ROWS, QUERY_TILE_ROWS, Step
-from granatum.runner.model.weights import Linear, Weights
+from granatum.runner.model.weights import LayerWeights, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer: its norms, its linears with their adapters, and where its KV lies."""
+
+    input_norm: torch.Tensor
+    qkv: AdaptedLinear
+    rotary: Rotary
+    kv: LayerKv
+    o: AdaptedLinear
+    post_norm: torch.Tensor
+    gate_up: AdaptedLinear
+    down: AdaptedLinear
 
 
 class Model:
@@ -41,16 +53,46 @@ class Model:
         self.config = config
         self.device = weights.device
         self._weights, self._arena, self._table = weights, arena, table
-        self._cos, self._sin = _angles(config, weights.device)
         self._partials = self._allocate_partials(limits)
         tokens = limits.pages_for(limits.max_context) * limits.page_tokens
         self._pieces = allocate_decode_workspace(
             limits.max_batch, config.heads, arena.kv, tokens, self.device
         )
-        first = weights.layers[0]
-        linears = (first.qkv, first.o, first.gate_up, first.down)
-        shapes = [*(part.weight for part in linears), weights.head]
-        self._sums = allocate_workspace(limits.prefill_tokens, shapes)
+        first, head = weights.layers[0], Dense(weights.head)
+        linears = (first.qkv, first.o, first.gate_up, first.down, head)
+        sums = allocate_workspace(limits.prefill_tokens, linears, self.device)
+        angles = _angles(config, self.device)
+        self._layers = tuple(
+            self._layer(index, layer, angles, sums) for index, layer in enumerate(weights.layers)
+        )
+        self._head = head.within(sums)
+
+    def _layer(
+        self,
+        index: int,
+        weights: LayerWeights,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        sums: Workspace,
+    ) -> Layer:
+        """A layer's weights with its part of the arena."""
+        config, pages = self.config, self._arena.pages
+        names = [group.name for group in config.family.groups]
+
+        def adapted(group: str, base: Dense) -> AdaptedLinear:
+            widths = (config.in_features[group], config.out_features[group])
+            adapters = GroupAdapters(pages, self._table, index, names.index(group), *widths)
+            return AdaptedLinear(base.within(sums), adapters)
+
+        return Layer(
+            weights.input_norm,
+            adapted("qkv", weights.qkv),
+            Rotary(*angles, weights.q_norm, weights.k_norm, config.rms_eps),
+            LayerKv(pages, self._arena.kv, index),
+            adapted("o", weights.o),
+            weights.post_norm,
+            adapted("gate_up", weights.gate_up),
+            adapted("down", weights.down),
+        )
 
     def forward(self, step: Step, last: torch.Tensor) -> torch.Tensor:
         """Logits [samples, vocab] of the step's sampling rows; KV of all its rows is written.
@@ -58,110 +100,56 @@ class Model:
         last int [seats]: what sequences drew last, for tokens that only the device knows.
         """
         weights, eps = self._weights, self.config.rms_eps
+        rows = AdaptedRows.of(step, self._partials)
         residual = weights.embedding.new_empty(step.tokens.shape[0], weights.embedding.shape[1])
         x = torch.empty_like(residual)
         norm = weights.layers[0].input_norm
         scale = self.config.embedding_multiplier
         embed_rms_norm(step.tokens, last, weights.embedding, norm, eps, residual, x, scale=scale)
         scale = self.config.residual_multiplier
-        for index, layer in enumerate(weights.layers):
+        for index, layer in enumerate(self._layers):
             if index:
                 add_rms_norm(x, residual, layer.input_norm, eps, scale=scale)
-            x = self._linear(step, index, "o", layer.o, self._attend(step, index, x))
+            x = layer.o.apply(self._attend(step, layer, x, rows), rows)
             add_rms_norm(x, residual, layer.post_norm, eps, scale=scale)
-            x = self._linear(step, index, "down", layer.down, self._activate(step, index, x))
+            x = layer.down.apply(layer.gate_up.activate(x, rows), rows)
         sampled = x.new_empty(step.sample_rows.shape[0], x.shape[1])
         add_rms_norm(x, residual, weights.norm, eps, sampled, step.sample_rows, scale=scale)
-        logits = linear(sampled, weights.head, None, self._sums)
+        logits = self._head.apply(sampled)
         if self.config.logits_scaling != 1.0:
             logits /= self.config.logits_scaling
         return logits
 
     def attend_far(self, rows: int, length: int) -> None:
-        """One layer's attention of a prompt's last `rows` tokens over `length`, for its time alone.
+        """Compute one layer's attention of a prompt's last `rows` tokens over `length` tokens.
 
-        On a CPU, whose attention keeps nothing of it.
+        Only its time matters. For a CPU: there attention keeps nothing of what it computed.
         """
         config, arena, most = self.config, self._arena, min(rows, length)
         q = torch.zeros(most, config.heads * config.head_dim, dtype=arena.pages.dtype)
         pages = torch.zeros(1, -(-length // arena.kv.page_tokens), dtype=torch.int32)
         entries = make_query_tiles([(0, 0, most, length - most)], QUERY_TILE_ROWS)
         tiles = Tiles(torch.tensor(entries), torch.tensor([len(entries)]), QUERY_TILE_ROWS)
-        prefill_attention(
-            q, arena.pages, arena.kv, 0, pages, tiles, config.attention_scale, torch.empty_like(q)
-        )
+        kv, out = LayerKv(arena.pages, arena.kv, 0), torch.empty_like(q)
+        prefill_attention(q, kv, pages, tiles, config.attention_scale, out)
 
-    def _attend(self, step: Step, index: int, x: torch.Tensor) -> torch.Tensor:
+    def _attend(self, step: Step, layer: Layer, x: torch.Tensor, rows: AdaptedRows) -> torch.Tensor:
         """Attention's output [rows, heads * head_dim] before the output projection."""
-        layer, config, arena = self._weights.layers[index], self.config, self._arena
-        qkv = linear(x, layer.qkv.weight, layer.qkv.bias, self._sums)
-        self._add_short(step, index, "qkv", layer.qkv, qkv, x)
+        config, n = self.config, step.shape.decodes
+        qkv = layer.qkv.apply_short(x, rows)
         q, k, v = torch.split(qkv, list(config.out_features["qkv"]), dim=1)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        rotary = Rotary(self._cos, self._sin, layer.q_norm, layer.k_norm, config.rms_eps)
-        place, scale = (arena.pages, arena.kv, index), config.attention_scale
-        decodes = step.shape.decodes
-        if decodes:
+        scale = config.attention_scale
+        if n:
             decode_attention(
-                q[:decodes], k[:decodes], v[:decodes], rotary, *place, step.page_table[:decodes],
-                step.lengths, scale, out[:decodes], self._pieces,
+                q[:n], k[:n], v[:n], layer.rotary, layer.kv, step.page_table[:n], step.lengths,
+                scale, out[:n], self._pieces,
             )  # fmt: skip
         if step.shape.query_tiles:  # after the decodes, which clear the rows beyond theirs
-            if step.shape.long_tiles:
-                rope_with_lora(
-                    qkv, x, step.positions, rotary, arena.kv, step.kv_slots, arena.pages,
-                    self._table, index, step.long_tiles, self._partials,
-                )  # fmt: skip
-            else:
-                rope_and_write_kv(q, k, v, step.positions, rotary, *place, step.kv_slots)
-            prefill_attention(q, *place, step.page_table, step.query_tiles, scale, out)
+            places = RowPlaces(step.positions, step.kv_slots)
+            layer.qkv.rotate_long(qkv, x, layer.rotary, layer.kv, places, rows)
+            prefill_attention(q, layer.kv, step.page_table, step.query_tiles, scale, out)
         return out
-
-    def _activate(self, step: Step, index: int, x: torch.Tensor) -> torch.Tensor:
-        """The activation's output [rows, intermediate] before the down projection."""
-        base = self._weights.layers[index].gate_up
-        gate_up = linear(x, base.weight, base.bias, self._sums)
-        out = gate_up.new_empty(gate_up.shape[0], self.config.intermediate)
-        place = (self._arena.pages, self._table, index)
-        if step.shape.long_tiles:
-            silu_mul_with_lora(gate_up, x, out, *place, step.long_tiles, self._partials)
-        if n := step.shape.short_tiles:
-            silu_mul_with_lora(
-                gate_up[:n], x[:n], out[:n], *place, step.short_tiles, self._partials,
-                beside_linear=_just_made(step, x, base),
-            )  # fmt: skip
-        if not step.shape.lora:
-            silu_mul(gate_up, out)
-        return out
-
-    def _linear(
-        self, step: Step, index: int, group: str, base: Linear, x: torch.Tensor
-    ) -> torch.Tensor:
-        """A fused linear [rows, out], with what each row's adapter adds."""
-        if step.shape.long_tiles:
-            place = self._place(index, group)
-            y = linear_with_lora(x, base.weight, base.bias, *place, step.long_tiles, self._partials)
-        else:
-            y = linear(x, base.weight, base.bias, self._sums)
-        self._add_short(step, index, group, base, y, x)
-        return y
-
-    def _add_short(
-        self, step: Step, index: int, group: str, base: Linear, y: torch.Tensor, x: torch.Tensor
-    ) -> None:
-        """Add to y what the adapters of rows in short tiles make of x, right after the linear."""
-        if n := step.shape.short_tiles:
-            tiles, place = step.short_tiles, self._place(index, group)
-            beside = _just_made(step, x, base)
-            add_lora(y[:n], x[:n], *place, tiles, self._partials, beside_linear=beside)
-
-    def _place(
-        self, index: int, group: str
-    ) -> tuple[torch.Tensor, AdapterTable, int, int, tuple[int, ...]]:
-        """Where the adapters' parts of a fused linear are, and how wide it is."""
-        outs = self.config.out_features[group]
-        names = [known.name for known in self.config.family.groups]
-        return self._arena.pages, self._table, index, names.index(group), outs
 
     def _allocate_partials(self, limits: EngineLimits) -> torch.Tensor:
         """Room for the LoRA kernels' partial sums in the largest step."""
@@ -176,11 +164,6 @@ class Model:
             for rows, block_m in sizes
         )
         return torch.empty(elements, dtype=torch.float32, device=self.device)
-
-
-def _just_made(step: Step, x: torch.Tensor, base: Linear) -> bool:
-    """Whether what comes before the LoRA of short tiles is our own linear of x."""
-    return not step.shape.long_tiles and runs_kernel_of_ours(x, base.weight)
 
 
 def _angles(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from granatum.kernels.linear.dense import Dense
 from granatum.models.config import ModelConfig
 from granatum.models.families import Group
 from granatum.v1.errors import InvalidRequest
@@ -17,23 +18,15 @@ _IGNORED = ("rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
-    """`weight` [out, in]; `bias` [out] or None."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One decoder layer; norms are [hidden], those of q and k [head_dim]."""
 
     input_norm: torch.Tensor
-    qkv: Linear
-    o: Linear
+    qkv: Dense
+    o: Dense
     post_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Dense
+    down: Dense
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
 
@@ -64,10 +57,10 @@ def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device)
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def linear(group: str) -> Linear:
+    def linear(group: str) -> Dense:
         out = sum(config.out_features[group])
         bias = empty(out) if group in config.biased else None
-        return Linear(empty(out, config.in_features[group]), bias)
+        return Dense(empty(out, config.in_features[group]), bias)
 
     def layer() -> LayerWeights:
         return LayerWeights(
@@ -134,7 +127,7 @@ def _layer_targets(config: ModelConfig, layer: LayerWeights) -> Iterator[tuple[s
         yield "self_attn.q_norm.weight", layer.q_norm
         yield "self_attn.k_norm.weight", layer.k_norm
     for group in config.family.groups:
-        linear: Linear = getattr(layer, group.name)
+        linear: Dense = getattr(layer, group.name)
         sizes = _module_rows(config, group)
         parts = {"weight": linear.weight, "bias": linear.bias}
         for kind, tensor in parts.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from small_adapters import BASE
 
-from granatum.kernels.layout import AdapterTable
+from granatum.kernels.adapters import AdapterTable, GroupLayout
 from granatum.models.families import LLAMA
 from granatum.runner.adapters.cache import AdapterCache
 from granatum.runner.adapters.disk.disk import DiskImages
@@ -16,6 +16,7 @@ from granatum.runner.model.adapter_loader import AdapterLoader, MemoryImages
 from granatum.runner.pages import PagePool
 from granatum.v1.errors import Unavailable
 
+LAYOUT = GroupLayout(tuple(len(group.projections) for group in LLAMA.groups))
 SHAPE = ImageShape(BASE, "float32", 4096)
 
 
@@ -40,7 +41,7 @@ class Bench:
 
     def __init__(self, disk: DiskImages | MemoryImages, pages: int = 12, host: int = 12) -> None:
         self.arena = torch.full((pages, SHAPE.page_elements), torch.nan)
-        self.table = AdapterTable.allocate(3, BASE.num_layers, "cpu")
+        self.table = AdapterTable.allocate(LAYOUT, 3, BASE.num_layers, "cpu")
         self.loader = AdapterLoader(self.arena, self.table, disk, host * SHAPE.page_bytes)
         self.pool = PagePool(pages)
         self.cache = AdapterCache(self.pool, self.loader, slots=3)

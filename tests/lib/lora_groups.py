@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+from granatum.kernels.adapters import AdapterTable, GroupAdapters, GroupLayout, LoraRows
 from granatum.kernels.backend import INTERPRETING
-from granatum.kernels.layout import FIRST_PROJECTION, AdapterTable, Tiles
+from granatum.kernels.layout import Tiles, make_tiles
 from granatum.kernels.lora import ops as lora
 
 LAYER, LAYERS = 1, 3
 BFLOAT16 = 8e-3 if INTERPRETING else 4e-3  # the interpreter cuts off what rounding would keep
 TOLERANCE = {torch.bfloat16: BFLOAT16, torch.float16: 6e-4, torch.float32: 2e-5}
+LAYOUT = GroupLayout((3, 1, 2, 1))
 QKV, OUT, GATE_UP, DOWN = range(4)
-
 
 HOSTILE_SLOTS = [None, None, 1, 1, 1, 0, 0, None, 2]
 """The adapters' slots of rows, of which some are broken; of slot 1, rows of either kind."""
@@ -63,7 +64,7 @@ class Group:
         device: torch.device,
         max_rank: int,
     ) -> "Group":
-        table = AdapterTable.allocate(len(adapters), LAYERS, "cpu", max_rank)
+        table = AdapterTable.allocate(LAYOUT, len(adapters), LAYERS, "cpu", max_rank)
         align = 128 // dtype.itemsize
         pieces: list[torch.Tensor] = []
 
@@ -74,7 +75,7 @@ class Group:
             return offset
 
         put(torch.full((align,), torch.nan, dtype=dtype))
-        first = FIRST_PROJECTION[group]
+        first = LAYOUT.first[group]
         table.rank[:, 0] = 256  # another layer's, whose pieces are not there
         for slot, adapter in enumerate(adapters):
             padded = [pad8(a) for a in adapter.a]
@@ -99,16 +100,20 @@ class Group:
                 expected[t] += torch.cat(delta)
         return expected
 
-    def workspace(self, rows: int, block_m: int) -> torch.Tensor:
+    @property
+    def packed(self) -> GroupAdapters:
+        """The adapters as ops take them."""
+        return GroupAdapters(self.arena, self.table, LAYER, self.group, self.k, self.outs)
+
+    def rows(self, tiles: Tiles, rows: int) -> LoraRows:
+        """Room for the partial sums of `rows` rows, full of NaN."""
         elements = lora.workspace_elements(
-            rows, self.k, self.outs, block_m, self.table.max_rank, self.arena.device
+            rows, self.k, self.outs, tiles.block_m, self.table.max_rank, self.arena.device
         )
-        return torch.full((elements,), torch.nan, device=self.arena.device)
+        return LoraRows(tiles, torch.full((elements,), torch.nan, device=self.arena.device))
 
     def add(self, y: torch.Tensor, x: torch.Tensor, tiles: Tiles) -> None:
-        workspace = self.workspace(x.shape[0], tiles.block_m)
-        args = (y, x, self.arena, self.table, LAYER, self.group, self.outs, tiles, workspace)
-        lora.add_lora(*args)
+        lora.add_lora(y, x, self.packed, self.rows(tiles, x.shape[0]))
 
 
 def widths(block_m: int, *outs: int) -> tuple[int, ...]:
@@ -123,7 +128,7 @@ def pad8(matrix: torch.Tensor) -> torch.Tensor:
 def tiles_of(
     slots: Sequence[int | None], block_m: int, device: torch.device, *, base: bool = False
 ) -> Tiles:
-    found = lora.make_tiles(slots, block_m, base=base)
+    found = make_tiles(slots, block_m, base=base)
     tiles = Tiles.allocate(len(found) + 3, block_m, device)
     tiles.entries.fill_(1 << 30)  # spare entries must not be followed
     tiles.entries[:, 3] = 0
@@ -147,7 +152,7 @@ def break_rows(group: Group, x: torch.Tensor, y: torch.Tensor) -> None:
 
 def _break_slot(group: Group, slot: int, value: float) -> None:
     for p, (a, b) in enumerate(zip(group.adapters[slot].a, group.adapters[slot].b, strict=True)):
-        first = FIRST_PROJECTION[group.group] + p
+        first = LAYOUT.first[group.group] + p
         rank = int(group.table.rank[slot, LAYER, first])
         b_at = int(group.table.b[slot, LAYER, first])
         group.arena[b_at : b_at + rank * b.shape[0]] = value

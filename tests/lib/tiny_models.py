@@ -24,7 +24,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from granatum.kernels.layout import AdapterTable
 from granatum.models.base_model import BaseModel
 from granatum.models.config import read_config
 from granatum.runner.adapters.cache import AdapterCache
@@ -33,7 +32,7 @@ from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.adapter_loader import AdapterLoader, MemoryImages
-from granatum.runner.model.arena import allocate_arena, page_tokens
+from granatum.runner.model.arena import allocate_arena, allocate_table, page_tokens
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import load_weights
 from granatum.runner.pages import PagePool
@@ -170,7 +169,7 @@ class TinyEngine:
         limits = replace(bounds, **changes)
         arena = allocate_arena(config, tokens, pages, torch.float32, CPU)
         self.pool = PagePool(pages)
-        table = AdapterTable.allocate(32, config.layers, CPU, rank)
+        table = allocate_table(config, 32, CPU, rank)
         shape = ImageShape(BaseModel.from_config(model), "float32", arena.kv.page_elements)
         images = {n: build_image(adapters / n, shape) for n in names} if adapters else {}
         for name in huge:

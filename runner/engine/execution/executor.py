@@ -7,9 +7,11 @@ from itertools import product
 import torch
 
 from granatum.kernels.lora.tuning import PREFILL_BLOCK_M
-from granatum.kernels.sampling.sampling import greedy, greedy_workspace_elements
-from granatum.runner.engine.execution.graphs import Graphs
+from granatum.kernels.sampling.greedy import greedy, greedy_workspace_elements
+from granatum.runner.engine.execution.capture import Capturer, Graph
+from granatum.runner.engine.execution.graphs import Graphs, covering, holds
 from granatum.runner.engine.execution.sampler import PendingLogprobs, Sampler
+from granatum.runner.engine.phases import phase
 from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.inputs import (
@@ -49,9 +51,10 @@ class Flight:
 class Executor:
     """Computes steps of `model`.
 
-    On a GPU, steps of common shapes run as CUDA graphs, captured here; without `graphs` the same
-    shapes are launched kernel by kernel, for memory checkers. The two host buffers alternate: when
-    one is filled again, the step that was copied from it has been collected.
+    On a GPU, steps of common shapes run as CUDA graphs. A few that hold every plan are captured
+    here, the others by `capture_next`. Without `graphs` the same shapes are launched kernel by
+    kernel, for memory checkers. The two host buffers alternate: when one is filled again, the step
+    that was copied from it has been collected.
     """
 
     def __init__(self, model: Model, limits: EngineLimits, *, graphs: bool = True) -> None:
@@ -74,10 +77,7 @@ class Executor:
             for _ in range(2)
         ]
         self._turn = 0
-        self._graphs = Graphs(self._compute, self._inputs) if self._cuda and graphs else None
-        if self._graphs is not None:
-            self._sampler.compile(self._inputs.view(decode_shape(1, lora=False)))
-            self._graphs.capture(self._shapes)
+        self._graphs = self._first_graphs() if self._cuda and graphs else None
 
     def launch(self, plan: Plan) -> Flight:
         """Start a step; nothing here waits for the device."""
@@ -96,6 +96,15 @@ class Executor:
             self._last.index_copy_(0, step.seats.long(), tokens)
         out.copy_(self._drawn, non_blocking=True)
         return Flight(plan, out, logprobs, self._mark())
+
+    def graph_due(self, *, idle: bool) -> bool:
+        """Whether another graph should be captured now; `idle`: no sequence waits for a step."""
+        return self._graphs is not None and self._graphs.due(idle=idle)
+
+    def capture_next(self) -> None:
+        """Capture the graph that is due. No step may be in flight. An error ends all captures."""
+        assert self._graphs is not None
+        self._graphs.capture_next()
 
     def probe(self) -> None:
         """Compute a step of padding, to its end."""
@@ -137,10 +146,21 @@ class Executor:
         attended = time.monotonic()
         return computed - started + self._model.config.layers * (attended - computed)
 
+    def _first_graphs(self) -> Graphs[Graph]:
+        """Compile every kernel, so that no step waits for a compiler; capture the first graphs."""
+        capturer = Capturer(self._compute, self._inputs)
+        with phase("compiling kernels", "kernels compiled"):
+            self._sampler.compile(self._inputs.view(decode_shape(1, lora=False)))
+            capturer.compile(reversed(self._shapes))
+        with phase("capturing graphs", "graphs captured", graphs=len(covering(self._shapes))):
+            return Graphs(capturer.capture, capturer.capture_if_room, self._shapes)
+
     def _shape(self, plan: Plan) -> StepShape:
         """The smallest common shape that holds `plan`; on a CPU, what it needs."""
+        if self._graphs is not None:
+            return self._graphs.shape_for(plan)
         if self._cuda:
-            return next(shape for shape in self._shapes if _holds(shape, plan))
+            return next(shape for shape in self._shapes if holds(shape, plan))
         if plan.chunks:
             sampling = max(len(plan.sampling), 1)
             sizes = (plan.rows, len(plan.decodes), sampling, len(plan.spans))
@@ -149,7 +169,7 @@ class Executor:
 
     def _run(self, shape: StepShape) -> torch.Tensor:
         if self._graphs is not None:
-            return self._graphs.replay(shape)
+            return self._graphs[shape].replay()
         return self._compute(self._inputs.view(shape))
 
     def _compute(self, step: Step) -> torch.Tensor:
@@ -165,12 +185,6 @@ class Executor:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event
-
-
-def _holds(shape: StepShape, plan: Plan) -> bool:
-    if shape.rows < plan.rows or shape.decodes < len(plan.decodes):
-        return False
-    return shape.lora >= plan.lora and bool(shape.query_tiles) >= bool(plan.chunks)
 
 
 def _shapes(limits: EngineLimits) -> tuple[StepShape, ...]:

@@ -1,45 +1,117 @@
-"""CUDA graphs: one per shape of a step, captured once, all in one memory pool."""
+"""Which steps have a CUDA graph, and when the next one is captured.
+
+A runner serves as soon as a few graphs cover every plan by padding. The engine captures the others
+between steps, in its own thread.
+"""
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
 
 import structlog
-import torch
 
-from granatum.runner.model.inputs import DeviceInputs, Step, StepShape
+from granatum.runner.engine.scheduling.plan import Plan
+from granatum.runner.model.inputs import StepShape
+
+INTERVAL_S = 2.0
+"""Least seconds between two captures while sequences run."""
+SHARE = 0.05
+"""The most of such an interval that a capture may take; longer captures wait for an idle engine."""
 
 log = structlog.get_logger(__name__)
 
+GraphT = TypeVar("GraphT")
 
-class Graphs:
-    """Steps of known shapes, each replayed by one launch.
 
-    `compute` launches a step and returns its logits, which a graph writes to a fixed address: they
-    hold until a graph is replayed again.
+class Graphs(Generic[GraphT]):
+    """Graphs of `shapes`, which hold every plan and are given smallest first.
+
+    `capture` makes a graph at start-up: of the shapes that cover every plan, the largest first, so
+    that the others find its memory in the pool. `capture_later` makes a graph while the engine
+    serves.
     """
 
-    def __init__(self, compute: Callable[[Step], torch.Tensor], inputs: DeviceInputs) -> None:
-        self._compute = compute
-        self._inputs = inputs
-        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+    def __init__(
+        self,
+        capture: Callable[[StepShape], GraphT],
+        capture_later: Callable[[StepShape], GraphT],
+        shapes: Iterable[StepShape],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._capture_later = capture_later
+        self._shapes = tuple(shapes)
+        self._clock = clock
+        self._graphs: dict[StepShape, GraphT] = {}
+        self._captured = 0.0
+        self._cost = 0.0
+        first = covering(self._shapes)
+        for shape in sorted(first, key=lambda s: s.rows, reverse=True):
+            self._keep(shape, capture)
+        self._waiting = [shape for shape in self._shapes if shape not in first]
 
-    def capture(self, shapes: Iterable[StepShape]) -> None:
-        """Capture `shapes`, the largest first, so that the others find its memory in the pool."""
-        started = time.monotonic()
-        pool = torch.cuda.graph_pool_handle()
-        for shape in sorted(shapes, key=lambda s: s.rows, reverse=True):
-            step = self._inputs.view(shape)
-            self._compute(step)  # compiles kernels, which a capture must not
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                logits = self._compute(step)
-            self._graphs[shape] = (graph, logits)
-        seconds = round(time.monotonic() - started, 1)
-        log.info("graphs captured", graphs=len(self._graphs), seconds=seconds)
+    def __len__(self) -> int:
+        return len(self._graphs)
 
-    def replay(self, shape: StepShape) -> torch.Tensor:
-        """Run a captured shape on the current stream."""
-        graph, logits = self._graphs[shape]
-        graph.replay()
-        return logits
+    def __getitem__(self, shape: StepShape) -> GraphT:
+        return self._graphs[shape]
+
+    @property
+    def waiting(self) -> int:
+        """Graphs that are still to be captured."""
+        return len(self._waiting)
+
+    def shape_for(self, plan: Plan) -> StepShape:
+        """The smallest captured shape that holds `plan`."""
+        return next(s for s in self._shapes if s in self._graphs and holds(s, plan))
+
+    def due(self, *, idle: bool) -> bool:
+        """Whether the next graph should be captured now; `idle`: no sequence waits for a step."""
+        if not self._waiting or idle:
+            return bool(self._waiting)
+        waited = self._clock() - self._captured
+        return waited >= INTERVAL_S and self._cost <= SHARE * INTERVAL_S
+
+    def capture_next(self) -> None:
+        """Capture the smallest shape that has no graph. An error ends all captures, and is raised.
+
+        The shapes that have graphs still serve every plan.
+        """
+        shape = self._waiting.pop(0)
+        try:
+            self._keep(shape, self._capture_later)
+        except Exception:
+            self._waiting.clear()
+            raise
+        if not self._waiting:
+            log.info("all graphs captured", graphs=len(self))
+
+    def _keep(self, shape: StepShape, capture: Callable[[StepShape], GraphT]) -> None:
+        started = self._clock()
+        self._graphs[shape] = capture(shape)
+        self._captured = self._clock()
+        self._cost = max(self._cost, self._captured - started)
+
+
+def holds(shape: StepShape, plan: Plan) -> bool:
+    """Whether a step of `shape` can compute `plan`."""
+    if shape.rows < plan.rows or shape.decodes < len(plan.decodes):
+        return False
+    return shape.lora >= plan.lora and bool(shape.query_tiles) >= bool(plan.chunks)
+
+
+def covering(shapes: Iterable[StepShape]) -> set[StepShape]:
+    """A few of `shapes` that hold every plan which some shape holds, and decodes of one row.
+
+    Of steps with and without adapters: the largest with chunks, the largest and the smallest of
+    decodes alone.
+    """
+    shapes, found = tuple(shapes), set[StepShape]()
+    for lora in (False, True):
+        alone = [s for s in shapes if s.lora == lora and not s.query_tiles]
+        mixed = [s for s in shapes if s.lora == lora and s.query_tiles]
+        found |= {min(alone, key=_size), max(alone, key=_size), max(mixed, key=_size)}
+    return found
+
+
+def _size(shape: StepShape) -> tuple[int, int]:
+    return shape.rows, shape.decodes

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from granatum.kernels.sampling.sampling import count_tokens, penalize, sample, start_counts
+from granatum.kernels.sampling.penalties import count_tokens, penalize, start_counts
+from granatum.kernels.sampling.sample import sample
 from granatum.runner.engine.scheduling.plan import Plan, Span
 from granatum.runner.engine.scheduling.sequence import Sequence
 from granatum.runner.model.inputs import Step

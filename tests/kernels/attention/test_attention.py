@@ -8,8 +8,8 @@ import torch
 from granatum.kernels.attention import decode as attention
 from granatum.kernels.attention.prefill import prefill_attention
 from granatum.kernels.backend import INTERPRETING, runs_kernel
-from granatum.kernels.layer.rope import Rotary
-from granatum.kernels.layout import KvLayout, Tiles, make_query_tiles
+from granatum.kernels.layer.rotary import Rotary
+from granatum.kernels.layout import KvLayout, LayerKv, Tiles, make_query_tiles
 
 BFLOAT16 = 2e-2 if INTERPRETING else 8e-3  # the interpreter cuts off what rounding would keep
 TOLERANCE = {torch.bfloat16: BFLOAT16, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -40,6 +40,11 @@ class Cache:
         self.arena = torch.empty(sum(counts) + 2, elements, dtype=dtype, device=device)
         self.page_table = self.page_table.to(device)
         self.arena.copy_(self.laid_out())
+
+    @property
+    def layer(self) -> LayerKv:
+        """As ops take it."""
+        return LayerKv(self.arena, self.kv, LAYER)
 
     def laid_out(self) -> torch.Tensor:
         """The arena as it shall be."""
@@ -132,9 +137,7 @@ def decode(batch: Batch, lengths: list[int], scale: float) -> torch.Tensor:
         batch.k,
         batch.v,
         batch.rotary,
-        cache.arena,
-        cache.kv,
-        LAYER,
+        cache.layer,
         cache.page_table,
         torch.tensor(lengths, dtype=torch.int32, device=q.device),
         scale,
@@ -231,7 +234,7 @@ def test_prefill(
     tiles = Tiles.allocate(9, 16, device)
     tiles.entries.fill_(1 << 30)
     tiles.fill(make_query_tiles(chunks, 16))
-    prefill_attention(q, cache.arena, cache.kv, LAYER, cache.page_table, tiles, scale, out)
+    prefill_attention(q, cache.layer, cache.page_table, tiles, scale, out)
     expected = torch.full_like(q, 3.0, dtype=torch.float64, device="cpu")
     for sequence, first, rows, position in chunks:
         for m in range(rows):
@@ -261,8 +264,7 @@ def test_sequences_that_are_not_finite_stay_alone(
             batch.qkv[1], q[5:22] = torch.nan, torch.nan
             batch.qkv[3], q[39:] = 1e30, 1e30
         prompts = torch.zeros_like(q)
-        place = (cache.arena, cache.kv, LAYER, cache.page_table)
-        prefill_attention(q, *place, tiles, 0.2, prompts)
+        prefill_attention(q, cache.layer, cache.page_table, tiles, 0.2, prompts)
         found.append((decode(batch, lengths, 0.2)[::2], prompts[:5], prompts[22:39]))
     for innocent, beside in zip(*found, strict=True):
         assert torch.equal(innocent, beside)
@@ -280,7 +282,7 @@ def test_query_tiles_cut_chunks() -> None:
 @pytest.mark.parametrize("kv_heads", [8, 32])
 def test_pieces_fit_their_tiles_and_are_not_too_many(rows: int, kv_heads: int) -> None:
     kv = KvLayout(1, 16, kv_heads, 128)
-    config = attention.decode_config(32, kv)
+    config = attention.decode_config(32, kv, sms=132)
     tokens = attention.piece_tokens(config, rows, kv)
     assert tokens % config.block_t == 0
     assert tokens <= max(config.piece, 2 * config.block_t)
@@ -302,8 +304,8 @@ def test_graph_replays_other_lengths(head_dim: int) -> None:
 
     def run() -> None:
         attention.decode_attention(
-            batch.q, batch.k, batch.v, batch.rotary, cache.arena, cache.kv, LAYER,
-            cache.page_table, lengths, 0.2, out, workspace,
+            batch.q, batch.k, batch.v, batch.rotary, cache.layer, cache.page_table, lengths, 0.2,
+            out, workspace,
         )  # fmt: skip
 
     run()

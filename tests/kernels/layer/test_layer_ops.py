@@ -7,8 +7,9 @@ from layer_truth import normed, turn
 from granatum.kernels.backend import INTERPRETING
 from granatum.kernels.layer.activation import silu_mul
 from granatum.kernels.layer.norm import add_rms_norm, embed_rms_norm
-from granatum.kernels.layer.rope import Rotary, rope_and_write_kv
-from granatum.kernels.layout import KvLayout
+from granatum.kernels.layer.rope import rope_and_write_kv
+from granatum.kernels.layer.rotary import Rotary
+from granatum.kernels.layout import KvLayout, LayerKv, RowPlaces
 
 BFLOAT16 = 8e-3 if INTERPRETING else 4e-3  # the interpreter cuts off what rounding would keep
 TOLERANCE = {torch.bfloat16: BFLOAT16, torch.float16: 6e-4, torch.float32: 2e-6}
@@ -105,7 +106,7 @@ def test_rope_and_write_kv(
     before = qkv.clone()
 
     rotary = Rotary(cos, sin, q_norm, k_norm, 1e-6)
-    rope_and_write_kv(q, k, v, positions, rotary, arena, kv, layer, slots)
+    rope_and_write_kv(q, k, v, rotary, LayerKv(arena, kv, layer), RowPlaces(positions, slots))
 
     expected = torch.full_like(arena, 7.0).double()
     for t, slot in enumerate(slots.tolist()):

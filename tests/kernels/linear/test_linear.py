@@ -4,14 +4,12 @@ import pytest
 import torch
 
 from granatum.kernels.backend import INTERPRETING, runs_kernel
+from granatum.kernels.linear.dense import Dense, allocate_workspace
 from granatum.kernels.linear.linear import (
-    MAX_ROWS,
-    Config,
     Workspace,
-    allocate_workspace,
     launch_linear,
-    linear,
 )
+from granatum.kernels.linear.tuning import MAX_ROWS, Config
 
 BFLOAT16 = 2e-2 if INTERPRETING else 1e-2  # the interpreter cuts off what rounding would keep
 TOLERANCE = {torch.bfloat16: BFLOAT16, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -66,11 +64,19 @@ def test_a_row_is_bit_identical_in_any_company(
     assert torch.equal(launch_linear(other, weight, None, workspace, config)[7], crowd[7])
 
 
-def test_the_library_serves_where_nothing_was_measured(device: torch.device) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_library_serves_where_nothing_was_measured(biased: bool, device: torch.device) -> None:
     x, weight = torch.randn(3, IN, device=device), torch.randn(OUT, IN, device=device)
-    bias = torch.randn(OUT, device=device)
-    y = linear(x, weight, bias, allocate_workspace(3, [weight]))
-    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
+    dense = Dense(weight, torch.randn(OUT, device=device) if biased else None)
+    dense = dense.within(allocate_workspace(3, [dense], device))
+    y = dense.apply(x)
+    assert not dense.may_overlap(3)
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, dense.bias))
+    before = torch.randn_like(y)
+    summed = before.clone()
+    dense.apply_onto(summed, x)
+    expected = before.double() + truth(x, weight, None)
+    torch.testing.assert_close(summed.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_refusals(device: torch.device, workspace: Workspace) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from lora_groups import (
     HOSTILE_ROWS,
     HOSTILE_SLOTS,
     INNOCENT_ROWS,
-    LAYER,
     OUT,
     QKV,
     TOLERANCE,
@@ -25,15 +24,10 @@ from lora_groups import (
     widths,
 )
 
+from granatum.kernels.adapters import GroupLayout
 from granatum.kernels.backend import runs_kernel
-from granatum.kernels.layer.norm import add_rms_norm
-from granatum.kernels.layout import FIRST_PROJECTION, GROUP_PROJECTIONS, Tiles
-from granatum.kernels.linear.linear import Config as LinearConfig
-from granatum.kernels.linear.linear import Workspace, launch_linear
+from granatum.kernels.linear.dense import Dense
 from granatum.kernels.lora import ops as lora
-from granatum.kernels.lora.expand import launch_expand
-from granatum.kernels.lora.shrink import launch_shrink
-from granatum.kernels.lora.tuning import Shape, default_config
 
 
 def check(group: Group, slots: Sequence[int | None], block_m: int) -> None:
@@ -129,11 +123,10 @@ def test_y_made_of_what_adapters_add(
     bias = torch.randn(y.shape[1]).to(y) if biased else None
     expected = group.truth(torch.zeros_like(y) if bias is None else bias.expand_as(y), x, slots)
     tiles = tiles_of(slots, block_m, device, base=True)
-    rest = (group.arena, group.table, LAYER, group.group, group.outs, tiles)
-    workspace = group.workspace(len(slots), tiles.block_m)
+    rows = group.rows(tiles, len(slots))
     y.fill_(torch.nan)
-    lora.shrink(x, *rest, workspace)
-    lora.expand_from(bias, y, group.k, *rest, workspace)
+    lora.shrink(x, group.packed, rows)
+    lora.expand_from(bias, y, group.packed, rows)
     tolerance = TOLERANCE[y.dtype]
     torch.testing.assert_close(y.double().cpu(), expected, rtol=tolerance, atol=tolerance / 4)
 
@@ -157,9 +150,8 @@ def test_a_linear_with_lora(
     product = x.double() @ weight.double().T
     expected = group.truth(product + bias.double(), x, slots)
     tiles = tiles_of(slots, block_m, device, base=True)
-    rest = (group.arena, group.table, LAYER, group.group, group.outs, tiles)
-    workspace = group.workspace(len(slots), tiles.block_m)
-    found = lora.linear_with_lora(x, weight, bias, *rest, workspace).double().cpu()
+    rows = group.rows(tiles, len(slots))
+    found = lora.linear_with_lora(Dense(weight, bias), x, group.packed, rows).double().cpu()
     # Parts may be rounded before their sum is.
     whole = (product + bias.double()).cpu()
     parts = product.abs().cpu() + bias.abs().cpu() + (expected - whole).abs()
@@ -221,120 +213,31 @@ def test_shrink_and_expand_apart_are_add_lora(device: torch.device) -> None:
     x, y = activations(group, 3)
     expected = group.truth(y, x, [0, None, 0])
     tiles = tiles_of([0, None, 0], 4, device)
-    workspace = group.workspace(3, 4)
-    rest = (group.arena, group.table, LAYER, GATE_UP, group.outs, tiles, workspace)
-    lora.shrink(x, *rest)
-    lora.expand(y, group.k, *rest)
+    rows = group.rows(tiles, 3)
+    lora.shrink(x, group.packed, rows)
+    lora.expand(y, group.packed, rows)
     torch.testing.assert_close(y.double().cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_refusals() -> None:
     group = make_group(OUT, 64, (48,), [(16,)], torch.float32, torch.device("cpu"))
     x, y = activations(group, 3)
-    tiles = tiles_of([0, 0, 0], 4, y.device)
-    rest = (group.arena, group.table, LAYER, OUT, group.outs, tiles)
+    rows, packed = group.rows(tiles_of([0, 0, 0], 4, y.device), 3), group.packed
     with pytest.raises(ValueError, match="x must be"):
-        lora.shrink(x.T.contiguous().T, *rest, group.workspace(3, 4))
+        lora.shrink(x.T.contiguous().T, packed, rows)
     with pytest.raises(ValueError, match="float32 elements"):
-        lora.shrink(x, *rest, group.workspace(3, 4)[1:])
+        lora.shrink(x, packed, dataclasses.replace(rows, workspace=rows.workspace[1:]))
     with pytest.raises(ValueError, match="y must be"):
-        lora.expand(y[:, :40], 64, *rest, group.workspace(3, 4))
+        lora.expand(y[:, :40], packed, rows)
     with pytest.raises(ValueError, match="group 1"):
-        lora.shrink(x, group.arena, group.table, LAYER, OUT, (8, 8), tiles, group.workspace(3, 4))
+        dataclasses.replace(packed, out_features=(8, 8))
+    with pytest.raises(ValueError, match="projections"):
+        GroupLayout((3, 4))
 
 
-def test_group_constants_agree() -> None:
-    assert sum(GROUP_PROJECTIONS) == 7
-    assert [sum(GROUP_PROJECTIONS[:g]) for g in range(4)] == list(FIRST_PROJECTION)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("block_m", [4, 64])
-def test_graph_replays_other_batches(block_m: int) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    device = torch.device("cuda")
-    ranks = [(16, 16), (8, 64), (0, 40), (256, 8)]
-    group = make_group(GATE_UP, 1096, widths(block_m, 264, 264), ranks, torch.bfloat16, device)
-    x, y = activations(group, 21)
-    tiles = Tiles.allocate(21, block_m, device)
-    tiles.fill(lora.make_tiles([0] * 21, block_m))
-    group.add(y, x, tiles)
-    graph = torch.cuda.CUDAGraph()
-    workspace = group.workspace(21, block_m)
-    with torch.cuda.graph(graph):
-        lora.add_lora(y, x, group.arena, group.table, LAYER, GATE_UP, group.outs, tiles, workspace)
-    for slots in ([1, 2, 3] * 7, [None] * 21, [3] * 21, [2] * 5 + [None] * 5 + [0] * 11):
-        y.normal_()
-        workspace.fill_(torch.nan)
-        expected = group.truth(y, x, slots)
-        tiles.fill(lora.make_tiles(slots, block_m))
-        graph.replay()
-        torch.testing.assert_close(y.double().cpu(), expected, rtol=4e-3, atol=1e-3)
-
-
-@pytest.mark.gpu
-def test_overlapping_launches_give_the_same_bits() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    device = torch.device("cuda")
-    ranks = [(16, 16), (8, 64), (0, 40), (256, 8)]
-    group = make_group(GATE_UP, 4096, (4096, 4096), ranks, torch.bfloat16, device)
-    slots = [0, 1, 2, None, 3] * 6
-    x, y = activations(group, len(slots))
-    tiles = [tiles_of(slots, 4, device), tiles_of([None] * len(slots), 4, device)]
-    shape = Shape(group.k, group.outs, group.table.max_rank, 4)
-    results = []
-    for pdl in (False, True):
-        config = dataclasses.replace(default_config(shape), pdl=pdl)
-        out, workspace = y.clone(), group.workspace(len(slots), 4)
-        for step in range(60):  # each step overwrites what the step before it still reads
-            rest = (group.arena, group.table, LAYER, GATE_UP, tiles[step % 3 == 1], workspace)
-            launch_shrink(x, *rest, shape, config)
-            launch_expand(out, *rest, shape, config)
-        results.append(out)
-    assert torch.equal(*results)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("block_m", [2, 64])
-def test_a_shrink_beside_its_linear_reads_and_writes_in_order(block_m: int) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    device = torch.device("cuda")
-    size, slots = 4096, [0, 1, 2, None, 3, 1, 0] * 3
-    ranks = [(16,), (8,), (64,), (256,)]
-    group = make_group(OUT, size, (size,), ranks, torch.bfloat16, device)
-    tiles = tiles_of(slots, block_m, device)
-    x = torch.empty(len(slots), size, dtype=torch.bfloat16, device=device)
-    weight = (size**-0.5 * torch.randn(size, size, device=device)).bfloat16()
-    ones = torch.ones(size, dtype=torch.bfloat16, device=device)
-    sums = Workspace.of_size(32 * size * 2, size // 64, device)
-    partials = group.workspace(len(slots), block_m)
-
-    def run(synchronize: Callable[[], None], *, beside: bool) -> torch.Tensor:
-        y, x_next, residual = x, torch.empty_like(x), torch.zeros_like(x)
-        for _ in range(30):
-            add_rms_norm(y, residual, ones, 1e-6, x_next)  # which the step before it still reads
-            synchronize()
-            y = launch_linear(x_next, weight, None, sums, LinearConfig(64, 128, 2, 4, 4))
-            synchronize()
-            lora.add_lora(
-                y, x_next, group.arena, group.table, LAYER, OUT, group.outs, tiles, partials,
-                beside_linear=beside,
-            )  # fmt: skip
-            synchronize()
-        return y
-
-    x.normal_()
-    run(torch.cuda.synchronize, beside=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run(lambda: None, beside=True)
-    for _ in range(5):
-        x.normal_()
-        graph.replay()
-        assert torch.equal(found, run(torch.cuda.synchronize, beside=False))
+def test_projections_are_counted_across_the_layer() -> None:
+    layout = GroupLayout((3, 1, 2, 1))
+    assert (layout.first, layout.count) == ((0, 3, 4, 6), 7)
 
 
 @pytest.mark.parametrize("block_m", [4, 16, 64])

@@ -24,8 +24,8 @@ from lora_groups import (
 )
 
 from granatum.kernels.backend import runs_kernel
-from granatum.kernels.layer.rope import Rotary
-from granatum.kernels.layout import KvLayout, Tiles
+from granatum.kernels.layer.rotary import Rotary
+from granatum.kernels.layout import KvLayout, LayerKv, RowPlaces, Tiles, make_tiles
 from granatum.kernels.lora import ops as lora
 
 MIXED = [(16, 16), (8, 0), (0, 40), (0, 0), (40, 8)]
@@ -42,8 +42,7 @@ def silu_mul(group: Group, y: torch.Tensor, x: torch.Tensor, tiles: Tiles) -> to
     """The op's result, of an `out` that held NaN; y, which the op may change, stays."""
     y = y.clone()
     out = y.new_full((y.shape[0], group.outs[0]), torch.nan)
-    workspace = group.workspace(x.shape[0], tiles.block_m)
-    lora.silu_mul_with_lora(y, x, out, group.arena, group.table, LAYER, tiles, workspace)
+    lora.silu_mul_with_lora(y, x, out, group.packed, group.rows(tiles, x.shape[0]))
     return out
 
 
@@ -164,14 +163,13 @@ class Heads:
         self,
         qkv: torch.Tensor,
         x: torch.Tensor,
-        positions: torch.Tensor,
         rotary: Rotary,
-        kv_slots: torch.Tensor,
+        places: RowPlaces,
         tiles: Tiles,
     ) -> None:
-        workspace = self.group.workspace(x.shape[0], tiles.block_m)
-        rest = (self.group.arena, self.group.table, LAYER, tiles, workspace)
-        lora.rope_with_lora(qkv, x, positions, rotary, self.kv, kv_slots, *rest)
+        kv = LayerKv(self.group.arena, self.kv, LAYER)
+        rows = self.group.rows(tiles, x.shape[0])
+        lora.rope_with_lora(qkv, x, rotary, kv, places, self.group.packed, rows)
 
 
 @pytest.mark.parametrize("slots", SLOTS)
@@ -201,7 +199,7 @@ def test_rope_with_lora(
     rotary = Rotary(angles.cos().to(device), angles.sin().to(device), norms[0], norms[1], 1e-6)
 
     tiles = tiles_of(slots, block_m, device, base=True)
-    made.run(qkv, x, positions, rotary, kv_slots, tiles)
+    made.run(qkv, x, rotary, RowPlaces(positions, kv_slots), tiles)
 
     wide, narrow = made.group.outs[:2]
     q_norm, k_norm = (None if n is None else n.cpu() for n in norms)
@@ -231,12 +229,12 @@ def test_a_rotation_is_bit_identical_in_any_company(device: torch.device) -> Non
     rotary = Rotary(angles.cos(), angles.sin())
     crowd = qkv.clone()
     tiles = tiles_of(slots, 64, device, base=True)
-    made.run(crowd, x, positions, rotary, kv_slots, tiles)
+    made.run(crowd, x, rotary, RowPlaces(positions, kv_slots), tiles)
     written = made.pages.clone()
     for t, slot in enumerate(slots):
         row, alone = slice(t, t + 1), qkv[t : t + 1].clone()
         tiles = tiles_of([slot], 64, device, base=True)
-        made.run(alone, x[row], positions[row], rotary, kv_slots[row], tiles)
+        made.run(alone, x[row], rotary, RowPlaces(positions[row], kv_slots[row]), tiles)
         assert torch.equal(alone[0], crowd[t])
     assert torch.equal(made.pages, written)
 
@@ -246,16 +244,18 @@ def test_refusals() -> None:
     group = make_group(GATE_UP, 64, (48, 48), MIXED, torch.float32, device)
     x, y = activations(group, 3)
     tiles = tiles_of([0, 0, 0], 2, device)
-    rest = (group.arena, group.table, LAYER, tiles, group.workspace(3, 2))
+    rest = (group.packed, group.rows(tiles, 3))
     with pytest.raises(ValueError, match="y must be"):
         lora.silu_mul_with_lora(y[:, :90], x, y[:, :48], *rest)
     with pytest.raises(ValueError, match="out must be"):
         lora.silu_mul_with_lora(y, x, y[:, ::2], *rest)
+    with pytest.raises(ValueError, match="40 wide"):
+        lora.silu_mul_with_lora(y, x, y[:, :40], *rest)
     made = Heads.make(32, 4, 2, torch.float32, device)
     x, qkv = activations(made.group, 3)
     numbers, angles = torch.zeros(3, dtype=torch.int32), torch.zeros(9, 16)
     with pytest.raises(ValueError, match="positions and kv_slots"):
-        made.run(qkv, x, numbers[:2], Rotary(angles, angles), numbers, tiles)
+        made.run(qkv, x, Rotary(angles, angles), RowPlaces(numbers[:2], numbers), tiles)
 
 
 @pytest.mark.gpu
@@ -268,16 +268,16 @@ def test_an_activations_graph_replays_other_batches(block_m: int) -> None:
     group = make_group(GATE_UP, 1096, widths(block_m, 264, 264), ranks, torch.bfloat16, device)
     x, y = activations(group, 21)
     tiles = Tiles.allocate(21, block_m, device)
-    tiles.fill(lora.make_tiles([0] * 21, block_m, base=True))
+    tiles.fill(make_tiles([0] * 21, block_m, base=True))
     out = silu_mul(group, y, x, tiles)
     graph = torch.cuda.CUDAGraph()
-    workspace = group.workspace(21, block_m)
+    rows = group.rows(tiles, 21)
     with torch.cuda.graph(graph):
-        lora.silu_mul_with_lora(y, x, out, group.arena, group.table, LAYER, tiles, workspace)
+        lora.silu_mul_with_lora(y, x, out, group.packed, rows)
     for slots in ([1, 2, 3] * 7, [None] * 21, [3] * 21, [2] * 5 + [None] * 5 + [0] * 11):
         y.normal_()
-        workspace.fill_(torch.nan)
+        rows.workspace.fill_(torch.nan)
         out.fill_(torch.nan)
-        tiles.fill(lora.make_tiles(slots, block_m, base=True))
+        tiles.fill(make_tiles(slots, block_m, base=True))
         graph.replay()
         assert_close(out, silu_mul_truth(group, y, x, slots))

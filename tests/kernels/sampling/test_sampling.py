@@ -6,7 +6,9 @@ import random
 import pytest
 import torch
 
-from granatum.kernels.sampling import sampling
+from granatum.kernels.sampling.greedy import greedy, greedy_workspace_elements
+from granatum.kernels.sampling.penalties import count_tokens, penalize, start_counts
+from granatum.kernels.sampling.sample import sample
 
 
 def expected_tokens(
@@ -35,7 +37,7 @@ def draw(logits: torch.Tensor, rows: list[tuple[float, int, float, float, float]
     columns = [torch.tensor(c, device=logits.device) for c in zip(*rows, strict=True)]
     temperature, top_k, top_p, min_p, uniform = columns
     out = torch.full((len(rows),), -1, dtype=torch.int32, device=logits.device)
-    sampling.sample(logits, temperature, top_k.int(), top_p, min_p, uniform, out)
+    sample(logits, temperature, top_k.int(), top_p, min_p, uniform, out)
     tokens: list[int] = out.tolist()
     return tokens
 
@@ -111,11 +113,11 @@ def test_greedy_takes_the_lowest_of_the_best(
     logits[1, [vocabulary - 1, vocabulary // 2]] = 9.0
     logits[2, 3] = math.inf
     out = torch.full((3,), -1, dtype=torch.int64, device=device)
-    elements = sampling.greedy_workspace_elements(3, vocabulary)
+    elements = greedy_workspace_elements(3, vocabulary)
     workspace = torch.full((elements,), 2**62, device=device)
     last = torch.full((4,), -1, dtype=torch.int32, device=device)
     seats = torch.tensor([2, 0, 3], dtype=torch.int32, device=device)
-    sampling.greedy(logits.to(device), out, workspace, last, seats)
+    greedy(logits.to(device), out, workspace, last, seats)
     assert out.tolist() == [0, vocabulary // 2, 3]
     assert last.tolist() == [vocabulary // 2, -1, 0, 3]
 
@@ -154,9 +156,9 @@ def test_greedy_flags_rows_that_are_not_finite(
     rows = len(tokens)
     out, sound, seats = torch.arange(3 * rows, dtype=torch.int32, device=device).view(3, rows)
     last = torch.full((3 * rows,), -1, dtype=torch.int32, device=device)
-    elements = sampling.greedy_workspace_elements(rows, vocabulary)
+    elements = greedy_workspace_elements(rows, vocabulary)
     workspace = torch.zeros(elements, dtype=torch.int64, device=device)
-    sampling.greedy(logits.to(device), out, workspace, last, seats, sound)
+    greedy(logits.to(device), out, workspace, last, seats, sound)
     assert (out.tolist(), sound.tolist()) == (tokens, expected)
     assert last[2 * rows :].tolist() == tokens
 
@@ -173,7 +175,7 @@ def test_sampled_rows_that_are_not_finite(
     parameters = [torch.full((len(tokens),), x, device=device) for x in (*setting, 0.5)]
     temperature, top_k, top_p, min_p, uniform = parameters
     out, sound = torch.full((2, len(tokens)), -1, dtype=torch.int32, device=device)
-    sampling.sample(logits.to(device), temperature, top_k.int(), top_p, min_p, uniform, out, sound)
+    sample(logits.to(device), temperature, top_k.int(), top_p, min_p, uniform, out, sound)
     assert (out.tolist(), sound.tolist()) == (tokens, expected)
 
 
@@ -208,17 +210,17 @@ def test_penalties_that_overflow_make_a_row_unsound(
     logits[:, 3] = 4.0
     counts = torch.zeros(4, 9, dtype=torch.int32, device=device)
     for row in range(4):
-        sampling.start_counts(
+        start_counts(
             counts, row, torch.tensor([3, 5], device=device), torch.tensor([5], device=device)
         )
     slots = torch.arange(4, dtype=torch.int32, device=device)
     repetition = torch.tensor([1e-40, 1.0, 1.0, 1.0], device=device)
     presence = torch.tensor([0.0, -math.inf, math.inf, 0.0], device=device)
     frequency = torch.tensor([0.0, 0.0, 0.0, math.inf], device=device)
-    sampling.penalize(logits, counts, slots, repetition, presence, frequency)
+    penalize(logits, counts, slots, repetition, presence, frequency)
     out, sound, top_k = torch.zeros(3, 4, dtype=torch.int32, device=device)
     zeros, ones = torch.zeros(4, device=device), torch.ones(4, device=device)
-    sampling.sample(logits, zeros, top_k, ones, zeros, zeros, out, sound)
+    sample(logits, zeros, top_k, ones, zeros, zeros, out, sound)
     assert sound.tolist() == [0, 0, 1, 0]  # +inf, +inf, a token of -inf among others, inf * 0
     assert out.tolist() == [3, 5, 3, 3]
     assert logits[:, [0, 1, 2, 4, 6, 7, 8]].eq(0).all()
@@ -228,7 +230,7 @@ def test_tokens_beyond_the_vocabulary_are_not_counted(device: torch.device) -> N
     counts = torch.zeros(3, 6, dtype=torch.int32, device=device)
     slots = torch.tensor([1, 0, -1, 2], dtype=torch.int32, device=device)
     tokens = torch.tensor([-1, 6, 3, 5], dtype=torch.int32, device=device)
-    sampling.count_tokens(counts, slots, tokens)
+    count_tokens(counts, slots, tokens)
     assert counts.nonzero().tolist() == [[2, 5]]
 
 
@@ -237,10 +239,10 @@ def test_penalties(dtype: torch.dtype, device: torch.device) -> None:
     logits = torch.randn(3, vocabulary).to(dtype)
     counts = torch.full((4, vocabulary), 99, dtype=torch.int32, device=device)
     prompt, output = [1, 2, 2, 3], [3, 4, 4, 49]
-    sampling.start_counts(
+    start_counts(
         counts, 2, torch.tensor(prompt, device=device), torch.tensor(output[:2], device=device)
     )
-    sampling.start_counts(
+    start_counts(
         counts,
         0,
         torch.tensor([0], device=device),
@@ -249,12 +251,12 @@ def test_penalties(dtype: torch.dtype, device: torch.device) -> None:
     slots = torch.tensor([2, -1, 0], dtype=torch.int32, device=device)
     for token in output[2:]:
         new = torch.tensor([token, 1, 1], dtype=torch.int32, device=device)
-        sampling.count_tokens(counts, torch.where(slots == 2, slots, -1), new)
+        count_tokens(counts, torch.where(slots == 2, slots, -1), new)
     on_device = logits.clone().to(device)
     repetition, presence, frequency = (
         torch.tensor(values, device=device) for values in ([1.3] * 3, [0.5] * 3, [-0.25] * 3)
     )
-    sampling.penalize(on_device, counts, slots, repetition, presence, frequency)
+    penalize(on_device, counts, slots, repetition, presence, frequency)
 
     expected = logits.double()
     for row, seen, made in ((0, {1, 2, 3, 4, 49}, output), (2, {0}, [])):
@@ -278,7 +280,7 @@ def test_graph_replays_other_parameters() -> None:
     top_k, out = torch.zeros(2, 2, dtype=torch.int32, device=device)
 
     def run() -> None:
-        sampling.sample(logits, temperature, top_k, top_p, min_p, uniform, out)
+        sample(logits, temperature, top_k, top_p, min_p, uniform, out)
 
     run()
     graph = torch.cuda.CUDAGraph()

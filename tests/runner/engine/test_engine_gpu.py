@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from granatum.examples.tasks import BASE, BASE_MODEL
-from granatum.kernels.layout import AdapterTable
+from granatum.kernels.adapters import AdapterTable
 from granatum.models.base_model import BaseModel
 from granatum.models.config import ModelConfig
 from granatum.models.rope import Rope
@@ -20,7 +20,7 @@ from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.process import EngineOptions, build_engine
 from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.adapter_loader import AdapterLoader, MemoryImages
-from granatum.runner.model.arena import Arena, allocate_arena, page_tokens
+from granatum.runner.model.arena import Arena, allocate_arena, allocate_table, page_tokens
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import Weights, empty_weights, random_weights, targets
 from granatum.runner.pages import PagePool
@@ -72,7 +72,7 @@ def build_with_loads(device: str, slots: int) -> tuple[Engine, AdapterLoader]:
     """An engine on which fewer adapters have room than there are."""
     on = torch.device(device)
     arena = allocate_arena(CONFIG, LIMITS.page_tokens, PAGES, torch.float32, on)
-    table = AdapterTable.allocate(slots, CONFIG.layers, on, RANK)
+    table = allocate_table(CONFIG, slots, on, RANK)
     shape = ImageShape(base_model(), "float32", arena.kv.page_elements)
     images = {str(i): random_image(shape, RANK, seed=i) for i in range(ADAPTERS)}
     for image in images.values():
@@ -94,7 +94,7 @@ def build(device: str, like: Built | None = None) -> Built:
     on = torch.device(device)
     weights = weights_on(on)
     arena = allocate_arena(CONFIG, LIMITS.page_tokens, PAGES, torch.float32, on)
-    table = AdapterTable.allocate(ADAPTERS, CONFIG.layers, on, RANK)
+    table = allocate_table(CONFIG, ADAPTERS, on, RANK)
     pool = PagePool(PAGES)
     adapters = RandomAdapters(CONFIG, arena, table, pool, ADAPTERS)
     if like is not None:

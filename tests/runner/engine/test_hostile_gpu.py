@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from granatum.kernels.layout import AdapterTable
 from granatum.models.config import ModelConfig
 from granatum.models.rope import Rope
 from granatum.runner.engine.engine import Engine
 from granatum.runner.engine.execution.executor import Executor
 from granatum.runner.engine.scheduling.plan import EngineLimits
-from granatum.runner.model.arena import allocate_arena, page_tokens
+from granatum.runner.model.arena import allocate_arena, allocate_table, page_tokens
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import random_weights, targets
 from granatum.runner.pages import PagePool
@@ -61,7 +60,7 @@ class Bed:
             tensor.mul_(1 if "norm" in name else 6)
         arena = allocate_arena(config, tokens, PAGES, torch.bfloat16, device)
         arena.pages.fill_(torch.nan)
-        table = AdapterTable.allocate(ADAPTERS, config.layers, device, RANK)
+        table = allocate_table(config, ADAPTERS, device, RANK)
         self.pool = PagePool(PAGES)
         adapters = RandomAdapters(config, arena, table, self.pool, ADAPTERS)
         for offset in (*table.a[HUGE].flatten().tolist(), *table.b[HUGE].flatten().tolist()):

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapter_bench import SHAPE, Bench, Store, cut_short
+from adapter_bench import LAYOUT, SHAPE, Bench, Store, cut_short
 from small_adapters import BASE, digest_of, write_adapter
 
-from granatum.kernels.layout import AdapterTable
+from granatum.kernels.adapters import AdapterTable
 from granatum.runner.adapters.cache import AdapterCache
 from granatum.runner.adapters.disk.disk import DiskImages
 from granatum.runner.adapters.images.image import ImageShape, random_image
@@ -117,7 +117,7 @@ def test_what_would_leave_the_kernels_memory_never_reaches_the_table(
         bad = random_image(shape, 8, seed=1)
         bad.row.scale[1, 2] = np.inf
     arena = torch.zeros(40, shape.page_elements)
-    table = AdapterTable.allocate(3, BASE.num_layers, "cpu", max_rank=8)
+    table = AdapterTable.allocate(LAYOUT, 3, BASE.num_layers, "cpu", max_rank=8)
     images = MemoryImages({digest_of(1): bad, digest_of(2): good})
     loader = AdapterLoader(arena, table, images, 40 * shape.page_bytes)
     cache = AdapterCache(PagePool(40), loader, slots=3)

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from granatum.kernels.layout import AdapterTable
 from granatum.kernels.lora import ops as lora
 from granatum.models.config import ModelConfig
 from granatum.models.rope import Rope
 from granatum.runner.engine.scheduling.plan import EngineLimits, Plan, Span
 from granatum.runner.engine.scheduling.sequence import Sequence
-from granatum.runner.model.arena import allocate_arena, page_tokens
+from granatum.runner.model.arena import allocate_arena, allocate_table, page_tokens
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.inputs import DeviceInputs, HostInputs, mixed_shape
 from granatum.runner.model.weights import empty_weights, random_weights, targets
@@ -61,7 +60,7 @@ def prompts_logits(
     for name, tensor in targets(model_config, weights):
         tensor.copy_((source[name] * (1 if "norm" in name else 3)).bfloat16())
     arena = allocate_arena(model_config, limits.page_tokens, PAGES, dtype, device)
-    table = AdapterTable.allocate(ADAPTERS, model_config.layers, device, rank)
+    table = allocate_table(model_config, ADAPTERS, device, rank)
     pool = PagePool(PAGES)
     RandomAdapters(model_config, arena, table, pool, ADAPTERS)
     generator = torch.Generator().manual_seed(1)

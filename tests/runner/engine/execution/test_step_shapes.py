@@ -5,44 +5,20 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from step_plans import LIMITS, plans, span
 
 from granatum.kernels.lora.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
-from granatum.runner.engine.execution.executor import _holds, _shapes
-from granatum.runner.engine.scheduling.plan import EngineLimits, Plan, Span
-from granatum.runner.engine.scheduling.sequence import Sequence
+from granatum.runner.engine.execution.executor import _shapes
+from granatum.runner.engine.execution.graphs import holds
+from granatum.runner.engine.scheduling.plan import EngineLimits, Plan
 from granatum.runner.model.inputs import FEW_ROWS, HostInputs, StepShape
-from granatum.runner.records import Submit
 
-LIMITS = EngineLimits(32, max_waiting=0, prefill_tokens=512, page_tokens=16, max_context=600)
 SHAPES = _shapes(LIMITS)
 HOST = HostInputs(LIMITS, pinned=False)
-SLOTS = st.integers(-1, 3)
-
-
-def span(seat: int, slot: int, start: int, rows: int) -> Span:
-    tokens = [seat] * (start + rows)
-    submit = Submit(seat, tuple(tokens))
-    sequence = Sequence(submit, seat, 600, tokens, list(range(38)), seat=seat, slot=slot)
-    return Span(sequence, start, rows, samples=True, fed=False)
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> Plan:
-    """Plans as the scheduler makes them: decodes by slot, then chunks, within the limits."""
-    slots = sorted(draw(st.lists(SLOTS, max_size=LIMITS.max_batch)))
-    decodes = [span(seat, slot, 40, 1) for seat, slot in enumerate(slots)]
-    chunks: list[Span] = []
-    left = LIMITS.prefill_tokens - len(decodes)
-    while left > 1 and len(slots) + len(chunks) < LIMITS.max_batch and draw(st.booleans()):
-        rows = draw(st.integers(2, min(left, draw(st.sampled_from((3, 70, 512))) + 2)))
-        chunks.append(span(len(slots) + len(chunks), draw(SLOTS), 0, rows))
-        left -= rows
-    return Plan(tuple(decodes), tuple(chunks))
 
 
 def shape_of(plan: Plan) -> StepShape:
-    return next(shape for shape in SHAPES if _holds(shape, plan))
+    return next(shape for shape in SHAPES if holds(shape, plan))
 
 
 def covered(name: str, index: int, block_m: int) -> Iterator[tuple[int, int]]:

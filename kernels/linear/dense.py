@@ -1,0 +1,74 @@
+"""A linear of the base model, as the model applies it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional
+
+from granatum.kernels.backend import require, require_rows
+from granatum.kernels.linear.linear import Workspace, launch_linear
+from granatum.kernels.linear.tuning import ROWS, block_rows, config_for
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """y = x W^T + b, with a weight that is stored as it is multiplied.
+
+    weight: [N, K], contiguous; bias: [N] or None;
+    workspace: of `allocate_workspace`; weights have none until a model applies them.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    workspace: Workspace | None = None
+
+    def within(self, workspace: Workspace) -> "Dense":
+        """The linear with room for its partial sums."""
+        return replace(self, workspace=workspace)
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T + b [M, N], new; x [M, K].
+
+        Raises:
+            ValueError: a shape, stride or dtype that the kernel cannot take.
+        """
+        config = config_for(x.shape[0], self.weight)
+        if config is None:
+            return functional.linear(x, self.weight, self.bias)
+        require_rows("x", x, (x.shape[0], self.weight.shape[1]))
+        require(self.weight.is_contiguous(), "the weight must be contiguous")
+        require(x.dtype == self.weight.dtype, f"x is {x.dtype}, the weight {self.weight.dtype}")
+        assert self.workspace is not None, "a linear is applied `within` a workspace"
+        return launch_linear(x, self.weight, self.bias, self.workspace, config)
+
+    def apply_onto(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """y += x W^T, without the bias; x [M, K], y [M, N]."""
+        torch.addmm(y, x, self.weight.t(), out=y)
+
+    def may_overlap(self, rows: int) -> bool:
+        """Whether a kernel that needs x alone may run beside `apply` of `rows` rows.
+
+        Our own kernel allows it: it waits for x before it lets another kernel start.
+        """
+        return config_for(rows, self.weight) is not None
+
+    def workspace_elements(self, rows: int) -> tuple[int, int]:
+        """Partial sums and arrivals that `apply` needs for up to `rows` rows."""
+        partials, arrivals = 0, 0
+        for some in (min(most, rows) for most in ROWS):
+            config = config_for(some, self.weight)
+            if config is not None and config.splits > 1:
+                sums = block_rows(some) * self.weight.shape[0] * config.splits
+                partials = max(partials, sums)
+                arrivals = max(arrivals, self.weight.shape[0] // config.block_n)
+        return partials, arrivals
+
+
+def allocate_workspace(rows: int, linears: Iterable[Dense], device: torch.device) -> Workspace:
+    """Room in which each of `linears` can be applied to up to `rows` rows, one after another."""
+    partials, arrivals = 0, 0
+    for linear in linears:
+        own = linear.workspace_elements(rows)
+        partials, arrivals = max(partials, own[0]), max(arrivals, own[1])
+    return Workspace.of_size(partials, arrivals, device)

@@ -1,0 +1,136 @@
+"""What was measured to be faster than the kernels' defaults: by GPU, op, shape and size.
+
+    <folder>/<op>.json    {"gpu": name, "shapes": {shape: {size: differences}}}
+
+`shape` is an op's name for a shape and its dtype. `size` is what the op is also cut by: the largest
+rank for LoRA, the rows of a block for a linear. `differences` are the fields of a configuration
+that differ from the default; null says that the default was the fastest.
+
+The tables beside this file are the packaged ones; `gpus.json` says which GPU each one serves. A
+user's tables, made by `granatum tune`, add to them and win over them.
+"""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from granatum.kernels.device import Gpu
+
+Differences = Mapping[str, Any]
+"""Values are integers or booleans."""
+Shapes = dict[str, dict[int, Differences | None]]
+"""Of one op on one GPU: by shape, then by size."""
+
+_PACKAGED = Path(__file__).parent
+_users: dict[tuple[str, str], Shapes] = {}
+"""By the GPU's name and the op: what was added in this process."""
+
+
+def find(gpu: Gpu, op: str, shape: str, size: int) -> Differences | None:
+    """What differs from the default at the nearest measured size: `size`, else above, else below.
+
+    None if the default serves, because nothing was measured or because the default was the fastest.
+    """
+    by_size = _measured(gpu, op).get(shape, {}) | _users.get((gpu.name, op), {}).get(shape, {})
+    nearest = min(by_size, key=lambda n: (n < size, abs(n - size)), default=None)
+    return None if nearest is None else by_size[nearest]
+
+
+def is_measured(gpu: Gpu, op: str, shape: str) -> bool:
+    """Whether this shape was measured on this GPU, at any size."""
+    return shape in _measured(gpu, op) or shape in _users.get((gpu.name, op), {})
+
+
+def put(gpu: Gpu, op: str, shape: str, size: int, differences: Differences | None) -> None:
+    """Have this process use `differences` for a shape and size."""
+    _users.setdefault((gpu.name, op), {}).setdefault(shape, {})[size] = differences
+
+
+def remove(gpu: Gpu, op: str, shape: str, size: int) -> None:
+    """Undo `put`."""
+    del _users[gpu.name, op][shape][size]
+
+
+def add(folder: Path, gpu: Gpu, fields: Mapping[str, Collection[str]]) -> None:
+    """Have this process use the user's tables for `gpu` in `folder`, as far as there are any.
+
+    `fields` names the ops, and the fields that differences may name.
+
+    Raises:
+        ValueError: a file is no table, or names a field that the op does not have.
+    """
+    for op, known in fields.items():
+        path = user_table(folder, gpu, op)
+        if path.exists():
+            for shape, by_size in read(path, known).items():
+                for size, differences in by_size.items():
+                    put(gpu, op, shape, size, differences)
+
+
+def user_table(folder: Path, gpu: Gpu, op: str) -> Path:
+    """Where a user's table of an op lies."""
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower()).strip("-")
+    return folder / name / f"{op}.json"
+
+
+def read(path: Path, known: Collection[str]) -> Shapes:
+    """A table.
+
+    Raises:
+        ValueError: the file is no table, or names a field that is not in `known`.
+    """
+    try:
+        content = json.loads(path.read_text())
+        shapes: Shapes = {
+            shape: {int(size): _checked(found, known) for size, found in by_size.items()}
+            for shape, by_size in content["shapes"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no table of configurations: {error}") from error
+    return shapes
+
+
+def write(path: Path, gpu: Gpu, shapes: Shapes) -> None:
+    """Replace a table at once, so that a reader finds the old or the new one; a line per shape."""
+    lines = ",\n".join(
+        f"  {json.dumps(shape)}: {json.dumps(dict(sorted(by_size.items())))}"
+        for shape, by_size in sorted(shapes.items())
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_suffix(".new")
+    made.write_text(f'{{"gpu": {json.dumps(gpu.name)}, "shapes": {{\n{lines}\n}}}}\n')
+    made.replace(path)
+
+
+def _measured(gpu: Gpu, op: str) -> Shapes:
+    folders: dict[str, str] = _gpus()
+    folder = next((folder for part, folder in folders.items() if part in gpu.name), None)
+    return {} if folder is None else _packaged(folder, op)
+
+
+@cache
+def _gpus() -> dict[str, str]:
+    """Of each part of a GPU's name that tells the GPU: the folder of its tables."""
+    folders: dict[str, str] = json.loads((_PACKAGED / "gpus.json").read_text())
+    return folders
+
+
+@cache
+def _packaged(folder: str, op: str) -> Shapes:
+    content = json.loads((_PACKAGED / folder / f"{op}.json").read_text())
+    return {
+        shape: {int(size): found for size, found in by_size.items()}
+        for shape, by_size in content["shapes"].items()
+    }
+
+
+def _checked(differences: Differences | None, known: Collection[str]) -> Differences | None:
+    if differences is None:
+        return None
+    for field, value in differences.items():
+        if field not in known or not isinstance(value, int):
+            raise ValueError(f"{field} = {value!r} is not a field that a kernel has")
+    return dict(differences)
