@@ -196,6 +196,12 @@ def runner(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_FOREIGN)
+def tune(context: typer.Context) -> None:
+    """Measure the kernels for a model on this GPU (granatum tune --help)."""
+    _become("granatum.runner.tune", context.args)
+
+
+@app.command(context_settings=_FOREIGN)
 def keys(context: typer.Context) -> None:
     """Make and revoke tenants' and admins' keys (granatum keys --help)."""
     _become("granatum.router.services.keys", context.args)

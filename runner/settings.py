@@ -31,7 +31,14 @@ class Settings(BaseSettings):
     router: Annotated[tuple[str, ...], NoDecode] = Field(
         description="host:port of a router to report to; several with commas or repeated"
     )
-    cache_dir: Path = Field(description="local directory for adapters, ready to be loaded")
+    cache_dir: Path = Field(
+        description="local directory for adapters, ready to be loaded, and for compiled kernels"
+    )
+    tables: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("tables", "GRANATUM_TABLES"),
+        description="what granatum tune has measured; absent: the folder tables in --cache-dir",
+    )
     cluster_key: SecretStr = Field(
         validation_alias=AliasChoices("cluster-key", "GRANATUM_CLUSTER_KEY"),
         description="the secret that routers and runners share; rather set GRANATUM_CLUSTER_KEY",

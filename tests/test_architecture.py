@@ -27,7 +27,13 @@ ARROWS = {
     "cli": {"client", "v1"},
     "examples": set[str](),
 }
-COMPUTING = ("kernels", "runner/model", "runner/engine/execution", "runner/engine/process.py")
+COMPUTING = (
+    "kernels",
+    "runner/model",
+    "runner/engine/execution",
+    "runner/engine/process.py",
+    "runner/tune",
+)
 """The rooms that may import torch, and the process that wires them."""
 LATE = {
     "runner/text/tokenizer.py": {"transformers"},
