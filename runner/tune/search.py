@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import structlog
-
 from granatum.kernels.device import Gpu
 from granatum.kernels.tables import tables
 from granatum.runner.tune.tasks import FIELDS, Choice, Task
@@ -14,8 +12,6 @@ MARGIN = 0.002
 
 Clock = Callable[[Task, Sequence[Choice]], list[float]]
 """Seconds of a step by each configuration, all measured in turn; infinite if one cannot run."""
-
-log = structlog.get_logger(__name__)
 
 
 def pending(wanted: Iterable[Task], folder: Path, gpu: Gpu) -> list[Task]:
