@@ -198,8 +198,20 @@ def runner(context: typer.Context) -> None:
     _become("runner", "torch", context.args)
 
 
-def _become(service: str, library: str, arguments: list[str]) -> NoReturn:
-    """Replace this process by the service's, if its library shows that the extra is installed."""
+@app.command(context_settings=_FOREIGN)
+def tune(context: typer.Context) -> None:
+    """Measure the kernels for a model on this GPU (granatum tune --help)."""
+    _become("runner", "torch", context.args, program="runner.tune")
+
+
+def _become(
+    service: str, library: str, arguments: list[str], program: str | None = None
+) -> NoReturn:
+    """Replace this process by the service's, if its library shows that the extra is installed.
+
+    `program` is another program of the same extra.
+    """
     if find_spec(library) is None:
         raise PreconditionFailed(f"there is no {service} here: pip install 'granatum[{service}]'")
-    os.execv(sys.executable, [sys.executable, "-m", f"granatum.{service}", *arguments])  # noqa: S606
+    module = f"granatum.{program or service}"
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606

@@ -4,7 +4,7 @@ import socket
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode
 
 from granatum.service import settings as shared
@@ -25,7 +25,14 @@ class RunnerSettings(BaseSettings):
     router: Annotated[tuple[str, ...], NoDecode] = Field(
         description="host:port of a router to report to; several with commas or repeated"
     )
-    cache_dir: Path = Field(description="local directory for adapters, ready to be loaded")
+    cache_dir: Path = Field(
+        description="local directory for adapters, ready to be loaded, and for compiled kernels"
+    )
+    tables: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("tables", "GRANATUM_TABLES"),
+        description="what granatum tune has measured; absent: the folder tables in --cache-dir",
+    )
     cluster_key: shared.ClusterKey
     listen: shared.ListenAddress = "127.0.0.1:7071"
     advertise: str | None = Field(

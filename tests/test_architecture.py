@@ -30,7 +30,13 @@ ARROWS = {
 }
 DOORS = {"cli/demo*.py": "examples", "cli/keys.py": "router", "cli/box/box.py": "router"}
 """What some files may import besides: the demo its examples, the command line the keys file."""
-COMPUTING = ("kernels", "runner/model", "runner/engine/execution", "runner/engine/process.py")
+COMPUTING = (
+    "kernels",
+    "runner/model",
+    "runner/engine/execution",
+    "runner/engine/process.py",
+    "runner/tune",
+)
 """The rooms that may import torch, and the process that wires them."""
 LATE = {
     "runner/text/tokenizer.py": {"transformers"},

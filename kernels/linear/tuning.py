@@ -52,6 +52,7 @@ def config_for(rows: int, weight: torch.Tensor) -> Config | None:
     return measured(gpu_of(weight.device), in_features, out_features, rows)
 
 
+@tables.remembered
 def measured(gpu: Gpu, in_features: int, out_features: int, rows: int) -> Config | None:
     """The configuration of a 16-bit linear; None: the library serves."""
     found = tables.find(gpu, OP, shape_key(in_features, out_features), block_rows(rows))

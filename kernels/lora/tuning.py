@@ -143,6 +143,7 @@ def config_for(shape: Shape, device: torch.device) -> Config:
     return measured(gpu_of(device), shape)
 
 
+@tables.remembered
 def measured(gpu: Gpu, shape: Shape) -> Config:
     """What was measured on a GPU at the nearest rank; the default where nothing was measured."""
     default = default_config(shape, pdl=gpu.overlaps)

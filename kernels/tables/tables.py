@@ -12,10 +12,10 @@ user's tables, made by `granatum tune`, add to them and win over them.
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from granatum.kernels.device import Gpu
 
@@ -27,6 +27,16 @@ Shapes = dict[str, dict[int, Differences | None]]
 _PACKAGED = Path(__file__).parent
 _users: dict[tuple[str, str], Shapes] = {}
 """By the GPU's name and the op: what was added in this process."""
+_forget: list[Callable[[], None]] = []
+"""What empties the memory of every `remembered` function."""
+_Lookup = TypeVar("_Lookup", bound=Callable[..., Any])
+
+
+def remembered(lookup: _Lookup) -> _Lookup:
+    """A function of what the tables say, whose answers are remembered until the tables change."""
+    answer = cache(lookup)
+    _forget.append(answer.cache_clear)
+    return cast(_Lookup, answer)
 
 
 def find(gpu: Gpu, op: str, shape: str, size: int) -> Differences | None:
@@ -47,11 +57,13 @@ def is_measured(gpu: Gpu, op: str, shape: str) -> bool:
 def put(gpu: Gpu, op: str, shape: str, size: int, differences: Differences | None) -> None:
     """Have this process use `differences` for a shape and size."""
     _users.setdefault((gpu.name, op), {}).setdefault(shape, {})[size] = differences
+    _changed()
 
 
 def remove(gpu: Gpu, op: str, shape: str, size: int) -> None:
     """Undo `put`."""
     del _users[gpu.name, op][shape][size]
+    _changed()
 
 
 def add(folder: Path, gpu: Gpu, fields: Mapping[str, Collection[str]]) -> None:
@@ -103,6 +115,11 @@ def write(path: Path, gpu: Gpu, shapes: Shapes) -> None:
     made = path.with_suffix(".new")
     made.write_text(f'{{"gpu": {json.dumps(gpu.name)}, "shapes": {{\n{lines}\n}}}}\n')
     made.replace(path)
+
+
+def _changed() -> None:
+    for forget in _forget:
+        forget()
 
 
 def _measured(gpu: Gpu, op: str) -> Shapes:

@@ -4,8 +4,10 @@ import asyncio
 import ctypes
 import dataclasses
 import multiprocessing
+import os
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from granatum.runner.channel import AsyncChannel, socket_pair
@@ -79,12 +81,18 @@ def _main(
     settings: RunnerSettings, end: socket.socket, recorder: FlightRecorder, words: LastWords
 ) -> None:
     log_as_json()
+    keep_kernels(settings.cache_dir)
     import_transformers()
     try:
         _run(settings, end, recorder)
     except Exception as error:  # the engine has logged it
         words.say(cause_of(error))
         sys.exit(1)
+
+
+def keep_kernels(cache_dir: Path) -> None:
+    """Have Triton keep what it compiles in `cache_dir`, unless the user chose another folder."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir.absolute() / "kernels"))
 
 
 def _run(settings: RunnerSettings, end: socket.socket, recorder: FlightRecorder) -> None:
@@ -113,6 +121,7 @@ def _options(settings: RunnerSettings, device: str) -> "EngineOptions":
         max_rank=settings.max_rank,
         arena_bytes=settings.arena_bytes,
         memory_fraction=settings.memory_fraction,
+        tables=settings.tables or settings.cache_dir / "tables",
         random_weights=settings.random_weights,
     )
     on_cpu = device == "cpu"

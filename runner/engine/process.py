@@ -17,6 +17,8 @@ import structlog
 import torch
 
 from granatum.adapters_store.limits import padded_rank
+from granatum.kernels.device import gpu_of
+from granatum.kernels.tables import tables
 from granatum.models.base_model import BaseModel
 from granatum.models.config import ModelConfig, read_config
 from granatum.runner.adapters.cache import AdapterCache
@@ -49,6 +51,7 @@ from granatum.runner.records import (
     Stop,
     Submit,
 )
+from granatum.runner.tune.tasks import FIELDS, unmeasured
 from granatum.v1.errors import InvalidRequest
 
 PROBE_S = 0.4
@@ -92,6 +95,8 @@ class EngineOptions:
     arena_bytes: int | None = None
     """Memory for KV and adapters; None: what the GPU has left, up to `memory_fraction`."""
     memory_fraction: float = 0.9
+    tables: Path | None = None
+    """The user's measured tables; None: the packaged ones alone."""
     random_weights: bool = False
     """Draw the weights instead of reading them; only the configuration is read."""
 
@@ -146,6 +151,7 @@ def build_engine(
             )
         torch.cuda.set_device(device.index or 0)
     config = read_config(options.model)
+    _read_tables(options, config, device)
     with phase("reading weights", "weights loaded"):
         weights = _weights(options, config, device)
     tokens = page_tokens(config, options.max_rank)
@@ -165,6 +171,26 @@ def build_engine(
     cache = AdapterCache(pool, loader, options.adapter_slots)
     log.info("engine ready", pages=pages, seconds=round(time.monotonic() - started, 1))
     return Engine(executor, limits, pool, cache, recorder, capacity)
+
+
+def _read_tables(options: EngineOptions, config: ModelConfig, device: torch.device) -> None:
+    """Take the user's tables, and say once what was never measured."""
+    if device.type == "cpu":
+        return
+    gpu = gpu_of(device)
+    try:
+        if options.tables is not None:
+            tables.add(options.tables, gpu, FIELDS)
+    except ValueError as error:
+        raise InvalidRequest(f"{error}: remove it, or give other --tables") from error
+    if missing := unmeasured(config, options.max_rank, gpu):
+        command = f"granatum tune --model {options.model} --max-rank {options.max_rank}"
+        if options.tables is not None:
+            command += f" --out {options.tables}"
+        log.warning(
+            "kernels run by defaults that nobody measured", gpu=gpu.name, shapes=missing,
+            command=command,
+        )  # fmt: skip
 
 
 def _weights(options: EngineOptions, config: ModelConfig, device: torch.device) -> Weights:

@@ -8,6 +8,8 @@ from unittest import mock
 
 import torch
 
+from granatum.kernels import device
+
 GPUS = {
     80: ("NVIDIA A100", 108, 166912),
     86: ("NVIDIA RTX A6000", 84, 101376),
@@ -55,7 +57,7 @@ def compiling(sm: int, made: Callable[[Any, tuple[int, ...]], None]) -> Iterator
     )
     active = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", sm, 32),
-        get_current_device=lambda: 0,
+        get_current_device=lambda: sm,  # Triton keeps one compiler for each device
         get_current_stream=lambda _device: 0,
         utils=SimpleNamespace(get_device_properties=lambda _device: {"max_shared_mem": shared}),
     )
@@ -76,4 +78,6 @@ def compiling(sm: int, made: Callable[[Any, tuple[int, ...]], None]) -> Iterator
         }.items():
             told = mock.Mock(return_value=answer)
             stack.enter_context(mock.patch.object(torch.cuda, function, told))
+        device.gpu.cache_clear()  # another GPU may have been seen at this index
+        stack.callback(device.gpu.cache_clear)
         yield

@@ -1,5 +1,6 @@
 """A runner's flags and environment."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from granatum.models.base_model import BaseModel
 from granatum.models.config import read_config
 from granatum.runner.adapters.images.image import ImageShape
 from granatum.runner.adapters.images.layout import lay_out
-from granatum.runner.engine.child import _options
+from granatum.runner.engine.child import _options, keep_kernels
 from granatum.runner.model.arena import page_tokens
 from granatum.runner.settings import RunnerSettings
 from granatum.v1.errors import InvalidRequest
@@ -119,3 +120,21 @@ def test_host_memory_of_a_cpu_holds_the_largest_adapter_that_may_be_uploaded(
     asked = read("--router", "a:1", "--host-cache-bytes", "12345", "--model", str(tmp_path))
     assert _options(asked, "cpu").host_cache_bytes == 12345
     assert _options(settings, "cuda").host_cache_bytes == 4 << 30
+
+
+def test_tables_and_kernels_lie_in_the_cache_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    router = ("--router", "a:1")
+    assert _options(read(*router), "cuda").tables == Path("cache/tables")
+    assert _options(read(*router, "--tables", "mine"), "cuda").tables == Path("mine")
+    monkeypatch.setenv("GRANATUM_TABLES", "theirs")
+    assert _options(read(*router), "cuda").tables == Path("theirs")
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    del os.environ["TRITON_CACHE_DIR"]
+    keep_kernels(Path("cache"))
+    assert os.environ["TRITON_CACHE_DIR"] == str(Path.cwd() / "cache" / "kernels")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "chosen")
+    keep_kernels(Path("cache"))
+    assert os.environ["TRITON_CACHE_DIR"] == "chosen"

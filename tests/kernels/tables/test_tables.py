@@ -1,6 +1,7 @@
 """Tables by difference: what is packaged, what users add, and which entry serves."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,8 +21,11 @@ DECODE = lora.Shape(4096, (14336, 14336), 16, lora.DECODE_BLOCK_M)
 
 
 @pytest.fixture(autouse=True)
-def no_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_users(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tables, "_users", {})
+    tables._changed()
+    yield
+    tables._changed()
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGED.glob("*/*.json")), ids=lambda p: p.parent.name)
