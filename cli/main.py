@@ -49,7 +49,7 @@ _FOREIGN = {
 
 def main() -> None:
     """Run the command line; an error is one clear line."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter ends nothing
+    if isinstance(sys.stdout, io.TextIOWrapper):  # letters that the terminal lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -128,7 +128,7 @@ async def _serve(layout: Layout) -> None:
 
 
 def _say(text: str) -> None:
-    """Even where nobody listens any more, or the disk behind standard output is full."""
+    """Print, even if nobody reads standard output any more or its disk is full."""
     with suppress(OSError):
         typer.echo(text)
 
@@ -154,7 +154,7 @@ def _introduce(box: Box) -> None:
 
 
 def _trust(layout: Layout) -> str:
-    """What clients must say to reach it so."""
+    """The options with which clients reach the box."""
     if layout.tls is not None:
         return " --tls-ca <the PEM file of its certificate's CA>"
     return "" if is_loopback(layout.listen) else " --insecure"
