@@ -40,6 +40,8 @@ _ClientsCa = Annotated[
     Path | None, typer.Option(help="Demand clients' certificates of this CA (PEM).")
 ]
 _Insecure = Annotated[bool, typer.Option("--insecure", help="Plaintext beyond this machine.")]
+_LIBRARIES = {"router": "redis", "runner": "torch"}
+"""Libraries that show whether an extra is installed."""
 _FOREIGN = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
@@ -189,17 +191,18 @@ def health(
 @app.command(context_settings=_FOREIGN)
 def router(context: typer.Context) -> None:
     """Run a router (granatum router --help)."""
-    _become("router", "redis", context.args)
+    _become("granatum.router", context.args)
 
 
 @app.command(context_settings=_FOREIGN)
 def runner(context: typer.Context) -> None:
     """Run a runner (granatum runner --help)."""
-    _become("runner", "torch", context.args)
+    _become("granatum.runner", context.args)
 
 
-def _become(service: str, library: str, arguments: list[str]) -> NoReturn:
-    """Replace this process by the service's, if its library shows that the extra is installed."""
-    if find_spec(library) is None:
-        raise PreconditionFailed(f"there is no {service} here: pip install 'granatum[{service}]'")
-    os.execv(sys.executable, [sys.executable, "-m", f"granatum.{service}", *arguments])  # noqa: S606
+def _become(module: str, arguments: list[str]) -> NoReturn:
+    """Replace this process by a module's, if the extra that brings its libraries is installed."""
+    extra = module.split(".")[1]
+    if find_spec(_LIBRARIES[extra]) is None:
+        raise PreconditionFailed(f"there is no {extra} here: pip install 'granatum[{extra}]'")
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606
