@@ -20,7 +20,7 @@ class UploadLimits:
     max_config_bytes: int = 1 << 20
     """Of adapter_config.json."""
     max_header_bytes: int = 2 << 20
-    """Of the safetensors header, which is parsed at one go while everything else waits."""
+    """Of the safetensors header. It is parsed in one go, and everything else waits meanwhile."""
     max_rank: int = 256
     max_versions: int = 10_000
     """Of all of one tenant's adapters together."""
@@ -35,7 +35,7 @@ DEFAULT_LIMITS = UploadLimits()
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The largest adapter that a runner serves; 0 where it did not say."""
+    """The largest adapter that a runner serves; 0 where the runner did not say."""
 
     max_rank: int = 0
     max_elements: int = 0

@@ -40,8 +40,8 @@ log = structlog.get_logger(__name__)
 class AdapterStore:
     """Adapters of all tenants. Methods raise Unavailable when the object store is away.
 
-    What belongs to another tenant and is not published does not exist for a tenant: NotFound, with
-    the words that a thing that never was gets.
+    A tenant never learns of another tenant's unpublished adapter: the answer is NotFound, in the
+    same words as for an adapter that never existed.
     """
 
     def __init__(
@@ -72,16 +72,16 @@ class AdapterStore:
     async def upload(
         self, tenant: str, header: UploadHeader, chunks: AsyncIterator[bytes], fleet: Fleet = ()
     ) -> tuple[Manifest, bool]:
-        """Store the files as the next version of `header.name`; the version, and if it is new.
+        """Store the files as the next version of `header.name`; return it, and whether it is new.
 
-        The bytes of the newest version again give that version, if it was for this base model.
-        Nothing is visible before everything was checked, whether a runner of `fleet` can serve it
-        too; whatever fails leaves nothing behind.
+        An upload that equals the newest version, for the same base model, returns that version.
+        Nothing is visible before everything is checked, including whether a runner of `fleet` can
+        serve the adapter. A failed upload leaves nothing behind.
         """
         header.check(self._limits)
         catalog = await self._tenants.read(tenant)
         newest = catalog.newest(header.name)
-        if newest is None or newest.digest != header.digest:  # or it adds nothing, but may repair
+        if newest is None or newest.digest != header.digest:  # equal bytes take no room
             catalog.check_room(header.name, header.digest, header.size_bytes, self._limits)
         with self._scratch.room(header.size_bytes) as directory:
             files = await receive(header, chunks, directory)
@@ -91,7 +91,7 @@ class AdapterStore:
         return manifest, created
 
     async def _validate(self, tenant: str, files: tuple[Path, Path], fleet: Fleet) -> Summary:
-        """One at a time of a tenant's, and few in all: it costs processor time."""
+        """Validate one upload of a tenant at a time, and few in all: validation takes a core."""
         turn = self._turns.setdefault(tenant, asyncio.Lock())
         async with turn, self._validations:
             return await until_done(validate, *files, self._base, self._limits, fleet)
@@ -138,7 +138,7 @@ class AdapterStore:
         return found
 
     async def resolve(self, tenant: str, ref: str) -> Manifest:
-        """As `get`, for serving: PreconditionFailed if it was made for another base model."""
+        """As `get`, for serving. Raises PreconditionFailed for an adapter of another base model."""
         manifest = await self.get(tenant, ref)
         if manifest.base_fingerprint != self._base.fingerprint:
             other = " and ".join(differences(manifest.base_fingerprint, self._base.fingerprint))
@@ -162,7 +162,7 @@ class AdapterStore:
         manifest = Manifest.of(catalog, owner, *found)
         if owner == tenant:
             return manifest
-        # Aliases are their tenant's own; published is the name.
+        # Only a published name is for others. An alias is its tenant's own.
         shared = manifest.visibility is Visibility.PUBLISHED and manifest.name == ref.name
         return manifest.for_strangers() if shared else None
 
@@ -172,7 +172,7 @@ class AdapterStore:
         if found is not None:
             return Manifest.of(catalog, tenant, *found)
         for owner in await self._tenants.publishers(digest):
-            with suppress(CatalogDamaged):  # which is that tenant's trouble alone
+            with suppress(CatalogDamaged):  # one damaged catalog stops its own tenant alone
                 catalog = await self._tenants.read(owner)
                 found = catalog.find_digest(digest, published=True)
                 if found is not None:
@@ -194,7 +194,7 @@ class AdapterStore:
         return Page(tuple(page), f"{page[-1].name}@{page[-1].version}" if more else "")
 
     async def set_alias(self, tenant: str, alias: str, ref: str) -> Manifest:
-        """Point `alias` at a version of the tenant's: `name` (its newest now), `name@version`."""
+        """Point `alias` at the tenant's `name@version`, or at the newest version of `name` now."""
         check_name(alias, "alias", "alias")
         name, version = _own(tenant, ref)
 
@@ -212,10 +212,10 @@ class AdapterStore:
         await self._tenants.change(tenant, lambda catalog: (catalog.delete_alias(alias), None))
 
     async def delete(self, tenant: str, ref: str) -> int:
-        """Delete `name` or `name@version`, and aliases of it; how many versions that were.
+        """Delete `name` or `name@version` with its aliases; return the number of versions.
 
-        The bytes stay for streams in flight until garbage is collected; the versions' numbers are
-        never given again.
+        Streams in flight keep the bytes until garbage is collected. The numbers of deleted versions
+        are never given again.
         """
         name, version = _own(tenant, ref)
         now = self._now()
@@ -237,7 +237,7 @@ class AdapterStore:
         return await self._blobs.fetch(digest, directory)
 
     async def collect_garbage(self, grace_s: float = 3600.0) -> Collected:
-        """Delete bytes that nothing refers to and nothing did within `grace_s`."""
+        """Delete bytes that nothing refers to, nor did within the last `grace_s` seconds."""
         await self._objects.clear_scratch(self._now() - _UPLOAD_WITHIN_S)
         collected = await collect(self._objects, self._blobs, self._tenants, self._now(), grace_s)
         log.info("garbage collected", blobs=collected.blobs, bytes=collected.bytes)

@@ -1,4 +1,4 @@
-"""Work in threads that nobody leaves behind."""
+"""Work in threads that outlives no caller."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 async def until_done(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """As asyncio.to_thread, but a cancelled caller too goes on only when the work is done."""
+    """As asyncio.to_thread, but a caller that is cancelled still waits until the work is done."""
     task = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
     try:
         return await asyncio.shield(task)

@@ -16,7 +16,7 @@ from granatum.client.records import Adapter, RunnerStatus
 from granatum.client.requests import Message, Options, Prompt
 
 console = Console(markup=False, width=10_000)
-"""It cuts and wraps nothing, however narrow the terminal: half a name names nothing."""
+"""A console that cuts and wraps nothing, so that names can be copied from a narrow terminal."""
 adapters = typer.Typer(help="Upload and manage LoRA adapters.", no_args_is_help=True)
 
 

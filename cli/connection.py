@@ -1,4 +1,4 @@
-"""Commands that talk to a router: how they find it, and who they are to it."""
+"""How a command finds its router, and the key that it shows there."""
 
 import asyncio
 import functools
@@ -16,7 +16,7 @@ from granatum.v1.transport import Tls
 
 DEFAULT_ADDRESS = "127.0.0.1:7070"
 _OUT_OF_TIME = "Deadline Exceeded"
-"""What gRPC itself says; a service would say what it was that took so long."""
+"""gRPC's own words. A service would say what took so long."""
 
 _PANEL = "Connection"
 Address = Annotated[
@@ -81,7 +81,7 @@ def connect(
 
 
 def connected(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """A command out of a coroutine function: its first parameter, the client, becomes options."""
+    """Make a command of a coroutine function. Options of the connection replace its client."""
     own = list(inspect.signature(command).parameters.values())[1:]
     connection = list(inspect.signature(connect).parameters.values())
 
@@ -96,7 +96,7 @@ def connected(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
         with named(where["address"]), _options_named(where["key"]):
             asyncio.run(talk())
 
-    # What Typer reads to make the command's options.
+    # Typer makes the command's options from these two.
     parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *connection)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -105,7 +105,7 @@ def connected(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 
 @contextmanager
 def named(address: str) -> Iterator[None]:
-    """Says what to do where nobody listens; gRPC's own words do not."""
+    """Replace gRPC's words by what to do, where nobody listens or nothing answers in time."""
     try:
         yield
     except Unavailable as error:
@@ -127,7 +127,7 @@ def named(address: str) -> Iterator[None]:
 
 @contextmanager
 def _options_named(key: str) -> Iterator[None]:
-    """Says which option would help where a service, or gRPC, cannot know of our options."""
+    """Name the option that would help. Services and gRPC do not know our options."""
     try:
         yield
     except Unauthenticated:

@@ -1,8 +1,8 @@
 """The demo: many tenants' adapters on one base model at once, every answer checked.
 
 A box with two runners serves the tiny example model. Each tenant uploads its adapters under its
-own key; then all requests start at the same time, so that batches mix adapters and the plain base
-model. What an adapter has to answer is known (`granatum.examples.tasks`).
+own key. Then all requests start at the same time, so that batches mix adapters and the plain base
+model. The right answers are known (`granatum.examples.tasks`).
 """
 
 import asyncio
@@ -135,7 +135,7 @@ async def _figures_since(client: Client, moment: float) -> tuple[RunnerStatus, .
 async def _trespasses(
     console: Console, clients: Mapping[str, Client], adapters: Sequence[Adapter]
 ) -> list[str]:
-    """Try one tenant's adapter under another's key, by every way to name it."""
+    """Ask for one tenant's adapter with another tenant's key, by each of its names."""
     adapter = adapters[0]
     stranger = next(tenant for tenant in TENANTS if tenant != adapter.tenant)
     names = (adapter.name, f"{adapter.name}@1", adapter.full_name, adapter.digest)

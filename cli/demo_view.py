@@ -23,7 +23,7 @@ _RIGHT = ("tokens", "first token")
 
 @dataclass(slots=True)
 class DemoRequest:
-    """One request of the demo, and what came of it so far."""
+    """One request of the demo, and its answer so far."""
 
     task: Task
     tenant: str
@@ -42,20 +42,20 @@ class DemoRequest:
 
     @property
     def right(self) -> bool:
-        """Whether the whole answer is what its adapter has to say."""
+        """Whether the answer is complete and right."""
         return self.over and not self.error and self.text == self.task.expected(self.word)
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What the runners' decode steps held on average: distinct adapters, and sequences."""
+    """The distinct adapters and the sequences in an average decode step of the runners."""
 
     adapters: float
     sequences: float
 
     @classmethod
     def between(cls, before: Sequence[RunnerStatus], after: Sequence[RunnerStatus]) -> "Mix":
-        """Over what the runners did between two looks at their figures."""
+        """The average over the steps between two readings of the runners' figures."""
         steps = _sum(after, "decode_steps") - _sum(before, "decode_steps")
         adapters = _sum(after, "decode_adapters") - _sum(before, "decode_adapters")
         sequences = _sum(after, "decode_sequences") - _sum(before, "decode_sequences")

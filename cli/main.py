@@ -40,6 +40,8 @@ _ClientsCa = Annotated[
     Path | None, typer.Option(help="Demand clients' certificates of this CA (PEM).")
 ]
 _Insecure = Annotated[bool, typer.Option("--insecure", help="Plaintext beyond this machine.")]
+_LIBRARIES = {"router": "redis", "runner": "torch"}
+"""Libraries that show whether an extra is installed."""
 _FOREIGN = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
@@ -49,7 +51,7 @@ _FOREIGN = {
 
 def main() -> None:
     """Run the command line; an error is one clear line."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter ends nothing
+    if isinstance(sys.stdout, io.TextIOWrapper):  # letters that the terminal lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -128,7 +130,7 @@ async def _serve(layout: Layout) -> None:
 
 
 def _say(text: str) -> None:
-    """Even where nobody listens any more, or the disk behind standard output is full."""
+    """Print, even if nobody reads standard output any more or its disk is full."""
     with suppress(OSError):
         typer.echo(text)
 
@@ -154,7 +156,7 @@ def _introduce(box: Box) -> None:
 
 
 def _trust(layout: Layout) -> str:
-    """What clients must say to reach it so."""
+    """The options with which clients reach the box."""
     if layout.tls is not None:
         return " --tls-ca <the PEM file of its certificate's CA>"
     return "" if is_loopback(layout.listen) else " --insecure"
@@ -189,29 +191,24 @@ def health(
 @app.command(context_settings=_FOREIGN)
 def router(context: typer.Context) -> None:
     """Run a router (granatum router --help)."""
-    _become("router", "redis", context.args)
+    _become("granatum.router", context.args)
 
 
 @app.command(context_settings=_FOREIGN)
 def runner(context: typer.Context) -> None:
     """Run a runner (granatum runner --help)."""
-    _become("runner", "torch", context.args)
+    _become("granatum.runner", context.args)
 
 
 @app.command(context_settings=_FOREIGN)
 def tune(context: typer.Context) -> None:
     """Measure the kernels for a model on this GPU (granatum tune --help)."""
-    _become("runner", "torch", context.args, program="runner.tune")
+    _become("granatum.runner.tune", context.args)
 
 
-def _become(
-    service: str, library: str, arguments: list[str], program: str | None = None
-) -> NoReturn:
-    """Replace this process by the service's, if its library shows that the extra is installed.
-
-    `program` is another program of the same extra.
-    """
-    if find_spec(library) is None:
-        raise PreconditionFailed(f"there is no {service} here: pip install 'granatum[{service}]'")
-    module = f"granatum.{program or service}"
+def _become(module: str, arguments: list[str]) -> NoReturn:
+    """Replace this process by a module's, if the extra that brings its libraries is installed."""
+    extra = module.split(".")[1]
+    if find_spec(_LIBRARIES[extra]) is None:
+        raise PreconditionFailed(f"there is no {extra} here: pip install 'granatum[{extra}]'")
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606

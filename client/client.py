@@ -5,7 +5,7 @@
             print(token.text, end="")
 
 Every call raises the classes of `granatum.v1.errors`. `timeout` is a deadline in seconds that
-travels with each call: the service gives up when the caller does.
+travels with each call. So the service gives up when the caller does.
 """
 
 from collections.abc import AsyncIterator, Iterator
@@ -39,7 +39,7 @@ _Response = TypeVar("_Response")
 class Generation:
     """A stream of tokens; iterate it once. Leaving the loop cancels the request.
 
-    `start` is there from the first message on, `end` after the last token.
+    `start` is set from the first message on, `end` after the last token.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Generation:
             self.cancel()
 
     def cancel(self) -> None:
-        """End the request now; nothing happens if it is over."""
+        """End the request now. After its end this does nothing."""
         self._call.cancel()
 
     def _note(self, response: inference_pb2.GenerateResponse) -> None:
@@ -149,7 +149,7 @@ class Client:
             request.page_token = page.next_page_token
 
     async def delete(self, adapter: str) -> int:
-        """Delete `name` or `name@version`; the number of versions that went."""
+        """Delete `name` or `name@version`; return the number of deleted versions."""
         request = adapters_pb2.DeleteAdapterRequest(adapter=adapter)
         return (await self._ask(self._adapters.DeleteAdapter, request)).versions_deleted
 
@@ -201,7 +201,7 @@ class Client:
 
 @contextmanager
 def _errors_translated() -> Iterator[None]:
-    """An RPC's failure as the error that the service raised."""
+    """Raise the error that the service raised, in place of gRPC's."""
     try:
         yield
     except grpc.aio.AioRpcError as error:

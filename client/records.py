@@ -1,4 +1,4 @@
-"""What the client gives back: frozen records, made from the wire's messages."""
+"""What the client returns: frozen records, made from the wire's messages."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -125,7 +125,7 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What an upload brought; `created` is False if the newest version already held the bytes."""
+    """The result of an upload. `created` is False if the newest version already had the bytes."""
 
     adapter: Adapter
     created: bool
@@ -146,20 +146,20 @@ class RunnerStatus:
     page_tokens: int
     sequences: int
     reserved: int
-    """Placements on it that are not released, those of every router."""
+    """Placements on the runner, by all routers, that are not released."""
     resident_adapters: tuple[str, ...]
     decode_steps: int
     decode_sequences: int
-    """Sequences decoded, summed over those steps."""
+    """Decoded sequences, summed over the decode steps."""
     decode_adapters: int
-    """Distinct adapters decoded, summed over those steps."""
+    """Distinct adapters of decoded sequences, summed over the decode steps."""
     adapter_loads: int
     draining: bool
     heartbeat_age_s: float
     max_rank: int
-    """Of an adapter that it serves."""
+    """The highest rank of an adapter that the runner serves."""
     trouble: str
-    """Why it cannot load adapters just now; empty: it can."""
+    """Why the runner cannot load adapters now; empty if it can."""
 
     @classmethod
     def of(cls, status: cluster_pb2.RunnerStatus) -> "RunnerStatus":

@@ -21,12 +21,12 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 
 class Options(TypedDict, total=False):
-    """What else a request may say; what is left out takes the service's default."""
+    """The options of a request. The service has a default for each that is left out."""
 
     adapter: str
     """`name`, `name@version`, an alias, `sha256:...` or `tenant/name`; absent: the base model."""
     request_id: str
-    """Seeds sampling when `seed` is absent; two running at once are refused."""
+    """It seeds sampling if `seed` is absent. The id of a running request is refused."""
     priority: int
     max_tokens: int
     min_tokens: int
@@ -49,9 +49,10 @@ class Options(TypedDict, total=False):
 
 
 def generate_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
-    """The message for one request; TypeError names an option that does not exist.
+    """The message of one request.
 
-    Raises InvalidRequest for a value that no message can carry, so that no service sees it.
+    Raises TypeError for an option that does not exist, and InvalidRequest for a value that no
+    message can carry.
     """
     if unknown := set(options) - Options.__optional_keys__:
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
@@ -59,7 +60,7 @@ def generate_request(prompt: Prompt, options: Options) -> inference_pb2.Generate
         return _message(prompt, options)
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"a text of the request is not Unicode ({error.reason})") from None
-    except ValueError as error:  # protobuf's own, which names the value and not its field
+    except ValueError as error:  # protobuf's own error names the value, not the field
         raise InvalidRequest(f"a number of the request cannot be sent: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""A PEFT adapter's folder as an upload: declared first, then its bytes in chunks."""
+"""A PEFT adapter's folder as an upload: first a declaration of its files, then their bytes."""
 
 import asyncio
 import hashlib
@@ -13,7 +13,7 @@ CHUNK_BYTES = 256 << 10
 
 
 async def declare(name: str, directory: Path) -> adapters_pb2.UploadHeader:
-    """What the upload of `directory` will send; hashes its files off the event loop."""
+    """The declaration of the files in `directory`. They are hashed off the event loop."""
     files = [await asyncio.to_thread(_declaration, directory / file) for file in FILES]
     return adapters_pb2.UploadHeader(name=name, files=files)
 
@@ -21,7 +21,7 @@ async def declare(name: str, directory: Path) -> adapters_pb2.UploadHeader:
 async def send(
     header: adapters_pb2.UploadHeader, directory: Path
 ) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
-    """The upload's messages; files are read off the event loop."""
+    """The messages of an upload. Files are read off the event loop."""
     yield adapters_pb2.UploadAdapterRequest(header=header)
     for file in header.files:
         async for chunk in _chunks(directory / file.name):

@@ -1,4 +1,4 @@
-"""A whole router, wired: opened, served and closed as one."""
+"""A whole router: its parts are wired here, and opened, served and closed together."""
 
 import asyncio
 import secrets
@@ -37,13 +37,13 @@ from granatum.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_serve
 from granatum.v1.transport import open_channel
 
 _FAREWELL_S = 0.5
-"""For clients to hear, after the grace, that their streams end here."""
+"""After the grace: the time for clients to hear that their streams end here."""
 
 log = structlog.get_logger(__name__)
 
 
 class RouterApp:
-    """Serves from `async with` on; leaving it lets streams end within the grace of its settings."""
+    """Serves inside `async with`. At its end streams have the settings' grace to finish."""
 
     def __init__(self, settings: RouterSettings) -> None:
         self._settings = settings

@@ -1,4 +1,4 @@
-"""Removing blobs that no adapter refers to, by one router at a time."""
+"""Deletes blobs that no adapter refers to, on one router at a time."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -13,7 +13,7 @@ log = structlog.get_logger(__name__)
 
 
 class Collection:
-    """Calls `collect_garbage` every `interval_s`, unless another router is at it."""
+    """Calls `collect_garbage` every `interval_s`, unless another router collects just then."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Collection:
             except GranatumError as error:
                 log.warning("collection of blobs failed", error=error.message)
             except Exception:
-                # Whatever the store or the registry holds, the router's streams are not to pay.
+                # A surprise in the store or the registry must not end the router's streams.
                 log.exception("collection of blobs failed")
 
     async def collect(self) -> None:
@@ -52,5 +52,5 @@ class Collection:
         finally:
             collecting.cancel()
             await asyncio.wait({collecting})
-            # A router that stops here must not keep the turn from others for a lease.
+            # Even while this router stops: other routers would wait for the lease to end.
             await asyncio.shield(self._registry.release([self._turn]))

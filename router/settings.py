@@ -1,4 +1,4 @@
-"""Everything a router can be told, by flags or by `GRANATUM_ROUTER_*` in the environment."""
+"""Everything that a router can be told, by flags or by GRANATUM_ROUTER_* in the environment."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from granatum.v1.transport import Tls
 
 _HEARTBEATS_PER_LEASE = 4
 _LEAST_SHARE = 16
-"""Half of a short queue would be too few requests for a tenant that is alone."""
+"""The least bound of one tenant in the queue: half of a short queue would be too few."""
 
 
 class RouterSettings(BaseSettings):
@@ -39,8 +39,8 @@ class RouterSettings(BaseSettings):
     max_queue: int = Field(
         1024,
         ge=0,
-        description="the most requests that wait for a runner; as many again of tenants that have "
-        "none waiting",
+        description="the most requests that wait for a runner; as many again may wait that are "
+        "their tenant's only one",
     )
     max_queued_per_tenant: int = Field(
         512,
@@ -114,12 +114,12 @@ class RouterSettings(BaseSettings):
 
     @property
     def tls(self) -> Tls | None:
-        """Of the listening port."""
+        """TLS of the listening port."""
         return Tls.given(self.tls_cert, self.tls_key, self.tls_ca)
 
     @property
     def runner_tls(self) -> Tls | None:
-        """Of the channels to runners."""
+        """TLS of the channels to runners."""
         return Tls.given(self.runner_cert, self.runner_key, self.runner_ca)
 
     @property

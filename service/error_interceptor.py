@@ -1,4 +1,4 @@
-"""What handlers raise, and messages that cannot be parsed, become rich status here."""
+"""Turns what handlers raise, and messages that cannot be parsed, into rich statuses."""
 
 from __future__ import annotations  # grpc.RpcMethodHandler takes parameters in its stub alone
 
@@ -22,9 +22,9 @@ Handler = Callable[..., Any]
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Maps what a handler raises to a rich status; an unknown exception is logged as our bug.
+    """Maps what a handler raises to a rich status. An unknown exception is logged as our bug.
 
-    A message that cannot be parsed is the caller's error, in calls and in streams.
+    A message that cannot be parsed is the caller's error, alone or in a stream.
     """
 
     async def intercept_service(
@@ -43,7 +43,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 async def abort(context: Context, error: Exception) -> None:
-    """End a call with an error's rich status. It raises AbortError, as gRPC wants it."""
+    """End a call with an error's rich status. Raises AbortError, as gRPC requires."""
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, GranatumError):
@@ -53,7 +53,7 @@ async def abort(context: Context, error: Exception) -> None:
 
 
 def _refusal(error: Exception) -> grpc.RpcMethodHandler[Any, Any]:
-    """A handler that ends any call with `error` (a stream handler serves unary calls too)."""
+    """A handler that ends any call with `error`. A stream handler can serve unary calls too."""
 
     async def refuse(_: Any, context: Context) -> AsyncIterator[Any]:
         await abort(context, error)
@@ -78,8 +78,11 @@ def _wrap(handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any
 
 @dataclass(frozen=True, slots=True)
 class _Malformed:
-    """A message that could not be parsed. gRPC gives what a parser raises to the caller as it is,
-    so the parser returns this and the handler's wrapping raises."""
+    """A message that could not be parsed.
+
+    gRPC shows the caller whatever a parser raises. So the parser returns this record, and the
+    wrapped handler raises its error.
+    """
 
     error: InvalidRequest
 

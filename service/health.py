@@ -1,7 +1,7 @@
-"""grpc.health.v1, which strangers may ask.
+"""The standard health service, grpc.health.v1. Strangers may ask it.
 
-gRPC's own servicer keeps a service's lock while it writes to a watcher. One watcher that reads
-nothing then keeps the status from ever changing again, and the server from stopping.
+gRPC's own servicer holds a service's lock while it writes to a watcher. One watcher that reads
+nothing then blocks every later change of the status, and the stop of the server.
 """
 
 # ruff: noqa: N802 - methods are named by the service
@@ -20,7 +20,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class HealthBoard(HealthServicer):  # type: ignore[misc] # untyped
-    """The statuses of services. Setting one never waits, and who watches is not remembered."""
+    """The statuses of services. To set one never waits, and no watcher is remembered."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, HealthCheckResponse.ServingStatus.ValueType] = {}
@@ -28,7 +28,7 @@ class HealthBoard(HealthServicer):  # type: ignore[misc] # untyped
         self._closed = False
 
     def set(self, services: Iterable[str], *, serving: bool) -> None:
-        """Say of each service whether it serves; nothing after `close`."""
+        """Say whether these services serve. After `close` this does nothing."""
         if not self._closed:
             self._post(services, serving=serving)
 

@@ -1,14 +1,14 @@
-"""gRPC's asyncio server with a way of its own to take calls.
+"""gRPC's asyncio server, which takes calls in a way of its own.
 
-gRPC takes calls in one loop, and two things go wrong there. It decodes the path of every call. A
-path that is no UTF-8, which anybody can send, raises, and the whole server stops with all its
-calls. And it takes one call of each method per turn of the event loop. In a burst turns are long,
-and calls wait so long that gRPC cancels them without a word.
+gRPC takes calls in one loop, and the loop has two faults. First, it decodes the path of every call.
+Anybody can send a path that is not UTF-8. Decoding then raises, and the server stops with all its
+calls. Second, it takes one call of each method per turn of the event loop. In a burst the turns are
+long, and calls wait until gRPC cancels them without a word.
 
-Here calls of known methods are taken many at a turn. All other calls are taken without asking for
-their path: whatever it says, it names no method.
+This server takes many calls of a known method in one turn. It takes all other calls without asking
+for their path, because a path that is not known names no method anyway.
 
-This calls private functions of grpcio. Where a version of grpcio has others, gRPC's own server
+This file calls private functions of grpcio. If a version of grpcio has others, gRPC's own server
 serves, with both faults, and the log says so.
 """
 
@@ -33,13 +33,13 @@ _CALLED = {
     "_handle_rpc": 6,
     "_schedule_rpc_coro": 4,
 }
-"""The private functions that are called or replaced here, and with how many arguments."""
+"""The private functions that this file calls or replaces, with their numbers of arguments."""
 
 log = structlog.get_logger(__name__)
 
 
 class _Core(cygrpc.AioServer):  # type: ignore[misc] # untyped
-    """What gRPC asks for as the next call of a method is a task without end, which takes calls."""
+    """Where gRPC asks for the next call of a method, this starts tasks that take calls without end."""
 
     def __init__(self, interceptors: tuple[Any, ...], options: Any) -> None:
         super().__init__(cygrpc.get_working_loop(), None, (), interceptors, options, None)
@@ -48,7 +48,7 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc] # untyped
         self._calls: set[asyncio.Task[None]] = set()
 
     def add_registered_method_handlers(self, handlers: dict[str, Any]) -> None:
-        """Know more methods, by their paths."""
+        """Add methods by their paths."""
         super().add_registered_method_handlers(handlers)
         self._handlers.update(handlers)
 
@@ -64,7 +64,7 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc] # untyped
                 call = await self._next_call(method)
             except cygrpc._RequestCallError:  # noqa: SLF001
                 if not self.is_running():
-                    raise  # as the loop expects it
+                    raise  # gRPC's loop ends by this error
             else:
                 self._handle(path, resolver, call)
 
@@ -87,7 +87,7 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc] # untyped
 
 class _Server(_server.Server):
     def __init__(self, interceptors: tuple[Any, ...], options: Any) -> None:
-        # Not the parent's own, which makes a core that cannot be replaced.
+        # The parent's own would make a core that cannot be replaced.
         self._server = _Core(interceptors, options)
         self._loop = asyncio.get_event_loop()
 
@@ -95,7 +95,7 @@ class _Server(_server.Server):
 def sturdy_server(
     interceptors: Iterable[grpc.aio.ServerInterceptor], options: Iterable[tuple[str, int]]
 ) -> grpc.aio.Server:
-    """A server as `grpc.aio.server` makes it, but no call ends it and no burst drowns it."""
+    """A server as `grpc.aio.server` makes it. No call ends the server, and no burst drowns it."""
     checks, given = tuple(interceptors), tuple(options)
     try:
         _check_grpc()
@@ -110,7 +110,7 @@ def sturdy_server(
 
 
 def _check_grpc() -> None:
-    """Raise AttributeError or TypeError unless grpcio's private functions are as we know them."""
+    """Raise AttributeError or TypeError unless grpcio has the private functions that we know."""
     for path, arguments in _CALLED.items():
         function: Any = cygrpc
         for name in path.split("."):

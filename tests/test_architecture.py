@@ -141,6 +141,11 @@ def test_what_is_no_service_needs_no_grpc(module: str) -> None:
     assert loaded_by(f"granatum.{module}", ("grpc",)) == []
 
 
+def test_the_client_needs_grpcio_and_protobuf_alone() -> None:
+    others = ("numpy", "obstore", "pydantic", "redis", "rich", "structlog", "typer")
+    assert loaded_by("granatum.client", (*others, *HEAVY)) == []
+
+
 def loaded_by(module: str, suspects: tuple[str, ...]) -> list[str]:
     """Which of the suspects a process loads when it imports the module."""
     program = f"import sys, {module}; print(*{{*sys.modules}} & {{*{suspects!r}}})"

@@ -3,9 +3,9 @@
     blobs/<digest>/<epoch>/adapter_config.json
     blobs/<digest>/<epoch>/adapter_model.safetensors
 
-The epoch is the hour in which the bytes were stored. Whoever stores bytes that are there already
-from an earlier hour stores them again. So an upload refers to bytes of its own hour only, garbage
-collection deletes bytes of hours long past only, and neither can take the other by surprise.
+The epoch is the hour in which the bytes were stored. Bytes that are there already from an earlier
+hour are stored again. So an upload refers only to bytes of its own hour. Garbage collection deletes
+only bytes of hours long past, and can never delete what an upload is about to refer to.
 """
 
 import asyncio
@@ -75,7 +75,7 @@ class Blobs:
         self._strays = Strays()
 
     async def put(self, digest: str, files: Iterable[Path], epoch: int) -> None:
-        """Store the files in this epoch, over what may be there: that might be damaged."""
+        """Store the files in this epoch. Files that are there are replaced: they may be damaged."""
         for path in files:
             await self._objects.put_file(f"{PREFIX}/{digest}/{epoch}/{path.name}", path)
 
@@ -83,7 +83,7 @@ class Blobs:
         """The blobs of one digest, or all; newest first within a digest."""
         if digest is not None:
             return self._gather(await self._objects.listing(f"{PREFIX}/{digest}"))
-        # There may be millions: tokens of streams must pass meanwhile.
+        # There may be millions of objects. In a thread they do not hold up the tokens of streams.
         return await asyncio.to_thread(self._gather, await self._objects.listing(PREFIX))
 
     def _gather(self, objects: Iterable[Listed]) -> list[Blob]:
@@ -100,8 +100,8 @@ class Blobs:
     async def fetch(self, digest: str, directory: Path) -> AdapterFiles:
         """Bring the adapter to `directory/<digest>/`, whole and verified, or not at all.
 
-        Raises NotFound if the store has no such bytes, Unavailable (reason ADAPTER_CORRUPTED) if it
-        has damaged ones only, or is away.
+        Raises NotFound if the store has no such bytes. Raises Unavailable if the store is away, or
+        (reason ADAPTER_CORRUPTED) if all of its copies are damaged.
         """
         target = directory / check_digest(digest)
         if not target.is_dir():
@@ -139,7 +139,7 @@ class Blobs:
         return adapter_digest(sums[CONFIG_FILE], sums[WEIGHTS_FILE]) == blob.digest
 
     async def _read(self, listed: Listed) -> AsyncIterator[bytes]:
-        """An object's bytes in order, a few ranges ahead, each with a request's own timeout."""
+        """An object's bytes in order. A few ranges are read ahead, each by a request of its own."""
         begins = range(0, listed.size, _RANGE_BYTES)
         for batch in range(0, len(begins), _RANGES_AHEAD):
             reads = [
@@ -168,6 +168,6 @@ def _move(partial: Path, target: Path) -> None:
     try:
         partial.rename(target)
     except OSError:
-        # Somebody else fetched it meanwhile; the bytes are the same.
+        # Another fetch was faster, and brought the same bytes.
         if not target.is_dir():
             raise

@@ -27,7 +27,7 @@ class Collected:
 
 @dataclass(slots=True)
 class _Survey:
-    """What the catalogs say: digests that are or were needed, and those published, by tenant."""
+    """What the catalogs say: the digests that are or were needed, and each tenant's published."""
 
     needed: set[str] = field(default_factory=set)
     published: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class _Survey:
     """Tenants with a memory of deletions that is no longer needed."""
 
     def add(self, tenant: str, catalog: Catalog, since: float) -> None:
-        """Take in a tenant's catalog, and what it held since then."""
+        """Note what a tenant's catalog holds, and what it held after `since` (Unix seconds)."""
         self.needed.update(version.digest for _, version in catalog.versions())
         self.needed.update(d for d, gone in catalog.retired.items() if gone.at >= since)
         self.published[tenant] = catalog.published
@@ -44,7 +44,10 @@ class _Survey:
             self.remembering.append(tenant)
 
     def is_unneeded(self, hint: Hint) -> bool:
-        """Whether its tenant does not publish the digest. A damaged catalog does not tell."""
+        """Whether the hint's tenant does not publish the digest.
+
+        The hint of a tenant with a damaged catalog is kept: nobody knows what the tenant publishes.
+        """
         return hint.tenant not in self.damaged and hint.digest not in self.published.get(
             hint.tenant, ()
         )
@@ -53,12 +56,13 @@ class _Survey:
 async def collect(
     objects: Objects, blobs: Blobs, tenants: Tenants, now: float, grace_s: float
 ) -> Collected:
-    """Delete blobs and hints that no catalog refers to, or did within `grace_s` before `now`.
+    """Delete blobs and hints that no catalog refers to, nor did within `grace_s` before `now`.
 
-    An upload refers only to bytes of its own epoch, and what is deleted here is of epochs in which
-    every upload has long finished: none can begin to need it between the look and the deletion.
+    Only bytes of old epochs are deleted, in which every upload has long finished. An upload refers
+    only to bytes of its own epoch. So no upload can begin to need bytes between the look at the
+    catalogs and the deletion.
 
-    A damaged catalog may refer to anything. While there is one, nothing but second copies goes.
+    A damaged catalog may refer to any bytes. While there is one, only second copies are deleted.
     """
     settled = now - max(grace_s, 2 * COMMIT_WITHIN_S)
     old_blobs = [b for b in await blobs.listing() if epoch_end(b.epoch) <= settled]
@@ -87,7 +91,7 @@ async def _surveyed(tenants: Tenants, since: float) -> _Survey:
 
 
 def _unneeded(blobs: list[Blob], needed: Set[str]) -> list[Blob]:
-    """Those of other digests, and all but the newest whole one of each needed digest."""
+    """The blobs to delete: all of digests that nobody needs, and second copies of the others."""
     kept: set[str] = set()
     unneeded = []
     for blob in blobs:  # newest first within a digest

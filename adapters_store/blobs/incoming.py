@@ -36,7 +36,7 @@ class UploadHeader:
     files: tuple[FileDeclaration, ...]
 
     def check(self, limits: UploadLimits) -> None:
-        """Raise InvalidRequest or InvalidAdapter unless it declares an adapter within `limits`."""
+        """Raise InvalidRequest or InvalidAdapter unless an adapter within `limits` is declared."""
         check_name(self.name, field="header.name")
         for file in self.files[: len(FILES) + 1]:
             _check_file_name(file.name)
@@ -59,7 +59,7 @@ class UploadHeader:
 
     @property
     def size_bytes(self) -> int:
-        """Of all files."""
+        """The bytes of all files together."""
         return sum(file.size_bytes for file in self.files)
 
 
@@ -71,13 +71,13 @@ def adapter_digest(config_sha256: bytes, weights_sha256: bytes) -> str:
 async def receive(
     header: UploadHeader, chunks: AsyncIterator[bytes], directory: Path
 ) -> tuple[Path, Path]:
-    """Write the declared files into `directory`; the paths of the configuration and the weights.
+    """Write the declared files into `directory`; return the configuration's and weights' paths.
 
     Raises InvalidAdapter as soon as sizes or digests are not as declared.
     """
     with _Receiver(header.files, directory) as receiver:
         async for chunk in chunks:
-            # A cancelled upload must not leave a thread behind that makes files.
+            # A cancelled upload must not leave a thread behind that still writes files.
             await until_done(receiver.write, chunk)
         receiver.finish()
     return directory / CONFIG_FILE, directory / WEIGHTS_FILE

@@ -1,8 +1,9 @@
 """One tenant's adapters, versions and aliases: a value, and the changes that can be made to it.
 
-A tenant's catalog is one object in the store. Every change reads it, makes the next value here, and
-swaps it in only if nobody else did meanwhile, so whatever holds for a value holds always: names and
-aliases are distinct, versions are never given twice, an alias points at a version that exists.
+A tenant's catalog is one object in the store. Every change reads the object, makes the next value
+here, and swaps that value in only if nobody else changed the object meanwhile. So these rules hold
+always: names and aliases are distinct, a version's number is never given twice, and an alias points
+at a version that exists.
 """
 
 import hashlib
@@ -44,10 +45,10 @@ class Version:
     create_time: float
     base_fingerprint: str
     elements: int = 0
-    """Room that it takes in a runner's arena; 0: uploaded before this was kept."""
+    """Elements that it takes in a runner's arena; 0: an old upload, without this number."""
 
     def is_the_same_as(self, upload: "Version") -> bool:
-        """Whether uploading that adds nothing: the bytes and the base model are the same."""
+        """Whether `upload` adds nothing: its bytes and its base model are the same."""
         return (self.digest, self.base_fingerprint) == (upload.digest, upload.base_fingerprint)
 
 
@@ -55,7 +56,8 @@ class Version:
 class AdapterHistory:
     """A name's versions, oldest first.
 
-    Without versions it stays a while for `next_version`; `emptied` is when the last one went.
+    A name without versions is kept for a while, because `next_version` must not be given again.
+    `emptied` says when its last version was deleted, in Unix seconds.
     """
 
     next_version: int = 1
@@ -64,7 +66,7 @@ class AdapterHistory:
     emptied: float = 0.0
 
     def find(self, version: int | None) -> Version | None:
-        """That version, or the newest."""
+        """The version of this number, or with None the newest."""
         if version is None:
             return self.versions[-1] if self.versions else None
         at = bisect_left(self.versions, version, key=_number)
@@ -81,20 +83,20 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class Retired:
-    """When bytes were last deleted, in Unix seconds, and how many they are."""
+    """When the bytes of a digest were last deleted, in Unix seconds, and their number."""
 
     at: float
     size_bytes: int = 0
 
 
-@dataclass(frozen=True)  # no slots, for what is derived once
+@dataclass(frozen=True)  # without slots: cached properties need a __dict__
 class Catalog:
     """Everything that one tenant has.
 
     `retired` holds when each digest was last deleted, so that its bytes stay for streams in flight.
-    `floors` holds, for each of at most 256 classes of names, where a new name's versions begin:
-    above those of every name of its class that was forgotten. So no number is ever given twice,
-    and the memory of deleted names is bounded.
+    Names fall into at most 256 classes. `floors` holds for each class where the versions of a new
+    name begin: above the versions of every forgotten name of the class. So no number is ever given
+    twice, and the memory of deleted names is bounded.
     """
 
     adapters: dict[str, AdapterHistory] = field(default_factory=dict)
@@ -117,7 +119,7 @@ class Catalog:
         return self.adapters.get(name, AdapterHistory()).find(None)
 
     def find_digest(self, digest: str, *, published: bool = False) -> tuple[str, Version] | None:
-        """The latest upload with these bytes, of published adapters only if asked."""
+        """The latest version with these bytes; with `published` only of published adapters."""
         matching = [
             (name, version)
             for name, version in self._by_digest.get(digest, ())
@@ -143,7 +145,7 @@ class Catalog:
 
     @property
     def size_bytes(self) -> int:
-        """Of everything stored for the tenant, what was just deleted too."""
+        """Bytes stored for the tenant, those of just deleted versions included."""
         kept = {digest: found[0][1].size_bytes for digest, found in self._by_digest.items()}
         gone = (r.size_bytes for digest, r in self.retired.items() if digest not in kept)
         return sum(kept.values()) + sum(gone)
@@ -204,7 +206,7 @@ class Catalog:
             )
 
     def add_version(self, name: str, version: Version, limits: UploadLimits) -> "Catalog":
-        """With the next version of `name`; the number in `version` is replaced by it."""
+        """This catalog with one more version of `name`. The number in `version` is ignored."""
         self.check_room(name, version.digest, version.size_bytes, limits)
         floor = self.floors.get(_class(name), 1)
         adapter = self.adapters.get(name, AdapterHistory(next_version=floor))
@@ -216,7 +218,7 @@ class Catalog:
         return replace(self, adapters={**self.adapters, name: added})
 
     def delete(self, name: str, version: int | None, now: float) -> tuple["Catalog", int]:
-        """Without that version, or all of them, and their aliases; and how many that were."""
+        """This catalog without a version, or with None all, and their aliases; how many went."""
         adapter = self.adapters.get(name, AdapterHistory())
         gone = tuple(v for v in adapter.versions if version in (None, v.version))
         if not gone:
@@ -226,7 +228,7 @@ class Catalog:
         if left:
             adapters = {**self.adapters, name: replace(adapter, versions=left)}
         else:
-            # A name that is used anew must not be public because it once was.
+            # A name that is used again starts private, even if it was published before.
             adapters = {other: kept for other, kept in self.adapters.items() if other != name}
             adapters[name] = AdapterHistory(adapter.next_version, emptied=now)
         changed = replace(
@@ -244,7 +246,7 @@ class Catalog:
     def set_alias(
         self, alias: str, name: str, version: int | None, limits: UploadLimits
     ) -> "Catalog":
-        """With the alias pointing at that version, or at what is the newest now."""
+        """This catalog with the alias on a version, or with None on the newest version of now."""
         if self.adapters.get(alias, AdapterHistory()).versions:
             raise AlreadyExists(
                 f"{alias!r} is an adapter's name: choose another alias", field="alias"
@@ -257,7 +259,7 @@ class Catalog:
         return replace(self, aliases={**self.aliases, alias: Alias(name, found.version)})
 
     def delete_alias(self, alias: str) -> "Catalog":
-        """Without the alias."""
+        """This catalog without the alias."""
         if alias not in self.aliases:
             raise NotFound(f"there is no alias {alias!r}: list your adapters to see the aliases")
         return replace(
@@ -265,7 +267,7 @@ class Catalog:
         )
 
     def set_visibility(self, name: str, visibility: Visibility) -> "Catalog":
-        """With all versions of `name`, later ones too, of that visibility."""
+        """This catalog with that visibility of `name`: of all versions, later ones included."""
         adapter = self.adapters.get(name, AdapterHistory())
         if not adapter.versions:
             raise NotFound(_no_such(name, None))
@@ -274,17 +276,17 @@ class Catalog:
         )
 
     def forget_deleted(self, before: float) -> "Catalog":
-        """Without the memory of digests and names deleted before that time."""
+        """This catalog without the memory of digests and names that were deleted before then."""
         kept = {digest: gone for digest, gone in self.retired.items() if gone.at >= before}
         names = [name for name in self.emptied() if self.adapters[name].emptied < before]
         return replace(self, retired=kept).forget(names)
 
     def emptied(self) -> list[str]:
-        """The names without versions, the first to lose its last one first."""
+        """The names without versions, in the order in which they lost their last one."""
         return [name for name, adapter in self.adapters.items() if not adapter.versions]
 
     def forget(self, names: list[str]) -> "Catalog":
-        """Without these names; the floors of their classes rise above them."""
+        """This catalog without these names; the floors of their classes rise above them."""
         floors = dict(self.floors)
         for name in names:
             of = _class(name)

@@ -1,7 +1,7 @@
 """How a catalog is written in the store: JSON that ends with a SHA-256 of everything before.
 
-A version is a short row, and what many versions share stands once in "kinds": thousands of versions
-are read and written in some milliseconds, for which everything else in the process waits.
+A version is a short row. What many versions share stands once in "kinds". So thousands of versions
+are read and written in some milliseconds, while everything else in the process waits.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class CatalogDamaged(Internal):
 
 
 def encode(catalog: Catalog, revision: str) -> bytes:
-    """The catalog as JSON; `revision` tells this writing from any other."""
+    """The catalog as JSON. No two writings have the same `revision`."""
     body = b"".join(part.encode() for part in _parts(catalog, revision))
     return body + b',"sha256":"%s"}' % hashlib.sha256(body).hexdigest().encode()
 
@@ -131,7 +131,7 @@ def _version(row: list[Any], kinds: list[_Kind]) -> Version:
 
 
 def _old_catalog(fields: dict[str, Any]) -> Catalog:
-    """As it was written before there was a checksum."""
+    """A catalog of the format without a checksum."""
     return Catalog(
         adapters={
             name: AdapterHistory(

@@ -27,7 +27,7 @@ PUBLISHED_PREFIX = "published"
 _CACHED_TENANTS = 4096
 _SWAP_ATTEMPTS = 64
 _SMALL_BYTES = 1 << 16
-"""A catalog that is read and written within a millisecond or two: no thread is worth it."""
+"""A catalog up to this size is read and written within two milliseconds, without a thread."""
 _SMALL_VERSIONS = 200
 
 log = structlog.get_logger(__name__)
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """That a tenant may have published a digest."""
+    """A note in the store: this tenant may have published this digest."""
 
     key: str
     digest: str
@@ -68,7 +68,10 @@ class Tenants:
         return (await self._read(tenant)).catalog
 
     async def change(self, tenant: str, change: Callable[[Catalog], tuple[Catalog, T]]) -> T:
-        """Apply `change` to the newest catalog, again if another router was faster; its result."""
+        """Apply `change` to the newest catalog and return its result.
+
+        If another router changed the catalog meanwhile, `change` is applied again.
+        """
         lock = self._locks.setdefault(tenant, asyncio.Lock())
         async with lock:
             revision = uuid4().hex
@@ -89,7 +92,7 @@ class Tenants:
         return sorted({hint.tenant for hint in await self.hints(digest)})
 
     async def hints(self, digest: str | None = None) -> list[Hint]:
-        """Who may have published these bytes, or any."""
+        """The hints for these bytes, or for all bytes."""
         prefix = PUBLISHED_PREFIX if digest is None else f"{PUBLISHED_PREFIX}/{digest}"
         return [hint for key in await self._keys(prefix) if (hint := self._hint(key)) is not None]
 
@@ -120,7 +123,7 @@ class Tenants:
         key, known = _key(tenant), self._known.get(tenant)
         stored = await self._objects.get(key, known.stored if known else None)
         if stored is None:
-            # Not remembered, so that names of tenants that never were fill no memory.
+            # Tenants without a catalog are not remembered: their names would fill the memory.
             self._known.pop(tenant, None)
             return _Known(None, Catalog())
         if known is not None and stored is known.stored:
@@ -130,14 +133,14 @@ class Tenants:
         return self._remember(tenant, _Known(stored, catalog))
 
     async def _swap(self, tenant: str, known: _Known, changed: Catalog, revision: str) -> bool:
-        # Hints first: a published digest must never be without one.
+        # Hints are written first, so that no published digest is ever without one.
         for digest in changed.published - known.catalog.published:
             hint = f"{PUBLISHED_PREFIX}/{digest}/{tenant}/{self._epoch()}"
             await self._objects.put(hint, b"")
         data = await _encoded(changed, revision)
         stored = await self._objects.swap(_key(tenant), data, known.stored)
         if stored is None:
-            # obstore writes again if the answer is lost; then the second write meets the first.
+            # If an answer is lost, obstore writes again. The second write then finds the first.
             stored = await self._objects.get(_key(tenant))
             if stored is None or (await _decoded(stored.data, tenant))[1] != revision:
                 return False

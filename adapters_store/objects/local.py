@@ -1,7 +1,7 @@
 """Adapters in a local directory, durably, and safe for several routers on one machine.
 
-obstore's local store writes without fsync, has no conditional update, and lists nothing where one
-name is not UTF-8 or one link leads back; reading and deleting are its own, the rest is done here.
+obstore's local store writes without fsync and has no conditional update. Its listing fails if one
+name is not UTF-8 or one link leads back. So this file writes and lists; obstore reads and deletes.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ class LocalObjects(Objects):
             await asyncio.to_thread(self._clear_scratch, before)
 
     async def swap(self, key: str, data: bytes, known: Stored | None) -> Stored | None:
-        """Write the object if it is still `known` (None: absent); None if it is not."""
+        """Write the object if it is still `known` (None: absent); return None if it is not."""
         with translated("write", key):
             return await asyncio.to_thread(self._swap, key, data, known)
 
@@ -67,7 +67,7 @@ class LocalObjects(Objects):
             return await asyncio.to_thread(self._listing, prefix)
 
     def _listing(self, prefix: str) -> list[Listed]:
-        self.scratch.stat()  # or the store is away, and not empty
+        self.scratch.stat()  # raises if the store is away: it must not pass for empty
         return sorted(self._files(prefix), key=lambda listed: listed.key)
 
     def _files(self, prefix: str) -> Iterator[Listed]:
@@ -127,7 +127,7 @@ class LocalObjects(Objects):
             _sync(temporary)
             target = self._root / key
             for _ in range(_ATTEMPTS):
-                # Deleting an object takes its directory along, maybe the one just made.
+                # Another process deletes an object together with its directory, maybe the new one.
                 with suppress(FileNotFoundError):
                     _make_directory(target.parent)
                     temporary.replace(target)
@@ -139,7 +139,11 @@ class LocalObjects(Objects):
 
 
 def _unless_gone(error: OSError) -> None:
-    """What cannot be listed must not pass for empty: collection would delete what it refers to."""
+    """Raise unless the directory is gone.
+
+    A directory that cannot be listed must not pass for empty, or collection would delete bytes that
+    its catalogs refer to.
+    """
     if not isinstance(error, FileNotFoundError):
         raise error
 

@@ -1,4 +1,4 @@
-"""Where the adapters are: from a URL to the objects there."""
+"""From the URL of an adapter store to its objects."""
 
 import os
 from datetime import timedelta
@@ -16,7 +16,7 @@ from granatum.v1.errors import InvalidRequest
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
-# Fail within seconds, so that callers can say so: they have deadlines of their own.
+# A store that is away fails within seconds, so that a caller can say so before its deadline.
 _RETRIES: "RetryConfig" = {
     "max_retries": 3,
     "retry_timeout": timedelta(seconds=10),
@@ -31,9 +31,9 @@ _RETRIES: "RetryConfig" = {
 def open_objects(url: str) -> Objects:
     """Open a local directory (a path or file://), memory:// (for tests), or what obstore knows.
 
-    Object stores take credentials and endpoint from the environment, as obstore reads it (AWS_*,
-    GOOGLE_*, AZURE_*); plaintext HTTP only with AWS_ALLOW_HTTP=true. Raises InvalidRequest for a
-    URL that cannot be opened.
+    obstore reads credentials and endpoints from the environment (AWS_*, GOOGLE_*, AZURE_*). It uses
+    plaintext HTTP only with AWS_ALLOW_HTTP=true. Raises InvalidRequest for a URL that cannot be
+    opened.
     """
     parts = urlsplit(url)
     if parts.scheme in ("", "file"):

@@ -1,4 +1,4 @@
-"""The object store behind adapters: the few operations we need, and its errors as ours."""
+"""The object store behind adapters: the few operations that we need, with our errors."""
 
 import asyncio
 import copy
@@ -58,24 +58,24 @@ class Objects:
         """Called whenever a part of a range has come."""
 
     def watched(self, arrived: Callable[[], None]) -> Self:
-        """The same objects, with somebody who is told of every part of a range that comes."""
+        """The same objects, which report every part of a range as soon as it has come."""
         twin = copy.copy(self)
         twin.arrived = arrived
         return twin
 
     @property
     def scratch(self) -> Path:
-        """A local directory for files on their way into the store; TMPDIR moves it."""
+        """A local directory for files on their way into the store; it lies below TMPDIR."""
         return Path(tempfile.gettempdir())
 
     async def clear_scratch(self, before: float) -> None:
         """Remove what killed processes left in `scratch` before that Unix time.
 
-        The system's temporary directory is the system's to clear.
+        Here this does nothing: the system clears its own temporary directory.
         """
 
     async def get(self, key: str, known: Stored | None = None) -> Stored | None:
-        """The object, None if there is none; `known` itself, without a transfer, if unchanged."""
+        """The object, or None if there is none. If it is unchanged, `known` without a transfer."""
         etag = known.version.get("e_tag") if known else None
         with translated("read", key):
             try:
@@ -89,7 +89,7 @@ class Objects:
                 return None
 
     async def swap(self, key: str, data: bytes, known: Stored | None) -> Stored | None:
-        """Write the object if it is still `known` (None: absent); None if it is not."""
+        """Write the object if it is still `known` (None: absent); return None if it is not."""
         with translated("write", key):
             try:
                 result = await obstore.put_async(
@@ -105,7 +105,7 @@ class Objects:
             await obstore.put_async(self._store, key, data)
 
     async def put_file(self, key: str, path: Path) -> None:
-        """Write a file's bytes, in parts: memory stays bounded, and a half write never shows."""
+        """Write a file's bytes in parts. Memory stays bounded; half a file is never visible."""
         with translated("write", key):
             await obstore.put_async(self._store, key, path)
 
@@ -126,7 +126,7 @@ class Objects:
         """The objects whose keys begin with the path `prefix`, sorted by key."""
         with translated("list", prefix):
             metas = await obstore.list(self._store, prefix).collect_async()
-        # A store may hold millions: tokens of streams must pass meanwhile.
+        # A store may hold millions of objects. In a thread they hold up no tokens of streams.
         return await asyncio.to_thread(_sorted, metas) if len(metas) > _MANY else _sorted(metas)
 
     async def delete(self, keys: Sequence[str]) -> None:
@@ -141,7 +141,7 @@ def _sorted(metas: "Sequence[ObjectMeta]") -> list[Listed]:
 
 
 def _version(meta: "ObjectMeta | PutResult") -> "UpdateVersion":
-    """What identifies a writing; obstore refuses parts that are None."""
+    """What identifies one writing of an object. obstore refuses parts that are None."""
     version: UpdateVersion = {}
     if meta["e_tag"] is not None:
         version["e_tag"] = meta["e_tag"]

@@ -1,4 +1,4 @@
-"""The addresses that a box listens on, proven free before anything is started."""
+"""The addresses that a box listens on. They are proven free before any process starts."""
 
 import errno
 import socket
@@ -9,7 +9,7 @@ _ANY_HOST = ("", "0.0.0.0", "::", "*")  # noqa: S104 - recognised, not bound
 
 
 def claim(address: str) -> str:
-    """`host:port` that can be listened on now, port 0 replaced by a free one.
+    """The address, which is free to listen on now; port 0 is replaced by a free one.
 
     Raises PreconditionFailed if another process listens there, InvalidRequest if nobody could.
     """
@@ -20,7 +20,8 @@ def claim(address: str) -> str:
         raise InvalidRequest(
             f"{address} cannot be listened on: {host} is no name of this machine"
         ) from error
-    # A name such as localhost has several addresses; a service on one of them would be met there.
+    # A name such as localhost has several addresses. All must be free: else clients might reach
+    # another service on one of them.
     bound = [_bind(address, family, place) for family, _, _, _, place in found]
     free = next((number for number in bound if number is not None), None)
     if free is None:
@@ -29,7 +30,7 @@ def claim(address: str) -> str:
 
 
 def reachable(address: str) -> str:
-    """Where clients on other machines may reach what listens on `address`."""
+    """The address by which clients on other machines reach a service on `address`."""
     host, port = address.rpartition(":")[::2]
     return f"{socket.gethostname() if host.strip('[]') in _ANY_HOST else host}:{port}"
 
@@ -42,7 +43,7 @@ def _parse(address: str) -> tuple[str | None, int]:
 
 
 def _bind(address: str, family: int, place: tuple[object, ...]) -> int | None:
-    """The port bound for a moment; None if this machine does not have the address."""
+    """Bind the address for a moment; return its port, or None if this machine lacks the address."""
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""What this machine has to run on, found without torch."""
+"""The GPUs and cores of this machine, found without torch."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ def devices() -> tuple[str, ...]:
     """One device per visible GPU, `cuda:0`, `cuda:1`, ...; none if there is no GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        # CUDA looks no further than the first entry that names nothing.
+        # CUDA stops at the first entry that names no device.
         entries = (entry.strip() for entry in visible.split(","))
         count = len(list(takewhile(lambda entry: entry not in ("", "-1"), entries)))
     else:
@@ -25,7 +25,7 @@ def cores() -> int:
 
 
 def _installed_gpus() -> int:
-    """As the driver lists them; none where there is no driver, or one that does not answer."""
+    """The number of GPUs that the driver lists; 0 without a driver, or if it does not answer."""
     try:
         listed = subprocess.run(
             ["nvidia-smi", "-L"],

@@ -1,4 +1,4 @@
-"""Starts a process again whenever it ends, later and later if it does not last."""
+"""Starts a process again whenever it ends. The pauses grow while the process does not last."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""What a single-machine service consists of."""
+"""The parts of a service on one machine, as the user asked for them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from granatum.v1.transport import Tls, is_loopback
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a box consists of, and where it keeps what it has to keep."""
+    """What a box consists of, and where it keeps its state."""
 
     model: Path
     state: Path
@@ -28,12 +28,12 @@ class Layout:
     logs: Path | None = None
     """None: a directory in `state`."""
     tenants: tuple[str, ...] = ("default",)
-    """Who gets a key, if `state` holds no keys yet."""
+    """The tenants that get a key if `state` holds no keys yet."""
     runner_arguments: tuple[str, ...] = ()
 
     @property
     def keys_file(self) -> Path:
-        """Digests of the tenants' and admins' keys."""
+        """The file with the digests of tenants' and admins' keys."""
         return self.state / "keys.json"
 
     @property
@@ -47,10 +47,10 @@ class Layout:
 
     @property
     def needs_loopback(self) -> bool:
-        """Whether the box's runners need an address of their own to reach the router.
+        """Whether the router needs a second address, on loopback, for the box's runners.
 
-        A certificate names the router as clients call it, and hardly as 127.0.0.1. A router that
-        listens on another address of the machine does not listen on loopback.
+        With TLS it does: a certificate has the name that clients use, and hardly 127.0.0.1. If the
+        router listens on another address of the machine, it does not listen on loopback.
         """
         return self.tls is not None or not is_loopback(self.listen)
 

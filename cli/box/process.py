@@ -1,6 +1,6 @@
 """A child process that ends when we do, with its output in a log file.
 
-What a child writes, its log included, is for its owner's eyes alone.
+Only the user who started a child can read its files, the log included.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ _TAIL_LINES = 20
 _TAIL_COLUMNS = 500
 _LONGEST_LINE = 1 << 20
 
-# Runs in the child, before it becomes what it shall be: the kernel sends it SIGTERM when we die,
-# however we die. A parent that died before that is noticed by hand.
+# This runs in the child before the child becomes its program. It asks the kernel to send the child
+# SIGTERM when we die. If we died before that, the child's parent has changed, and the child ends.
 _LEASH = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -51,7 +51,7 @@ class Process:
         self._child: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
-        """Start the child; its log goes on from where it was. Unavailable if it cannot start."""
+        """Start the child, which appends to its log. Raises Unavailable if it cannot start."""
         try:
             log = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -87,12 +87,12 @@ class Process:
         return self._child.pid
 
     async def wait(self) -> int:
-        """The child's exit status, once it has ended."""
+        """Wait for the child's end; return its exit status."""
         assert self._child is not None
         return await self._child.wait()
 
     async def death(self) -> ProcessDied:
-        """How the child ended and what it said of it, once it has ended."""
+        """Wait for the child's end; return how it ended and what its log says of that."""
         status = await self.wait()
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         cause = self._cause() if status > 0 else None
@@ -101,7 +101,7 @@ class Process:
         return ProcessDied(f"{self.name} ended {how}; the end of {self.log}:\n{self.tail()}")
 
     async def logged(self, text: str) -> str:
-        """The first log line since the start that contains `text`, once it is there."""
+        """Wait for the first log line since the start that contains `text`; return it."""
         with self.log.open("rb") as log:
             log.seek(self._begin)
             line = b""
@@ -132,7 +132,7 @@ class Process:
         return "\n".join(_printable(line) for line in self._last_lines()[-_TAIL_LINES:])
 
     def _cause(self) -> str | None:
-        """What our programs say last of all: why they cannot serve."""
+        """Why the child could not serve, which our programs log last of all."""
         complaints = map(_complaint, reversed(self._last_lines()))
         return next((_printable(text) for text in complaints if text), None)
 
@@ -157,6 +157,6 @@ def _complaint(line: str) -> str:
 
 
 def _printable(line: str) -> str:
-    """Without what would move a terminal's cursor, and not endless."""
+    """A line that moves no terminal's cursor and is not too long."""
     cut = line if len(line) <= _TAIL_COLUMNS else f"{line[:_TAIL_COLUMNS]} ..."
     return "".join(c if c.isprintable() else " " if c == "\t" else "\ufffd" for c in cut)

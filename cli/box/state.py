@@ -1,4 +1,4 @@
-"""The directory in which a box keeps what has to last: private, and one box's at a time."""
+"""The directory of a box's lasting state. It is private, and one box at a time uses it."""
 
 import fcntl
 import os
@@ -13,7 +13,7 @@ _PRIVATE = 0o700
 
 @contextmanager
 def held(directory: Path, holder: str) -> Iterator[None]:
-    """Keep other boxes out of `directory`, which is made if need be; they are told `holder`.
+    """Keep other boxes out of `directory`. It is made if need be; other boxes are told `holder`.
 
     Raises PreconditionFailed if another box has it, or if it cannot be written.
     """
@@ -30,7 +30,7 @@ def held(directory: Path, holder: str) -> Iterator[None]:
 
 
 def make_private(directory: Path) -> None:
-    """Make a directory, and those above it, for our eyes alone; leave what exists as it is."""
+    """Make a directory, and missing ones above it, private. Directories that exist stay as is."""
     with _explained(directory):
         _make(directory)
 

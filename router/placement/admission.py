@@ -1,4 +1,4 @@
-"""How a sequence gets its runner: at once, or after its turn in the queue."""
+"""How a sequence gets its runner: at once, or when its turn in the queue comes."""
 
 import asyncio
 import random
@@ -35,7 +35,7 @@ _RETRY_S = 0.2
 
 
 class Admission:
-    """Places sequences, and has them wait where there is no room.
+    """Places sequences. Where there is no room, they wait.
 
     `unreachable` names the runners that this router cannot reach just now.
     """
@@ -55,7 +55,7 @@ class Admission:
         return len(self._line)
 
     async def run(self) -> None:
-        """Wake those who wait whenever there may be room, until cancelled."""
+        """Wake waiting sequences whenever there may be room, until cancelled."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._listen())
@@ -64,7 +64,7 @@ class Admission:
             await asyncio.gather(*self._under_way, return_exceptions=True)
 
     async def claim(self, lease: Lease, give_up: float) -> bool:
-        """Claim a name, waiting for the registry if need be; False if it is taken."""
+        """Claim a name; False if another owner has it. Waits while the registry is away."""
         assert lease.kind is LeaseKind.CLAIM
         try:
             claimed = await self._insist(lambda: self._registry.claim(lease), lease, give_up)
@@ -75,11 +75,11 @@ class Admission:
         return claimed
 
     async def admit(self, request: PlacementRequest, give_up: float) -> Placed:
-        """A runner with room reserved, by `give_up` (of the event loop's clock) at the latest.
+        """Reserve room on a runner, at the latest at `give_up` on the event loop's clock.
 
         The caller releases the reservation. Raises Overloaded if a bound is reached or no turn
-        came, PreconditionFailed if no runner could ever serve the adapter, Unavailable if there is
-        no runner within reach or the registry is away, DeadlineExceeded.
+        came, PreconditionFailed if no runner could ever serve the adapter, Unavailable if no runner
+        is within reach or the registry is away, and DeadlineExceeded.
         """
         try:
             outcome = await self._attempt(request, give_up)
@@ -110,7 +110,7 @@ class Admission:
         raise _too_late(outcome)
 
     async def _turn(self, waiter: Waiter, outcome: Waiting, give_up: float) -> bool:
-        """Wait for the next turn and take it; False if it does not come in time."""
+        """Wait for the next turn and take it. Raises TimeoutError if it does not come in time."""
         waiter.note(outcome)
         self._line.pass_on(waiter)
         async with asyncio.timeout_at(give_up):
@@ -128,10 +128,10 @@ class Admission:
     async def _insist(
         self, call: Callable[[], Coroutine[object, object, T]], brought: Lease, give_up: float
     ) -> T:
-        """Call until the registry answers. TimeoutError, or its failure, if it does not in time.
+        """Call the registry until it answers. Raises TimeoutError or the registry's last failure.
 
-        A call under way is never cut off: the registry may have acted already. If nobody waits for
-        its answer any more, what it `brought` is released when it has ended.
+        A call that was sent is never cut off: the registry may have acted already. If nobody waits
+        for the answer any more, the call still ends, and what it `brought` is then released.
         """
         clock = asyncio.get_running_loop().time
         task: asyncio.Task[T] | None = None
@@ -182,7 +182,7 @@ class Admission:
 
 
 def _failure(task: asyncio.Task[T]) -> Unavailable | None:
-    """Why the registry did not answer, or None; whatever else went wrong is raised."""
+    """Why the registry did not answer; None if it did. Raises any other error."""
     error = task.exception()
     if error is None or isinstance(error, Unavailable):
         return error
@@ -198,7 +198,7 @@ async def _pause(failure: Unavailable, left_s: float) -> None:
 
 
 def _waiting(request: PlacementRequest, outcome: Outcome) -> Waiting:
-    """An outcome for which to wait; raise the error that the others are."""
+    """The outcome, if the sequence is to wait for another one; else its error is raised."""
     match outcome:
         case placement.Full():
             raise Overloaded(

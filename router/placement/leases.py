@@ -16,16 +16,16 @@ log = structlog.get_logger(__name__)
 
 
 class Leases:
-    """Renews what is held and lets go in the background, many leases to a call.
+    """Renews and releases leases in the background, many with one call.
 
-    Letting go never waits and never fails: while the registry is away it is tried again until the
-    lease lapses by itself.
+    To release never waits and never fails. While the registry is away, the release is tried again
+    until the lease lapses by itself.
     """
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._held: set[Lease] = set()
-        self._released: dict[Lease, float] = {}  # until when it is worth telling
+        self._released: dict[Lease, float] = {}  # by lease: when it lapses by itself
         self._wake = asyncio.Event()
 
     async def run(self) -> None:
@@ -37,24 +37,24 @@ class Leases:
             tasks.create_task(self._release_forever())
 
     async def close(self) -> None:
-        """Let go of everything, after the end of `run`."""
+        """Release everything, after the end of `run`."""
         await self._release(self._held | self._released.keys())
 
     def __len__(self) -> int:
         return len(self._held)
 
     def hold(self, lease: Lease) -> None:
-        """Keep a lease that the registry just granted."""
+        """Keep a lease alive that the registry just granted."""
         self._held.add(lease)
         self._released.pop(lease, None)
 
     def release(self, lease: Lease) -> None:
-        """Let go of a lease; again is no harm."""
+        """Release a lease. A second call does nothing."""
         if lease in self._held:
             self.abandon(lease)
 
     def abandon(self, lease: Lease) -> None:
-        """Let go of what the registry may have granted by a call, if its answer was lost."""
+        """Release what the registry may have granted by a call whose answer was lost."""
         self._held.discard(lease)
         lapses = asyncio.get_running_loop().time() + self._registry.terms.lease_s
         self._released[lease] = lapses
@@ -77,7 +77,7 @@ class Leases:
         except Unavailable as error:
             log.warning("leases not renewed", leases=len(held), error=error.message)
             return False
-        # What was let go while the call was under way may have been renewed after all.
+        # The call may have renewed leases that were released meanwhile. Release those again.
         for lease in held - self._held:
             self.abandon(lease)
         return True
@@ -96,7 +96,7 @@ class Leases:
 
     def _forget(self, told: dict[Lease, float]) -> None:
         for lease, lapses in told.items():
-            if self._released.get(lease) == lapses:  # not let go once more meanwhile
+            if self._released.get(lease) == lapses:  # unless it was released once more meanwhile
                 del self._released[lease]
 
     def _forget_lapsed(self) -> None:

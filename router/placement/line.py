@@ -1,4 +1,4 @@
-"""This router's part of the queue: who waits here, in the queue's order, and whose turn it is."""
+"""This router's part of the queue: its waiting sequences in the queue's order, and their turns."""
 
 import asyncio
 import bisect
@@ -11,16 +11,16 @@ from granatum.router.placement.placement import Capped, Limited, PlacementReques
 
 @dataclass(order=True, slots=True)
 class Waiter:
-    """One who stands in line, and the event that says: try."""
+    """One waiting sequence. Its event `turn` says: try now."""
 
     entry: str
     request: PlacementRequest = field(compare=False)
     turn: asyncio.Event = field(default_factory=asyncio.Event, compare=False)
     obstacle: Hashable = field(default=None, compare=False)
-    """Why it stood aside at its last try; nobody with the same obstacle need try after it."""
+    """Why it stood aside at its last try. Others with the same obstacle need not try after it."""
 
     def note(self, outcome: Waiting) -> None:
-        """Remember what the last try came to."""
+        """Remember the outcome of the last try."""
         match outcome:
             case Capped():
                 self.obstacle = self._cap
@@ -30,7 +30,7 @@ class Waiter:
                 self.obstacle = None
 
     def meets(self, obstacles: set[Hashable]) -> bool:
-        """Whether an obstacle that stopped another stops this one too."""
+        """Whether one of these obstacles, which stopped others, stops this one too."""
         return self._cap in obstacles or self._limits in obstacles
 
     @property
@@ -43,7 +43,7 @@ class Waiter:
 
 
 class Line:
-    """Lets the first one try, and the next one after it only where the first stands aside."""
+    """Lets the first one try. The next one may try only if the first one stands aside."""
 
     def __init__(self) -> None:
         self._waiters: list[Waiter] = []
@@ -53,7 +53,7 @@ class Line:
 
     @contextmanager
     def enter(self, entry: str, request: PlacementRequest) -> Iterator[Waiter]:
-        """Stand in line; whoever leaves lets the next one try."""
+        """Wait in line. At the end the next one may try."""
         waiter = Waiter(entry, request)
         bisect.insort(self._waiters, waiter)
         try:
@@ -68,7 +68,7 @@ class Line:
             self._waiters[0].turn.set()
 
     def pass_on(self, waiter: Waiter) -> None:
-        """Where `waiter` stands aside, let the next one try whom no obstacle before it stops."""
+        """If `waiter` stands aside, let the next one try that no earlier obstacle stops."""
         if waiter.obstacle is None:
             return
         obstacles: set[Hashable] = set()

@@ -9,24 +9,24 @@ _ENTRY_LEASE_S = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How long what the registry keeps holds, in seconds, and how many requests it lets wait."""
+    """How long the registry's leases hold, in seconds, and how many requests may wait or run."""
 
     lease_s: float
-    """Of what a router holds: reservations and claims."""
+    """The lease of a router's reservations and claims."""
     runner_lease_s: float
-    """Of a runner, from its last heartbeat."""
+    """The lease of a runner, from its last heartbeat."""
     max_queue: int
-    """Requests in the queue."""
+    """The most requests in the queue."""
     max_queued_per_tenant: int
     max_running_per_tenant: int
-    """Requests of one tenant with a reservation; 0: no bound."""
+    """The most requests of one tenant that hold a reservation; 0: no bound."""
 
     @property
     def entry_lease_s(self) -> float:
-        """Of an entry in the queue.
+        """The lease of an entry in the queue.
 
-        The queue does not wait longer for a router that died. A router that only stalled gets its
-        places back.
+        It is short, because the queue waits so long for a router that died. A router that only
+        stalled gets its places back.
         """
         return min(self.lease_s, _ENTRY_LEASE_S)
 
@@ -36,31 +36,31 @@ class PlacementRequest:
     """A sequence that wants a runner."""
 
     id: str
-    """Unique in the fleet; names the reservation."""
+    """Unique in the fleet; the reservation has this name."""
     tokens: int
-    """Of prompt and output so far, estimated or known: what must fit into pages at once."""
+    """Tokens of prompt and output so far, estimated or known. They must fit into pages at once."""
     priority: int = 0
     entry: str | None = None
     """Its place in the queue's order, given by the first attempt and kept for life.
 
-    Whoever left its runner by its client's own doing comes without one, behind all who wait.
+    A sequence that lost its runner because its client did not read has none: it queues anew.
     """
     admitted: bool = False
-    """Whether it was placed before: the bounds of the queue no longer apply to it."""
+    """Whether the sequence was placed before. Then the bounds of the queue do not apply to it."""
     exclude: Collection[str] = ()
-    """Runners that just sent this sequence back: taken only if no other has room."""
+    """Runners that just sent this sequence back. One is taken only if no other has room."""
     avoid: Collection[str] = ()
-    """Runners that this router cannot reach: never taken."""
+    """Runners that this router cannot reach. None of them is taken."""
     tenant: str = ""
-    """Whose it is: tenants take turns."""
+    """The tenant of the request. Tenants take turns."""
     weight: float = 1.0
     """How many turns the tenant gets for one of a tenant of weight 1."""
     adapter: bool = False
-    """Whether it needs an adapter."""
+    """Whether the sequence needs an adapter."""
     rank: int = 0
-    """Of its adapter; a runner with a lower limit is never taken."""
+    """The adapter's rank. A runner with a lower limit is never taken."""
     elements: int = 0
-    """Of its adapter; a runner without room for them is never taken."""
+    """The adapter's elements. A runner that can never hold so many is never taken."""
 
 
 class LeaseKind(Enum):
@@ -70,22 +70,22 @@ class LeaseKind(Enum):
     ENTRY = "entry"
     CLAIM = "claim"
     SEQUENCE = "sequence"
-    """Whatever a placement brought, if its answer was lost. It is released and never renewed."""
+    """What a placement with a lost answer may have brought. It is released and never renewed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Something that a router holds in the registry until it lets go, or dies and it lapses."""
+    """Something that a router holds in the registry until the router releases it or dies."""
 
     kind: LeaseKind
     name: str
-    """Of a reservation the runner, of a claim what is claimed, of a sequence the entry if known."""
+    """RESERVATION: the runner. CLAIM: what is claimed. SEQUENCE: its entry, if known. ENTRY: ""."""
     member: str
-    """Of a reservation the sequence, of a claim its owner, of an entry the entry; the sequence."""
+    """RESERVATION and SEQUENCE: the sequence. CLAIM: the owner. ENTRY: the entry."""
     pages: int = 0
-    """Reserved pages, given back with a reservation."""
+    """RESERVATION: the pages that are given back with it."""
     tenant: str = ""
-    """Of a reservation: the tenant that has one running request more by it."""
+    """RESERVATION: the tenant, which has one more running request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +100,20 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """No room now, or others came first: waits in the queue."""
+    """There is no room now, or others come first. The sequence waits in the queue."""
 
     entry: str
     live_runners: int
 
     @property
     def lease(self) -> Lease:
-        """What keeps its place in the queue."""
+        """The lease that keeps the sequence's place in the queue."""
         return Lease(LeaseKind.ENTRY, "", self.entry)
 
 
 @dataclass(frozen=True, slots=True)
 class Aside:
-    """Waits, and is not in the queue: room that is free now is not for it, so it blocks nobody."""
+    """The sequence waits beside the queue. Free room does not suit it, so it blocks nobody."""
 
     entry: str
     live_runners: int

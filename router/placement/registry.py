@@ -1,7 +1,7 @@
-"""What routers know together: live runners, reservations, the queue. Redis, and nothing durable.
+"""What all routers know together: live runners, reservations, the queue. It lives in Redis.
 
-`registry.lua` beside this file has the keys. The other Lua files have every read-modify-write; all
-are one script.
+`registry.lua` beside this file describes the keys. The other Lua files hold every change that first
+reads. All Lua files together are one script.
 """
 
 import asyncio
@@ -58,15 +58,16 @@ _WAITING: dict[bytes, type[Queued | Unreachable | Limited | Capped]] = {
     b"running": Capped,
 }
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, DecodeError)
-"""What a corrupted answer raises, in the Redis client or here."""
+"""The errors that a corrupted answer raises, in the Redis client or here."""
 
 log = structlog.get_logger(__name__)
 
 
 class Registry:
-    """The fleet of one base model as every router sees it; fleets share a server by fingerprint.
+    """The fleet of one base model, as every router sees it.
 
-    Every method raises `Unavailable` while the server is away.
+    Fleets may share a server: all keys begin with the model's fingerprint. Every method raises
+    Unavailable while the server is away.
     """
 
     def __init__(self, url: str, fingerprint: str, terms: Terms) -> None:
@@ -90,9 +91,9 @@ class Registry:
         await self._redis.aclose(close_connection_pool=True)
 
     async def place(self, request: PlacementRequest) -> Outcome:
-        """Reserve room on the largest working set that has it, or queue for a turn.
+        """Reserve room on the largest working set that has room, or queue for a turn.
 
-        A call again after `Unavailable` does no more than the first may have done.
+        After Unavailable the same call may be made again: its effect is that of one call.
         """
         arguments = json.dumps(self._placement_arguments(request))
         async with self._answer("place", arguments) as reply:
@@ -116,22 +117,22 @@ class Registry:
         return _WAITING[kind](entry, int(reply[2]))
 
     async def claim(self, lease: Lease) -> bool:
-        """Take a name for its owner; False if another one holds it."""
+        """Take a name for its owner; False if another owner holds the name."""
         assert lease.kind is LeaseKind.CLAIM
         return await self._flag("claim", lease.name, lease.member, self._lease_ms)
 
     async def renew(self, leases: Iterable[Lease]) -> None:
-        """Keep them for another lease; what a restarted server forgot is there again."""
+        """Renew leases. What a restarted server forgot is there again."""
         for batch in _batches(leases):
             await self._run("renew", self._lease_ms, self._entry_lease_ms, batch)
 
     async def release(self, leases: Iterable[Lease]) -> None:
-        """Let go of them, and tell whoever waits."""
+        """Release leases, and wake waiting sequences."""
         for batch in _batches(leases):
             await self._run("release", self._lease_ms, batch)
 
     async def heartbeat(self, runner: Runner) -> bool:
-        """Register a runner or renew its lease; whether an operator wants it to drain.
+        """Register a runner or renew its lease; return whether an operator wants it to drain.
 
         Raises PreconditionFailed while another process with its id is alive.
         """
@@ -156,7 +157,7 @@ class Registry:
             return bool(said)
 
     async def deregister(self, runner_id: str, instance: str = "") -> bool:
-        """Forget a runner, and that it was to drain; False if another process has its id now."""
+        """Forget a runner and its drain mark; False if another process has the id now."""
         return await self._flag("deregister", runner_id, instance)
 
     async def alive(self, runner_id: str) -> bool:
@@ -183,9 +184,9 @@ class Registry:
             await self._redis.ping()
 
     async def news(self) -> AsyncGenerator[None]:
-        """Yield at once, and then whenever room may have come free for whoever waits.
+        """Yield at once, and then whenever there may be room for a waiting sequence.
 
-        Ends after a silence, for a subscription may be lost and say nothing: subscribe again.
+        Ends after a silence, because a subscription may be lost without a word. Subscribe again.
         """
         with _translated():
             async with self._redis.pubsub() as subscription:
@@ -230,9 +231,10 @@ class Registry:
 
     @asynccontextmanager
     async def _answer(self, *arguments: str | int | bytes) -> AsyncIterator[Any]:
-        """What a command answers; whoever fails to read it within raises Unavailable.
+        """The answer of a command. If the body cannot read it, Unavailable is raised.
 
-        After such a failure no connection is used again that might still hold other answers.
+        After such a failure the idle connections are closed: one might still hold another call's
+        answer.
         """
         with _translated():
             try:
@@ -256,7 +258,7 @@ def _pool(url: str) -> BlockingConnectionPool:
             socket_connect_timeout=_TIMEOUT_S,
             retry=Retry(ExponentialBackoff(cap=0.1, base=0.02), _RETRIES),
         )
-    except ValueError:  # which quotes what may be a part of the password
+    except ValueError:  # its text may quote a part of the password
         raise InvalidRequest(
             "the Redis URL cannot be read: give redis://, rediss:// or unix://, a port that is a "
             "number, and what is special in a password as %xx"
@@ -280,7 +282,7 @@ def _translated() -> Iterator[None]:
 
 
 def _heed_cancellation() -> None:
-    """Raise the cancellation that the Redis client takes for a failure while it connects."""
+    """Raise a pending cancellation. While it connects, the Redis client takes one for a failure."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError

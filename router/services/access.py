@@ -1,4 +1,4 @@
-"""Who may call what: one interceptor checks the key of every call before its handler runs."""
+"""Who may call what. One interceptor checks the key of every call before the handler runs."""
 
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -32,19 +32,19 @@ _max_priority: ContextVar[int] = ContextVar("max_priority")
 
 
 def current_tenant() -> str:
-    """The tenant whose key came with the call under way."""
+    """The tenant of the call that runs in this task."""
     return _tenant.get()
 
 
 def current_max_priority() -> int:
-    """The highest priority that the key of the call under way may ask for."""
+    """The highest priority that the key of this task's call allows."""
     return _max_priority.get()
 
 
 class Access(grpc.aio.ServerInterceptor):
     """Tenant keys open Inference and Adapters, admin keys Cluster, the cluster key Registry.
 
-    Health and reflection are open to all; anything else is refused.
+    Health and reflection are open to all. Everything else is refused.
     """
 
     def __init__(self, keys: Keys, cluster_key: str) -> None:
@@ -71,7 +71,7 @@ class Access(grpc.aio.ServerInterceptor):
         return handler if handler is None or trusted else self._turns.wrap(handler, method, tenant)
 
     def _admit(self, service: str, key: str) -> str | None:
-        """The tenant that calls, or None: our own processes and operators."""
+        """The tenant that calls; None for runners and operators."""
         if service == REGISTRY:
             check_cluster_key(key, self._cluster_key)
             return None

@@ -25,7 +25,7 @@ MAX_PAGE = 1000
 USUAL_PACE = Pace()
 _MAX_FILES = 16
 _AT_ONCE = 25
-"""Adapters to describe before others have their turn; one page at a time is described."""
+"""Adapters of a page that are described at once, before other work has a turn."""
 _VISIBILITY = {
     Visibility.PRIVATE: pb.VISIBILITY_PRIVATE,
     Visibility.PUBLISHED: pb.VISIBILITY_PUBLISHED,
@@ -91,7 +91,7 @@ class AdapterServicer(AdapterServiceServicer):
             for begin in range(0, len(page.adapters), _AT_ONCE):
                 batch = page.adapters[begin : begin + _AT_ONCE]
                 response.adapters.extend(_adapter(manifest) for manifest in batch)
-                await asyncio.sleep(0)  # others' tokens come between
+                await asyncio.sleep(0)  # lets tokens of streams pass
         return response
 
     async def DeleteAdapter(

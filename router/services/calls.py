@@ -1,4 +1,4 @@
-"""Clients' calls under way: counted, watched while they are not read, and ended from outside."""
+"""Clients' open calls: they are counted, cut if nobody reads them, and ended from outside."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ log = structlog.get_logger(__name__)
 
 
 class Call:
-    """One client's call; made in the task that runs its handler."""
+    """One client's call. It must be made in the task that runs the call's handler."""
 
     def __init__(self, context: Context, unread_s: float, done: Callable[[], None]) -> None:
         self._context = context
@@ -34,8 +34,8 @@ class Call:
     async def begin(self) -> None:
         """Send the call's headers, before its first message.
 
-        gRPC would send them with the first message. A call whose first message is stuck could then
-        not be ended with an error.
+        gRPC would send the headers with the first message. While that message is stuck, the call
+        could not be ended with an error.
         """
         if not self._begun:
             self._begun = True
@@ -43,7 +43,7 @@ class Call:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """While gRPC writes a message, which takes until the client has read most before it."""
+        """Watch while gRPC writes a message. gRPC waits until the client has read most others."""
         self._writing_since = self._loop.time()
         if self._timer is None:
             self._timer = self._loop.call_later(self._unread_s, self._look)
@@ -53,12 +53,12 @@ class Call:
             self._writing_since = None
 
     def end(self, error: GranatumError) -> None:
-        """End the call with an error, whatever its handler is doing."""
+        """End the call with an error, whatever the handler does just now."""
         if self._ending is None:
             self._ending = asyncio.create_task(self._end(error))
 
     def close(self) -> None:
-        """The handler is over. Where the client must still hear of an error, its place is kept."""
+        """Note that the handler is over. The call counts until its client has heard of an error."""
         if self._timer is not None:
             self._timer.cancel()
         if self._ending is None:
@@ -67,12 +67,12 @@ class Call:
             self._ending.add_done_callback(lambda _: self._done())
 
     async def ended(self) -> None:
-        """Wait until the client has heard of the error, or is gone."""
+        """Wait until the client has heard of the call's error, or is gone."""
         if self._ending is not None:
             await self._ending
 
     def _look(self) -> None:
-        """Cut a client that is stuck, or look again when it would be."""
+        """Cut a client that is stuck, or look again at the time when it would be stuck."""
         self._timer = None
         if self._writing_since is None:
             return
@@ -91,18 +91,18 @@ class Call:
         )
 
     async def _end(self, error: GranatumError) -> None:
-        # No await may come before gRPC has the status: until the handler's task has been woken to
-        # its cancellation, the call certainly stands.
+        # No await may stand before gRPC has the status. The call is sure to be open until the
+        # handler's task wakes to its cancellation.
         if self._handler is None or self._handler.done() or self._context.done():
             return
         self._handler.cancel()
-        # An AbortError comes when the client has heard, an InternalError if it is gone.
+        # gRPC raises AbortError once the client has heard, InternalError if the client is gone.
         with suppress(grpc.aio.BaseError):
             await abort(self._context, error)
 
 
 class Calls:
-    """Opens calls within the quotas."""
+    """Opens calls, as far as the quotas allow."""
 
     def __init__(self, quotas: Quotas, unread_s: float) -> None:
         self._quotas = quotas
@@ -129,7 +129,7 @@ class Calls:
             call.close()
 
     def end_all(self) -> None:
-        """Send every client to another router."""
+        """End every call with an error that sends its client to another router."""
         for call in tuple(self._open):
             call.end(
                 Unavailable(
@@ -140,5 +140,5 @@ class Calls:
             )
 
     async def close(self) -> None:
-        """Wait for the end of every call that is being ended, once the server has stopped."""
+        """After the server has stopped: wait until every ended call's client has heard."""
         await asyncio.gather(*(call.ended() for call in tuple(self._open)), return_exceptions=True)

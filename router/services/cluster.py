@@ -39,7 +39,7 @@ _MOST = {
     "max_adapter_elements": 1 << 53,
     "sequences": 1 << 20,
 }
-"""What no runner reaches. Lua and JSON hold all of these numbers exactly."""
+"""Bounds that no runner reaches. Lua and JSON hold numbers up to these exactly."""
 _LONGEST = {"model": 1024, "model_fingerprint": 128, "instance": 128, "trouble": 4096}
 _MOST_ADAPTERS = 1 << 16
 _LONGEST_DIGEST = 128
@@ -114,14 +114,14 @@ class RegistryServicer(RegistryServiceServicer):
             )
 
     def _note_refusal(self, runner: Runner, error: PreconditionFailed) -> None:
-        """Log each process that is refused once, not at each of its heartbeats."""
+        """Log a refused process once, not at each of its heartbeats."""
         if self._refused.get(runner.id) != runner.instance:
             self._refused[runner.id] = runner.instance
             log.error("runner refused", runner=runner.id, error=error.message)
 
 
 def _check(runner: Runner) -> None:
-    """Raise InvalidRequest for the first field of a heartbeat that no runner can mean."""
+    """Raise InvalidRequest for the first field of a heartbeat that no real runner would send."""
     _check_id(runner.id, "runner.id")
     address = _ADDRESS.fullmatch(runner.address)
     if address is None or int(address[1]) >= 1 << 16:

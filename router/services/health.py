@@ -1,4 +1,4 @@
-"""Whether this router serves, in the standard health service."""
+"""What this router says of itself in the standard health service."""
 
 import asyncio
 
@@ -17,10 +17,11 @@ log = structlog.get_logger(__name__)
 
 
 class RegistryHealth:
-    """The process as a whole serves until it stops; services as long as what they need answers.
+    """The process as a whole serves until it stops. Services that need the registry serve while it
+    answers.
 
-    So a liveness probe of the whole does not kill streams that outlast the registry's absence,
-    while a readiness probe of a service sends new requests elsewhere.
+    Streams outlast an absence of the registry. So a liveness probe of the whole process does not
+    end them, while a readiness probe of a service sends new requests elsewhere.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -29,7 +30,7 @@ class RegistryHealth:
         self._serving = True
 
     async def start(self) -> None:
-        """Find out what is served, before anybody asks."""
+        """Ask the registry for the first time, before anybody asks for the health."""
         self.servicer.set((OVERALL_HEALTH, *SERVICES), serving=True)
         await self._check()
 

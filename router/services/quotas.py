@@ -12,7 +12,7 @@ class CallBounds:
     streams: int
     streams_per_tenant: int
     bytes_per_tenant: int
-    """Of requests."""
+    """The bytes of one tenant's open requests."""
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""Which adapter a request means; while the store is away, what it meant a moment ago."""
+"""Which adapter a request means. While the store is away, its last answers serve for a moment."""
 
 import asyncio
 from collections import OrderedDict
@@ -12,9 +12,9 @@ from granatum.v1.errors import RETRY_AFTER_S, DeadlineExceeded, GranatumError, U
 
 _KNOWN = 20_000
 _ANSWER_S = 2.0
-"""How long the store may take when an older answer would do."""
+"""How long the store may take where an older answer could serve."""
 _MEMORY_S = 5.0
-"""How old an answer may be that serves while the store is away, from when the store gave it."""
+"""The age up to which an answer of the store serves while the store is away."""
 
 log = structlog.get_logger(__name__)
 
@@ -32,17 +32,17 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What the store said, and when on the event loop's clock."""
+    """An answer of the store, and when the store was asked, on the event loop's clock."""
 
     resolved: Resolved
     told: float
 
 
 class Resolver:
-    """Asks the store each time, so that versions, aliases and deletions count at once.
+    """Asks the store each time, so that new versions, aliases and deletions count at once.
 
-    Only the store's own failure lets memory answer, and only with what the store told this tenant
-    within the last few seconds: whatever a caller does, no other caller's answer changes.
+    An older answer serves only if the store itself fails, and only if the store gave it to the same
+    tenant within the last seconds. So no caller can change another caller's answer.
     """
 
     def __init__(self, store: AdapterStore, patience_s: float) -> None:
@@ -53,8 +53,8 @@ class Resolver:
     async def resolve(self, tenant: str, reference: str, deadline: Deadline) -> Resolved:
         """The version that `reference` (as in GenerateRequest.adapter) means to this tenant.
 
-        Raises NotFound, InvalidRequest, DeadlineExceeded, or Unavailable if the store is away and
-        did not tell of late.
+        Raises NotFound, InvalidRequest or DeadlineExceeded. Raises Unavailable if the store is away
+        and there is no recent answer.
         """
         if not reference:
             return Resolved()
@@ -81,7 +81,7 @@ class Resolver:
         return resolved
 
     def _remembered(self, key: tuple[str, str]) -> Resolved | None:
-        """What the store told, if it is not too old to serve."""
+        """The store's last answer, if it is recent enough to serve."""
         known = self._known.get(key)
         if known is None or asyncio.get_running_loop().time() - known.told > _MEMORY_S:
             return None

@@ -1,8 +1,8 @@
 """How many calls of one caller are taken in at a time.
 
-A message on its way takes memory before any quota can count it, and a call that answers at once
-takes processor time. So calls wait for a turn before their message is read. gRPC holds back what a
-client sends to a call that does not read.
+A message takes memory while it arrives, before any quota can count it. A short call takes processor
+time. So every call waits for a turn before its message is read. Meanwhile gRPC holds the client's
+message back.
 """
 
 from __future__ import annotations  # grpc.RpcMethodHandler takes parameters in its stub alone
@@ -31,14 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Turns:
-    """Of one lane."""
+    """The calls of one lane."""
 
     calls: int = 0
     seats: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_A_TIME))
 
 
 class Turns:
-    """Lanes by caller and method, so that nobody waits for another, or a short call for a long."""
+    """One lane for each caller and method.
+
+    So no caller waits for another caller, and no short call for a long one.
+    """
 
     def __init__(self, within_s: float = _WITHIN_S) -> None:
         self._within_s = within_s
@@ -48,10 +51,11 @@ class Turns:
         return len(self._lanes)
 
     def wrap(self, handler: Handler, method: str, caller: str | None) -> Handler:
-        """The same handler in turns. A caller without a name is known by its address.
+        """The same handler, which waits for turns. A caller without a name counts by its host.
 
-        A call has its turn until its message is read, or until its answer if that is one too. An
-        upload has seats of its own. Other streams of messages have the turn until they end.
+        A call with one request and one response keeps its turn to the end. One with a stream of
+        responses keeps its turn until its message is read. Streams in both directions keep it to
+        the end. Uploads are not wrapped: they have seats of their own.
         """
         codec = (handler.request_deserializer, handler.response_serializer)
 
@@ -138,5 +142,5 @@ class Turns:
 
 
 def _host(peer: str) -> str:
-    """Of `ipv4:127.0.0.1:1234` what connections of one machine have in common."""
+    """The part of gRPC's `ipv4:127.0.0.1:1234` that all connections of a machine share."""
     return peer.rpartition(":")[0]

@@ -1,4 +1,4 @@
-"""How many uploads a router takes at a time, how fast they must come, and what they may need."""
+"""How many uploads a router takes at a time, how fast they must come, what runners can serve."""
 
 import asyncio
 from collections import Counter
@@ -25,9 +25,9 @@ class Pace:
     stall_s: float = 30.0
     """The longest wait for the next bytes."""
     grace_s: float = 60.0
-    """From then on the average counts."""
+    """Seconds after which the average speed counts."""
     bytes_per_s: float = 64 << 10
-    """On average."""
+    """The least average speed."""
 
 
 class Seats:
@@ -48,11 +48,11 @@ class Seats:
             yield
         finally:
             self._taken[tenant] -= 1
-            self._taken += Counter()  # forgets the tenants that have none
+            self._taken += Counter()  # this forgets tenants without seats
 
 
 class Rooms:
-    """What the fleet's runners can serve, as known a moment ago."""
+    """What the fleet's runners can serve, as the registry said at most a second ago."""
 
     def __init__(self, runners: Callable[[], Awaitable[list[RunnerStatus]]]) -> None:
         self._runners = runners
@@ -61,7 +61,7 @@ class Rooms:
         self._asking = asyncio.Lock()
 
     async def fleet(self) -> Fleet:
-        """Each runner's room; nothing while no runner lives or the registry is away."""
+        """The runners' rooms; empty while no runner lives or the registry is away."""
         async with self._asking:
             now = asyncio.get_running_loop().time()
             if now - self._asked > _FRESH_S:
@@ -83,7 +83,7 @@ async def paced(
 ) -> AsyncIterator[UploadAdapterRequest]:
     """The same messages. Raises DeadlineExceeded once the sender is too slow.
 
-    Only the time that the sender lets us wait counts; empty chunks are no progress.
+    Only time counts in which we wait for the sender. An empty chunk is no progress.
     """
     clock = asyncio.get_running_loop().time
     waited, waited_since_progress, received = 0.0, 0.0, 0
@@ -111,11 +111,11 @@ async def paced(
 
 
 async def discard(requests: AsyncIterator[UploadAdapterRequest]) -> None:
-    """Take what the sender of a refused upload still sends, for a moment.
+    """Read for a moment what the sender of a refused upload still sends.
 
-    A client that is writing when its call ends learns of the broken write, not of the refusal.
+    If a call ends while its client writes, the client sees a broken write and not the refusal.
     """
-    with suppress(Exception):  # the refusal is what counts
+    with suppress(Exception):  # only the refusal matters to the client
         async with asyncio.timeout(_DISCARD_S):
             async for _ in requests:
                 pass

@@ -16,9 +16,9 @@ class Deadline:
 
     @classmethod
     def from_remaining(cls, seconds: float | None) -> "Deadline":
-        """Of a call that just arrived, by what its client leaves; None: no limit.
+        """The deadline of a call that just arrived, for which its client waits `seconds` more.
 
-        It is given up a little before, so that the client still learns why.
+        None: no limit. A call is given up a little early, so that its client still learns why.
         """
         now = asyncio.get_running_loop().time()
         if seconds is None:
@@ -26,7 +26,7 @@ class Deadline:
         return cls(now, now + seconds - min(_MARGIN * seconds, _LONGEST_MARGIN_S))
 
     def give_up(self, patience_s: float) -> float:
-        """When to give up waiting that begins now; `patience_s` is for calls without a deadline."""
+        """When to end a wait that begins now. A call without a deadline waits for `patience_s`."""
         if self.give_up_at is not None:
             return self.give_up_at
         return asyncio.get_running_loop().time() + patience_s

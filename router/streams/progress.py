@@ -1,4 +1,4 @@
-"""What a client has of its stream, and what the next runner must know to go on from there."""
+"""What a client has of its stream so far, and what the next runner needs to continue it."""
 
 from array import array
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from granatum.v1.runner_pb2 import SequenceOutput, SubmitSequence
 
 @dataclass(slots=True)
 class Progress:
-    """A stream so far. Times are of one monotonic clock, in seconds."""
+    """A stream so far. All times are seconds of one monotonic clock."""
 
     request: AcceptedRequest
     arrived: float
@@ -31,12 +31,12 @@ class Progress:
 
     @property
     def resumptions(self) -> int:
-        """How often the sequence went to a runner again."""
+        """How often the sequence went to a runner, after its first one."""
         return max(0, self.placements - 1)
 
     @property
     def tokens_to_hold(self) -> int:
-        """Tokens that the next runner must have room for, an estimate before any has counted."""
+        """Tokens that the next runner must have room for; an estimate until a runner counted."""
         return (self.prompt_tokens or self.request.estimated_tokens) + len(self.tokens)
 
     def submission(self, now: float, suspicion: int = 0) -> SubmitSequence:
@@ -55,7 +55,7 @@ class Progress:
     def absorb(
         self, news: Iterable[SequenceOutput], runner_id: str, now: float
     ) -> GenerateResponse:
-        """The client's part of the news: all their tokens, and start and end where they belong."""
+        """The message to the client: the news' tokens, the start if it is the first, the end."""
         response = GenerateResponse()
         for output in news:
             response.tokens.extend(output.tokens)

@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator
 from granatum.v1.runner_pb2 import SequenceOutput
 
 MESSAGE_BYTES = 16 << 10
-"""News are received in parts of about this size: the client's messages, and the steps in which it
-is seen to read."""
+"""About the size of one message to the client. Between two messages we see whether it reads."""
 UNREAD_BYTES = 256 << 10
 UNREAD_TOKENS = 2048
-"""Beyond these the client reads too slowly to be worth a runner's room."""
+"""The most that may be unread. A client that reads more slowly loses its room on the runner."""
 
 
 class SessionLost(Exception):
-    """The session broke; its sequences are to be placed again.
+    """The session broke; its sequences must be placed again.
 
-    `alone`: the runner was lost with no other sequence of this router, which may be the cause.
+    `alone`: no other sequence of this router was on the lost runner, so this one may be the cause.
     """
 
     def __init__(self, *, alone: bool = False) -> None:
@@ -26,17 +25,17 @@ class SessionLost(Exception):
 
 
 class Unread(Exception):
-    """Too much was unread, so the runner forgot the sequence; it is to be placed again."""
+    """Too much was unread, so the runner forgot the sequence. It must be placed again."""
 
 
 class RemoteSequence:
-    """A sequence's news pile up here until they are received, by one receiver.
+    """A sequence's news wait here until they are received, by one receiver.
 
-    `cancel` has the runner forget it. `release` gives its room there back, and may be called twice.
-    It is called when the runner is done with the sequence, not when the receiver hears of that: a
-    client that does not read must hold no room.
+    `cancel` makes the runner forget the sequence. `release` gives the room on the runner back, and
+    may be called twice. It is called as soon as the runner is done with the sequence, before the
+    receiver hears of the end: a client that does not read must hold no room.
 
-    Every token passes here, so a wait costs one future, and one timer watches many waits.
+    Every token passes through here. So a wait costs one future, and one timer watches many waits.
     """
 
     def __init__(self, cancel: Callable[[], None], release: Callable[[], None]) -> None:
@@ -52,10 +51,10 @@ class RemoteSequence:
         self._timer: asyncio.TimerHandle | None = None
 
     async def receive(self, within_s: float) -> list[SequenceOutput]:
-        """What is new since the last call, at least one, and about MESSAGE_BYTES at most.
+        """The news since the last call: at least one, and about MESSAGE_BYTES at most.
 
-        Raises SessionLost or Unread after the last of it, and TimeoutError if nothing comes for
-        `within_s` seconds.
+        Raises TimeoutError if nothing comes for `within_s` seconds. Once all news are received,
+        raises SessionLost or Unread if the sequence is gone.
         """
         if not self._news and self._gone is None:
             await self._arrival(within_s)
@@ -65,7 +64,7 @@ class RemoteSequence:
         return self._take()
 
     def cancel(self) -> None:
-        """Have the runner forget it; again, or after its end, is no harm."""
+        """Make the runner forget the sequence. A second call does nothing."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -73,7 +72,7 @@ class RemoteSequence:
         self._release()
 
     def deliver(self, output: SequenceOutput, *, over: bool) -> None:
-        """Add news; `over`: the last."""
+        """Add news. With `over` they are the last."""
         size = output.ByteSize()
         if size <= MESSAGE_BYTES:
             self._pile(output, size)
@@ -124,7 +123,7 @@ class RemoteSequence:
             self._waiter = None
 
     def _look(self, within_s: float) -> None:
-        """End a wait that took too long, or look again when it would have."""
+        """End a wait that took too long, or look again when the wait becomes too long."""
         self._timer = None
         if self._waiter is None or self._waiter.done():
             return
@@ -140,7 +139,7 @@ class RemoteSequence:
 
 
 def _parts(output: SequenceOutput) -> Iterator[SequenceOutput]:
-    """News too long for one message: their tokens over several, the rest with the last."""
+    """News that are too long for one message, as several. The last has all but the tokens."""
     part, size = SequenceOutput(sequence_id=output.sequence_id), 0
     for token in output.tokens:
         more = token.ByteSize()

@@ -7,7 +7,7 @@ from granatum.v1.errors import InvalidRequest
 from granatum.v1.inference_pb2 import GenerateRequest
 
 _BYTES_PER_TOKEN = 3
-"""Of text that only the runner can tokenize; a guess that rather reserves too much."""
+"""A guess for text, which only the runner can tokenize. It rather reserves too much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,18 +18,18 @@ class AcceptedRequest:
     request_id: str
     message: GenerateRequest
     named: bool = False
-    """Whether the client chose the id, so that it may come twice."""
+    """Whether the client chose the id. Only such an id may come twice."""
     adapter_digest: str = ""
     """`sha256:...`; empty for the base model."""
     adapter: str = ""
     """`tenant/name@version`; empty for the base model."""
     rank: int = 0
     elements: int = 0
-    """Of the adapter; 0: not known."""
+    """Elements of the adapter; 0: not known."""
 
     @property
     def estimated_tokens(self) -> int:
-        """Tokens in the prompt: exact if they are given, else a guess from its size."""
+        """Tokens in the prompt: exact for token ids, a guess from the size for text."""
         match self.message.WhichOneof("input"):
             case "token_ids":
                 return len(self.message.token_ids.ids)
@@ -41,9 +41,9 @@ class AcceptedRequest:
 
 
 def prepare(message: GenerateRequest, tenant: str, request_id: str) -> None:
-    """Make the message what runners get: a seed always set, without what is not their business.
+    """Make the client's message what runners get: a seed is set, the names are removed.
 
-    In place, because a prompt may be large and a router holds many.
+    The message is changed in place, because a prompt may be large and a router holds many.
     """
     message.ClearField("request_id")
     message.ClearField("adapter")
@@ -54,7 +54,7 @@ def prepare(message: GenerateRequest, tenant: str, request_id: str) -> None:
 def limit_priority(message: GenerateRequest, max_priority: int) -> None:
     """Raise InvalidRequest if the key does not allow the message's priority.
 
-    A key may allow negative ones alone. Then 0, which is the default, becomes the most it allows.
+    A key may allow only negative priorities. Then 0, the default, becomes the key's highest.
     """
     if message.priority > max(max_priority, 0):
         raise InvalidRequest(

@@ -23,9 +23,9 @@ _CONNECT_S = 3.0
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 2.0
 _PINGS_PER_SILENCE = 5
-"""At least."""
+"""At least so many pings are sent before silence is taken for the end."""
 _PING_S = 1.0
-"""At most between two pings: a runner takes a router that says nothing for 10 s for dead."""
+"""The most seconds between two pings. A runner gives up a router that is silent for 10 s."""
 
 Connect = Callable[[str], grpc.aio.Channel]
 
@@ -35,8 +35,8 @@ log = structlog.get_logger(__name__)
 class RunnerSession:
     """One life of the stream to one runner.
 
-    The runner speaks at least once a second. After `silence_s` without a word the link or the
-    runner is taken for dead, which no other timeout would find as soon.
+    The runner speaks at least once a second. After `silence_s` seconds of silence the link or the
+    runner is taken for dead. No other timeout would notice as soon.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class RunnerSession:
         self.address = address
         self.reached = False
         self.closing = False
-        """It takes no more sequences."""
+        """The session takes no more sequences."""
         self.retired = False
-        """It is to close with the last of its sequences."""
+        """The session closes with the end of its last sequence."""
         self._channel = channel
         self._cluster_key = cluster_key
         self._ping_s = min(_PING_S, silence_s / _PINGS_PER_SILENCE)
@@ -56,12 +56,12 @@ class RunnerSession:
         self._broken = False
         self._commands: asyncio.Queue[SessionRequest | int | None] = asyncio.Queue()
         self._unsent: dict[int, SubmitSequence] = {}
-        """What the queue names by number, so that nothing is kept of what is cancelled there."""
+        """Submissions by their numbers in the queue. A cancelled one is deleted here at once."""
         self._sequences: dict[int, RemoteSequence] = {}
         self._next_id = 1
 
     def submit(self, submission: SubmitSequence, release: Callable[[], None]) -> RemoteSequence:
-        """Send a sequence; its `sequence_id` is set here. `release` gives its room back."""
+        """Send a sequence, whose `sequence_id` is set here. `release` gives its room back."""
         assert not self.closing
         self.retired = False
         number = submission.sequence_id = self._next_id
@@ -73,7 +73,7 @@ class RunnerSession:
         return sequence
 
     def cancel(self, sequence_id: int) -> None:
-        """End a sequence on the runner, if it is not over."""
+        """End a sequence on the runner. After the sequence's end this does nothing."""
         if self._sequences.pop(sequence_id, None) is not None:
             if self._unsent.pop(sequence_id, None) is None:
                 cancel = CancelSequence(sequence_id=sequence_id)
@@ -81,7 +81,7 @@ class RunnerSession:
             self._close_if_done()
 
     def retire(self) -> None:
-        """Close once the sequences are over, if none is submitted before."""
+        """Close once all sequences are over, unless one more is submitted before."""
         self.retired = True
         self._close_if_done()
 
@@ -121,10 +121,10 @@ class RunnerSession:
                 await asyncio.gather(pings, return_exceptions=True)
 
     async def _ping(self, silence: asyncio.Timeout) -> None:
-        """Speak, and end the silence of a runner that does not.
+        """Send pings, and end the session after too many without an answer.
 
-        Pings are counted instead of seconds: where this process itself stood still, the runner's
-        words may lie unread.
+        Pings are counted, not seconds. If this process itself stood still, the runner's answers may
+        have come and lie unread.
         """
         while self._unanswered < self._pings:
             self._unanswered += 1
@@ -162,7 +162,7 @@ class RunnerSession:
 
 
 async def _connected(channel: grpc.aio.Channel) -> None:
-    """Wait for the connection; ConnectionError as soon as the first attempt fails."""
+    """Wait for the connection. Raises ConnectionError as soon as the first attempt fails."""
     state = channel.get_state(try_to_connect=True)
     while state is not grpc.ChannelConnectivity.READY:
         if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
@@ -178,10 +178,10 @@ class _Trouble:
 
 
 class RunnerSessions:
-    """The sessions to all runners, opened by the first sequence that goes there.
+    """The sessions to all runners. The first sequence for a runner opens the session.
 
-    A runner that comes back at another address has a session of its own there, and the one to the
-    old address ends with its sequences.
+    A runner that comes back at another address gets a new session. The session to the old address
+    ends with its sequences.
     """
 
     def __init__(self, connect: Connect, cluster_key: str, silence_s: float) -> None:
@@ -199,7 +199,7 @@ class RunnerSessions:
         submission: SubmitSequence,
         release: Callable[[], None],
     ) -> RemoteSequence:
-        """Send a sequence to a runner; `release` gives its room there back.
+        """Send a sequence to a runner. `release` gives its room on the runner back.
 
         Raises Unavailable if no channel to the runner can be made.
         """
@@ -212,7 +212,7 @@ class RunnerSessions:
         return session.submit(submission, release)
 
     def unreachable(self) -> set[str]:
-        """Runners whose session broke a moment ago."""
+        """The runners whose session broke a moment ago."""
         now = asyncio.get_running_loop().time()
         return {runner_id for runner_id, t in self._troubles.items() if t.until > now}
 
@@ -257,7 +257,7 @@ class RunnerSessions:
             self._open.pop(runner_id, None)
 
     def _note_trouble(self, runner_id: str, *, reached: bool) -> None:
-        """Stay away for a moment, twice as long after each vain attempt to connect."""
+        """Avoid the runner for a moment, twice as long after each vain attempt to connect."""
         now = asyncio.get_running_loop().time()
         before = self._troubles.get(runner_id)
         vain = before is not None and not reached

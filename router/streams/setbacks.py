@@ -1,4 +1,4 @@
-"""What counts against a sequence, and where it is not to go next."""
+"""What counts against a sequence, and which runners it should avoid next."""
 
 from dataclasses import dataclass, field
 
@@ -18,15 +18,15 @@ _LOAD_EXCLUDE_S = 30.0
 _FIRST_DELAY_S = 0.02
 _LONGEST_DELAY_S = 1.0
 _FATAL_LOSSES = 4
-"""Runners lost in a row while this sequence ran alone on them: then it is the cause."""
+"""So many runners lost in a row, with this sequence alone on each, blame the sequence."""
 _FATAL_BLAMES = 2
-"""Engines that failed in steps that computed this sequence alone: then it is the cause."""
+"""So many engines that failed in a step of this sequence alone blame the sequence."""
 _FATAL_LOADS = 3
-"""Runners in a row that could not load the adapter: then no other one is asked."""
+"""After so many runners in a row could not load the adapter, no other one is asked."""
 
 
 class FailedLoads:
-    """Which runners could not load which adapters a moment ago, for all streams of this router."""
+    """Which runners just failed to load which adapters, known to all streams of this router."""
 
     def __init__(self) -> None:
         self._until: dict[str, dict[str, float]] = {}  # by digest and runner
@@ -43,9 +43,9 @@ class FailedLoads:
 
 @dataclass(slots=True)
 class Setbacks:
-    """One sequence's. Each method that notes one raises the error that ends a hopeless sequence.
+    """The setbacks of one sequence. A method that notes one raises the error of a hopeless case.
 
-    Only evidence counts: a runner that is lost with several sequences says nothing about any.
+    Only evidence counts. A runner that is lost with several sequences says nothing about any one.
     """
 
     suspicion: int = 0
@@ -57,12 +57,12 @@ class Setbacks:
     _excluded: dict[str, float] = field(default_factory=dict)
 
     def progressed(self) -> None:
-        """A token came: whoever made it is not harmed by this sequence."""
+        """A token came, so this sequence did not harm the runner that made it."""
         self._in_vain = self._losses = 0
         self._failed_loads.clear()
 
     def lost(self, runner_id: str, now: float, *, alone: bool) -> None:
-        """A runner was lost with it. Raises Unavailable when too many were lost with it alone."""
+        """A runner was lost. Raises Unavailable if too many were lost with this sequence alone."""
         self._losses += alone
         if self._losses >= _FATAL_LOSSES:
             raise Unavailable(
@@ -73,7 +73,7 @@ class Setbacks:
         self._leave(runner_id, now, _EXCLUDE_S)
 
     def departed(self, runner_id: str, last: SequenceOutput, now: float) -> None:
-        """A runner let go of it. Raises what the client is told when there is no hope."""
+        """A runner gave the sequence back. Raises the client's error if the case is hopeless."""
         exclude_s = _EXCLUDE_S
         match last.departed:
             case runner_pb2.DEPARTURE_SUSPECTED:
@@ -87,12 +87,12 @@ class Setbacks:
         self._leave(runner_id, now, exclude_s)
 
     def excluded(self, now: float) -> set[str]:
-        """Where it should not go."""
+        """The runners that the sequence should avoid now."""
         return {runner_id for runner_id, until in self._excluded.items() if until > now}
 
     @property
     def longest_delay(self) -> float:
-        """Seconds before the next placement, at most: none at first, then longer each time."""
+        """The most seconds before the next placement: 0 at first, then longer each time."""
         if self._in_vain < 2:
             return 0.0
         return min(_FIRST_DELAY_S * 2.0 ** min(self._in_vain - 2, 10), _LONGEST_DELAY_S)
@@ -111,7 +111,10 @@ class Setbacks:
             )
 
     def _load_failed(self, runner_id: str, cause: SequenceFailure) -> None:
-        """An excluded runner is asked again only where no other one has room."""
+        """Raise the cause if there is no hope that another runner loads the adapter.
+
+        A runner fails twice only if no other one has room: the first failure excluded it.
+        """
         again = runner_id in self._failed_loads
         self._failed_loads.add(runner_id)
         if again or len(self._failed_loads) >= _FATAL_LOADS:
@@ -119,7 +122,7 @@ class Setbacks:
 
 
 def error_of(failure: SequenceFailure) -> GranatumError:
-    """A runner's verdict, as the client gets it."""
+    """The error that the client gets for a runner's failure message."""
     error = from_code(failure.code, failure.message, failure.reason, failure.field)
     if isinstance(error, Unavailable | Overloaded):
         error.retry_after_s = RETRY_AFTER_S

@@ -1,4 +1,4 @@
-"""The life of one stream: place, submit, relay, and place again whenever its runner lets it go."""
+"""The life of one stream: place, submit, relay, and place again when its runner gives it back."""
 
 import asyncio
 import itertools
@@ -31,15 +31,15 @@ class Patience:
     """How long streams wait, in seconds."""
 
     placement_s: float
-    """For a runner, where the client set no deadline."""
+    """The wait for a runner, if the client set no deadline."""
     stall_s: float
-    """For news, before asking whether the runner is still alive."""
+    """The wait for news, before the registry is asked whether the runner is alive."""
     idle_s: float
-    """For news from a runner that is alive."""
+    """The wait for news from a runner that is alive."""
 
 
 class Streams:
-    """Opens streams; what all of this router's streams share."""
+    """Opens streams, and holds what all streams of this router share."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Streams:
         self._numbers = itertools.count(1)
 
     def open(self, request: AcceptedRequest, deadline: Deadline) -> "Stream":
-        """A stream for a request."""
+        """The stream of a request."""
         return Stream(self, f"{self.router_id}.{next(self._numbers)}", request, deadline)
 
 
@@ -147,7 +147,8 @@ class Stream:
             self._setbacks.lost(runner_id, self._clock(), alone=lost.alone)
             self._note(runner_id, "lost")
         except Unread:
-            # It waits anew: a client that reads now and then must not pass all others each time.
+            # The sequence queues anew. With its old place, a client that reads now and then would
+            # overtake all others each time.
             self._entry = None
             self._note(runner_id, "unread")
         finally:
@@ -189,10 +190,10 @@ class Stream:
         try:
             return await self._shared.registry.alive(runner_id)
         except Unavailable:
-            return True  # nobody knows; its session still stands
+            return True  # nobody knows, and the session to the runner still stands
 
     def _follow(self, last: SequenceOutput, runner_id: str) -> None:
-        """Do as the outcome says: end with its error, or remember where not to go next."""
+        """Raise the outcome's error, or remember which runner to avoid."""
         if last.HasField("failed"):
             raise error_of(last.failed)
         if last.HasField("departed"):

@@ -1,10 +1,16 @@
 """The command line, as a user runs it: real processes against a server on a real port."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from command_line import granatum
 from doubles import KEY, Service
+from typer.testing import CliRunner
+
+from granatum.cli.__main__ import main
+from granatum.cli.main import app
+from granatum.v1.errors import PreconditionFailed
 
 
 async def test_generate_streams_the_text(service: Service) -> None:
@@ -95,6 +101,25 @@ async def test_up_says_what_it_cannot_listen_on(
     (line,) = errors.splitlines()
     assert said in line
     assert not (tmp_path / "state" / "keys.json").exists()
+
+
+def test_without_its_libraries_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "granatum.cli.main", raising=False)
+    with pytest.raises(SystemExit, match=r"typer is missing: pip install 'granatum\[cli\]'"):
+        main()
+
+
+@pytest.mark.parametrize(("service", "library"), [("router", "redis"), ("runner", "torch")])
+def test_a_service_that_is_not_installed_is_one_clear_line(
+    service: str, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("granatum.cli.main.find_spec", lambda name: None if name == library else 1)
+    ran = CliRunner().invoke(app, [service])
+    assert isinstance(ran.exception, PreconditionFailed)
+    assert f"pip install 'granatum[{service}]'" in ran.exception.message
 
 
 async def test_services_get_their_arguments_as_they_are() -> None:

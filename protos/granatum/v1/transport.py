@@ -1,4 +1,4 @@
-"""How a client of ours reaches a server: channels, TLS, bearer keys, and when plaintext will do.
+"""How our clients reach our servers: channels, TLS, bearer keys, and where plaintext is allowed.
 
 Every channel is opened by `open_channel`, so that limits, keepalive and TLS are the same on every
 hop. Servers share LINK_OPTIONS.
@@ -108,7 +108,7 @@ def _read(file: Path) -> bytes:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether `host:port` can be reached from this machine alone."""
+    """Whether only this machine can reach `host:port`."""
     host = address.rsplit(":", 1)[0].strip("[]")
     if host == "localhost" or address.startswith("unix:"):
         return True
@@ -130,7 +130,7 @@ def refuse_plaintext(address: str, insecure: bool) -> None:
 def open_channel(
     address: str, tls: Tls | None = None, *, insecure: bool = False
 ) -> grpc.aio.Channel:
-    """A channel to `host:port`; in plaintext only to loopback, or where `insecure` asks for it."""
+    """A channel to `host:port`. Plaintext takes loopback, or `insecure`; else InvalidRequest."""
     if tls is not None:
         return grpc.aio.secure_channel(address, tls.channel_credentials(), options=_CHANNEL_OPTIONS)
     refuse_plaintext(address, insecure)

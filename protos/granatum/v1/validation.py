@@ -1,7 +1,6 @@
-"""What a valid request is: stated once, used by routers and again by runners.
+"""What a valid request is. Routers check it, and runners check it again, by these same rules.
 
-Whatever is wrong is named by its field. What only a model knows (its vocabulary, its context) is
-an argument.
+An error names the wrong field. Limits that only a model knows (vocabulary, context) are arguments.
 """
 
 import math
@@ -30,19 +29,19 @@ _FLOAT32_STEP = 2.0**-23
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Finite numbers from `least` to `most`, and 0 where it has a meaning of its own."""
+    """Finite numbers from `least` to `most`; with `zero` also 0, as a value of special meaning."""
 
     least: float
     most: float
     zero: bool = False
     above: bool = False
-    """`least` itself is out."""
+    """Whether `least` itself is excluded."""
 
     def holds(self, value: float) -> bool:
-        """Whether `value` is among them."""
+        """Whether `value` is in the range."""
         if not math.isfinite(value):
             return False
-        # The wire's float for 0.01 lies just below it.
+        # The wire's float32 of 0.01 is slightly less than 0.01.
         least = self.least - abs(self.least) * _FLOAT32_STEP
         high_enough = value > least if self.above else value >= least
         return (self.zero and value == 0) or (high_enough and value <= self.most)
@@ -60,7 +59,7 @@ SAMPLING_RANGES = {
     "presence_penalty": Range(-2, 2),
     "frequency_penalty": Range(-2, 2),
 }
-"""The floors keep logits finite when they are divided by these numbers."""
+"""Logits are divided by some of these numbers. The floors keep the quotients finite."""
 
 
 def check(request: GenerateRequest) -> None:
