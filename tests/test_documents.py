@@ -27,6 +27,8 @@ TREE = [
     for path in ([top, *top.rglob("*")] if top.is_dir() else [top])
 ]
 CODE = (".py", ".lua", ".proto")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FOLDERS = tuple(PROJECT["tool"]["setuptools"]["package-dir"].values())
 FOREIGN = {"TRITON_CACHE_DIR", "O_DIRECT"}
 """Names that other programs gave."""
 PROMISED_LINES = "## Log lines that matter"
@@ -91,7 +93,7 @@ def test_named_targets_exist(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_names_in_capitals_exist(document: str) -> None:
-    code = sources("adapters_store", "cli", "protos", "router", "runner", "docker-compose.yml")
+    code = sources(*FOLDERS, "docker-compose.yml")
     for span in spans(document):
         if re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", span) is None or span in FOREIGN:
             continue
@@ -104,7 +106,7 @@ def test_names_in_capitals_exist(document: str) -> None:
 
 
 def test_the_log_lines_of_the_operations_page_are_written() -> None:
-    code = sources("adapters_store", "protos", "router", "runner")
+    code = sources(*FOLDERS)
     table = section("docs/operations.md", PROMISED_LINES)
     events = re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)))
     assert events
@@ -113,9 +115,8 @@ def test_the_log_lines_of_the_operations_page_are_written() -> None:
 
 
 def test_the_map_has_every_folder_of_code() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     folders = set()
-    for folder in project["tool"]["setuptools"]["package-dir"].values():
+    for folder in FOLDERS:
         folders |= {
             path.parent.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")
         }
