@@ -29,7 +29,7 @@ TREE = [
 CODE = (".py", ".lua", ".proto")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = tuple(PROJECT["tool"]["setuptools"]["package-dir"].values())
-FOREIGN = {"TRITON_CACHE_DIR", "O_DIRECT"}
+FOREIGN = {"O_DIRECT"}
 """Names that other programs gave."""
 PROMISED_LINES = "## Log lines that matter"
 MAP = "## Where things are"
@@ -67,7 +67,7 @@ def test_named_commands_have_the_flags_they_are_given(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_flags_that_are_named_alone_exist(document: str) -> None:
     known = flags(sources("benchmarks"))
-    for name in ("router", "runner", "up", "generate", "health", "keys add"):
+    for name in ("router", "runner", "tune", "up", "generate", "health", "keys add"):
         known |= options(name.split())
     for span in spans(document):
         if span.startswith("--"):
@@ -173,7 +173,7 @@ def options(words: list[str]) -> set[str]:
         assert word in command.commands, f"granatum {' '.join(words)}"
         command = command.commands[word]
         if command.context_settings.get("ignore_unknown_options"):  # another program takes over
-            return flags(help_of(*words[: depth + 2 if word == "keys" else depth + 1]))
+            return flags(help_of(*words[: depth + 1]))
     return {name for parameter in command.params for name in parameter.opts} | {"--help"}
 
 
