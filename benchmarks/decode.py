@@ -23,6 +23,7 @@ import numpy as np
 import results
 import torch
 from random_adapters import RandomAdapters
+from random_engine import capture_all
 from results import Results, Row
 from traffic import BACKBONE
 from workload import (
@@ -137,10 +138,11 @@ class Rig:
         return cls(config, weights, arena, table, adapters, pool, limits)
 
     def bench(self) -> Bench:
-        """A new engine, which captures its steps' graphs."""
+        """A new engine, once it has captured all graphs."""
         started = time.perf_counter()
         model = Model(self.config, self.weights, self.arena, self.table, self.limits)
         engine = Engine(Executor(model, self.limits), self.limits, self.pool, self.adapters)
+        capture_all(engine)
         seconds = time.perf_counter() - started
         print(f"engine ready in {seconds:.1f} s, {self.pool.total} pages", flush=True)
         return Bench(engine, self.config.vocab)

@@ -32,7 +32,7 @@ class EngineSize:
 
 
 def start_engine(model: Path, size: EngineSize, source: OpenSource) -> Engine:
-    """An engine as the runner builds it, but for its weights."""
+    """An engine as the runner builds it, but for its weights; it has captured all graphs."""
     sys.setswitchinterval(SWITCH_S)
     options = EngineOptions(
         model,
@@ -46,7 +46,15 @@ def start_engine(model: Path, size: EngineSize, source: OpenSource) -> Engine:
         arena_bytes=size.arena_bytes,
         random_weights=True,
     )
-    return build_engine(options, source)
+    engine = build_engine(options, source)
+    capture_all(engine)
+    return engine
+
+
+def capture_all(engine: Engine) -> None:
+    """Capture the graphs that an idle engine has still to capture."""
+    while engine.graph_due:
+        engine.capture()
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ from granatum.models.base_model import BaseModel
 _TENANT = "bench"
 _UPLOADS = 4
 """At a time."""
+_POLL_S = 0.1
 _AHEAD_S = 0.5
 """In which every process gets ready."""
 
@@ -114,7 +115,17 @@ async def running_service(
             upload_s = tuple(seconds for seconds, _ in uploads)
             service = Service(through, past, size.vocab, processes, clients, start_s, upload_s)
             await asyncio.to_thread(service.drive, _one_each(size.adapters))
+            await _all_graphs(layout.log_directory / "runner-0.log")
             yield service
+
+
+async def _all_graphs(log: Path) -> None:
+    """Wait until the idle runner, if it has a GPU, has captured its graphs."""
+    ends = ("all graphs captured", "no more graphs are captured")
+    while "capturing graphs" in (said := await asyncio.to_thread(log.read_text)):
+        if any(end in said for end in ends):
+            return
+        await asyncio.sleep(_POLL_S)
 
 
 def _one_each(adapters: int) -> Users:

@@ -48,6 +48,7 @@ class Graphs(Generic[GraphT]):
         for shape in sorted(first, key=lambda s: s.rows, reverse=True):
             self._keep(shape, capture)
         self._waiting = [shape for shape in self._shapes if shape not in first]
+        self._wanted: StepShape | None = None
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -62,7 +63,12 @@ class Graphs(Generic[GraphT]):
 
     def shape_for(self, plan: Plan) -> StepShape:
         """The smallest captured shape that holds `plan`."""
-        return next(s for s in self._shapes if s in self._graphs and holds(s, plan))
+        fitting = (shape for shape in self._shapes if holds(shape, plan))
+        smallest = next(fitting)
+        if smallest in self._graphs:
+            return smallest
+        self._wanted = smallest
+        return next(shape for shape in fitting if shape in self._graphs)
 
     def due(self, *, idle: bool) -> bool:
         """Whether the next graph should be captured now; `idle`: no sequence waits for a step."""
@@ -72,11 +78,12 @@ class Graphs(Generic[GraphT]):
         return waited >= INTERVAL_S and self._cost <= SHARE * INTERVAL_S
 
     def capture_next(self) -> None:
-        """Capture the smallest shape that has no graph. An error ends all captures, and is raised.
+        """Capture the shape that a plan lacked last, or else the smallest one without a graph.
 
-        The shapes that have graphs still serve every plan.
+        An error ends all captures, and is raised. The graphs that there are still serve every plan.
         """
-        shape = self._waiting.pop(0)
+        shape = self._wanted if self._wanted in self._waiting else self._waiting[0]
+        self._waiting.remove(shape)
         try:
             self._keep(shape, self._capture_later)
         except Exception:

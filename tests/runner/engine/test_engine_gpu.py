@@ -28,6 +28,7 @@ from granatum.runner.records import Sampling, Submit
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from random_adapters import RandomAdapters
+from random_engine import capture_all
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,7 +82,9 @@ def build_with_loads(device: str, slots: int) -> tuple[Engine, AdapterLoader]:
     loader = AdapterLoader(arena.pages, table, MemoryImages(images), pages * shape.page_bytes)
     pool = PagePool(PAGES)
     executor = Executor(Model(CONFIG, weights_on(on), arena, table, LIMITS), LIMITS)
-    return Engine(executor, LIMITS, pool, AdapterCache(pool, loader, slots)), loader
+    engine = Engine(executor, LIMITS, pool, AdapterCache(pool, loader, slots))
+    capture_all(engine)
+    return engine, loader
 
 
 def base_model() -> BaseModel:
@@ -100,9 +103,9 @@ def build(device: str, like: Built | None = None) -> Built:
     if like is not None:
         arena.pages.copy_(like.arena.pages)
     model = Model(CONFIG, weights, arena, table, LIMITS)
-    return Built(
-        on, arena, table, adapters, Engine(Executor(model, LIMITS), LIMITS, pool, adapters)
-    )
+    engine = Engine(Executor(model, LIMITS), LIMITS, pool, adapters)
+    capture_all(engine)
+    return Built(on, arena, table, adapters, engine)
 
 
 def run(engine: Engine, submits: list[Submit], gap: int) -> dict[int, list[int]]:

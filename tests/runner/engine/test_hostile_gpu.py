@@ -27,6 +27,7 @@ from granatum.runner.records import (
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from random_adapters import RandomAdapters
+from random_engine import capture_all
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,6 +69,7 @@ class Bed:
         graphs = "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ  # a capture needs the cache
         executor = Executor(Model(config, weights, arena, table, limits), limits, graphs=graphs)
         self.engine = Engine(executor, limits, self.pool, adapters)
+        capture_all(self.engine)
 
     def run(self, *submits: Submit) -> dict[int, list[SequenceNews]]:
         """What each is told."""

@@ -85,6 +85,17 @@ def test_an_idle_engine_captures_one_after_another() -> None:
     assert not graphs.due(idle=False)
 
 
+def test_the_shape_that_a_plan_lacked_is_captured_first() -> None:
+    device = Device()
+    graphs = device.graphs()
+    graphs.shape_for(decodes(20, slot=1))
+    graphs.capture_next()
+    assert device.late == [decode_shape(24, lora=True)]
+    assert graphs.shape_for(decodes(20, slot=1)) == decode_shape(24, lora=True)
+    graphs.capture_next()
+    assert device.late[1] == decode_shape(2, lora=False)
+
+
 def test_under_load_captures_take_a_small_share_of_the_time() -> None:
     device = Device(cost_s=SHARE * INTERVAL_S)
     graphs = device.graphs()
