@@ -20,4 +20,5 @@ def test_kernels_under_the_interpreter(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", str(FOLDER / file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
+    for_a_gpu_alone = pytest.ExitCode.NO_TESTS_COLLECTED
+    assert done.returncode in (0, for_a_gpu_alone), done.stdout[-4000:]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -113,11 +114,10 @@ def until_busy(packers: Packers) -> None:
 
 def test_the_process_ends_with_ours_however_that_ends() -> None:
     program = f"""
-import os
-from granatum.models.base_model import BaseModel
+import os, pickle
 from granatum.runner.adapters.images.image import ImageShape
 from granatum.runner.adapters.disk.packing import Packers
-packers = Packers(ImageShape({BASE!r}, "float32", 4096))
+packers = Packers(ImageShape(pickle.loads({pickle.dumps(BASE)!r}), "float32", 4096))
 print(packers._idle.get()._process.pid, flush=True)
 os.kill(os.getpid(), 9)
 """
