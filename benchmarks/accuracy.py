@@ -103,20 +103,24 @@ def attention_outcomes() -> Iterator[Outcome]:
         truth = _attend(heads, keys[:, :, :tokens], values[:, :, :tokens], scale, 0)
         yield f"decode attention, {kv_heads} KV heads", out, truth.reshape(rows, -1)
 
-        chunk, first = 256, 300
-        q = _random(chunk, HEADS * HEAD_DIM)
-        out = torch.full_like(q, math.nan)
-        tiles = Tiles.allocate(chunk // 64, 64, "cuda")
-        tiles.fill(make_query_tiles([(1, 0, chunk, first)], 64))
-        prefill_attention(q, layer_kv, table, tiles, scale, out)
-        heads = q.double().view(chunk, HEADS, HEAD_DIM).transpose(0, 1)
-        end = first + chunk
-        truth = _attend(heads, keys[1, :, :end], values[1, :, :end], scale, first)
-        yield (
-            f"prefill attention, {kv_heads} KV heads",
-            out,
-            truth.transpose(0, 1).reshape(chunk, -1),
-        )
+        out, truth = _chunk_attended(layer_kv, table, keys[1], values[1], scale)
+        yield f"prefill attention, {kv_heads} KV heads", out, truth
+
+
+def _chunk_attended(
+    kv: LayerKv, table: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A chunk's attention over the sequence of the table's row 1, and what it should be."""
+    chunk, first = 256, 300
+    q = _random(chunk, HEADS * HEAD_DIM)
+    out = torch.full_like(q, math.nan)
+    tiles = Tiles.allocate(chunk // 64, 64, "cuda")
+    tiles.fill(make_query_tiles([(1, 0, chunk, first)], 64))
+    prefill_attention(q, kv, table, tiles, scale, out)
+    heads = q.double().view(chunk, HEADS, HEAD_DIM).transpose(0, 1)
+    end = first + chunk
+    truth = _attend(heads, keys[:, :end], values[:, :end], scale, first)
+    return out, truth.transpose(0, 1).reshape(chunk, -1)
 
 
 def _attend(

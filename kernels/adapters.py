@@ -45,7 +45,9 @@ class GroupLayout:
 
 @dataclass(frozen=True, slots=True)
 class AdapterTable:
-    """Where each slot's adapter lies in the arena; fixed addresses, rewritten between steps.
+    """Where each slot's adapter lies in the arena; fixed addresses.
+
+    The row of a slot that no launched step uses may be rewritten at any time.
 
     a:     int64 [slots, layers, groups], element offset of the group's stacked A, [R, K] row-major;
     b:     int64 [slots, layers, projections], element offset of the projection's B^T, [r, N];

@@ -1,4 +1,4 @@
-"""Where Triton is missing this package still imports, and the torch twins serve.
+"""Triton, or stand-ins where Triton is missing; then the torch twins compute.
 
 `triton` and `tl` stand for Triton's modules in every file with kernels, `jit` for its decorator.
 A launcher asks `runs_kernel` whether its Triton kernel or its torch twin serves.
@@ -74,14 +74,15 @@ def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
     The kernel takes PDL as a constant. If it is set, the kernel keeps three rules:
 
     - A block that has work calls `gdc_wait` before it reads what a kernel of the step writes, and
-      before it writes anything. Then the block calls `gdc_launch_dependents`, not earlier: kernels
-      that start further ahead would take places on the GPU that the next kernel needs.
+      before it writes anything. Then the block calls `gdc_launch_dependents`. The shrinks of few
+      rows alone call it before they wait: they launch the expand early. Other kernels must not, for
+      kernels that start further ahead take places on the GPU that the next kernel needs.
     - At least one block waits, even if no block has work. So a kernel is complete only after its
       predecessor, and then all kernels before it are complete as well.
     - Before it waits, a block may read weights, and what was copied to the device before the step.
 
-    Behind a predecessor that keeps these rules, a kernel need not wait for data that was complete
-    before the predecessor's own wait ended: a shrink beside its linear does not wait for x.
+    A kernel need not wait for data that was complete before its predecessor's own wait ended, if
+    the predecessor keeps the rules. Example: the shrink beside its linear does not wait for x.
     """
     if gpu_of(tensor.device).overlaps:
         return {"PDL": True, "launch_pdl": True}

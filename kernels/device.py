@@ -29,7 +29,7 @@ class Gpu:
 
 
 NO_GPU = Gpu("no GPU", sms=132, shared_memory=232448, capability=(0, 0))
-"""What the interpreter and the torch twins take for theirs: an H200's size, without overlap."""
+"""The GPU that the interpreter and the twins pretend to have: an H200's size, without overlap."""
 
 
 @cache

@@ -48,7 +48,7 @@ def jit(*runtime_integers: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def of_triton(helper: Any) -> Any:
-    """A Triton helper for kernels in Gluon. It must use scalars and pointers alone, no layouts."""
+    """A Triton helper for kernels in Gluon. It must make no tensor but from its arguments."""
     return gluon.jit(helper.fn) if AVAILABLE else helper
 
 

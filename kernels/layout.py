@@ -20,7 +20,8 @@ class Tiles:
     entries: int32 [capacity, 4]; entries from `count` on are never read as tiles.
              A LoRA tile is (adapter slot, first row, rows, 0). Rows of the base model are in no
              tile, or in tiles of slot -1.
-             An attention tile is (row of the page table, first row, rows, position of that row);
+             An attention tile is (row of the page table, first row, rows, position of the first
+             row);
     count:   int32 [1], tiles in use;
     order:   int32 [T] or None. LoRA tiles count rows in this order: order[i] is the i-th row. So
              the rows of one adapter need not be adjacent. None: rows are counted as they lie.
@@ -62,8 +63,8 @@ def make_tiles(
     """
     tiles: list[tuple[int, int, int]] = []
     first = 0
-    for slot, run in groupby(-1 if slot is None else slot for slot in slots_per_row):
-        end = first + len(list(run))
+    for slot, segment in groupby(-1 if slot is None else slot for slot in slots_per_row):
+        end = first + len(list(segment))
         if slot >= 0 or base:
             tiles += [(slot, m, min(block_m, end - m)) for m in range(first, end, block_m)]
         first = end

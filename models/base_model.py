@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from granatum.models.config import ONLY, ModelConfig, config_file, parse_config
+from granatum.models.config import ModelConfig, config_file, parse_config
 from granatum.models.config_fields import Fields
 from granatum.models.families import LLAMA, Family, Module
 from granatum.models.identity import fingerprint
@@ -79,10 +79,10 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "vocab_size": config.vocab,
         "rms_norm_eps": config.rms_eps,
-        "hidden_act": ONLY["hidden_act"],
+        "hidden_act": config.activation,
         "tie_word_embeddings": config.tied,
-        "attention_bias": bool(config.biased),
-        "mlp_bias": ONLY["mlp_bias"],
+        "attention_bias": bool(config.biased - {"gate_up", "down"}),
+        "mlp_bias": bool(config.biased & {"gate_up", "down"}),
         "sliding_window": config.window,
         "rope": config.rope.settings,
     }

@@ -8,8 +8,15 @@ from granatum.models.families import FAMILIES, LLAMA, Family
 from granatum.models.rope import PLAIN, Rope, read_rope
 
 CONFIG_FILE = "config.json"
-ONLY: dict[str, object] = {"hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1}
-"""Fields that change what a layer computes, each with the only value that can be served."""
+SILU = "silu"
+ONLY: dict[str, object] = {
+    "hidden_act": SILU,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "quantization_config": None,
+}
+"""Fields that change what a layer computes, or how its weights are stored, each with the only value
+that can be served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,8 @@ class ModelConfig:
     rope: Rope = PLAIN
     tied: bool = False
     """Whether the output projection is the embedding."""
+    activation: str = SILU
+    """What `hidden_act` says: the activation of the gate."""
     qk_norm: bool = False
     biased: frozenset[str] = frozenset()
     """The groups with a bias."""
@@ -131,6 +140,7 @@ def parse_config(fields: Fields) -> ModelConfig:
         rms_eps=fields.number("rms_norm_eps", family.rms_eps),
         rope=read_rope(fields, family.ropes, positions),
         tied=fields.flag("tie_word_embeddings"),
+        activation=str(fields.values.get("hidden_act") or SILU),
         qk_norm=family.qk_norm,
         biased=frozenset((*family.biased, *optional)),
         window=_window(fields, family, layers, positions),

@@ -1,7 +1,8 @@
 """The families of base models that can be served, one row each.
 
-A family is data: no other file names one. A row says what a family's decoder layers are made of,
-and what the family's configuration class in transformers assumes where config.json is silent.
+A family is data: no other file decides anything by a family's name. A row says what a family's
+decoder layers are made of, and what the family's configuration class in transformers assumes where
+config.json is silent.
 """
 
 from dataclasses import dataclass

@@ -19,7 +19,8 @@ from granatum.v1.errors import InvalidRequest
 PARTS = ("shape", "weights", "tokenizer", "end tokens")
 
 _DIGITS = 16
-_INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
+"""The file that says which file of the checkpoint holds which tensor."""
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
@@ -45,7 +46,7 @@ def fingerprint(shape: Mapping[str, Any], config: Mapping[str, Any], folder: Pat
             _canonical(shape),
             _weights_digest(folder),
             _tokenizer_digest(folder),
-            _canonical(_end_tokens(config, folder)),
+            _canonical(sorted({str(token) for token in end_tokens(config, folder)})),
         )
     except OSError as error:
         raise InvalidRequest(
@@ -62,6 +63,27 @@ def differences(one: str, other: str) -> tuple[str, ...]:
         for index, part in enumerate(PARTS)
         if _digits_of(one, index) != _digits_of(other, index)
     )
+
+
+def end_tokens(config: Mapping[str, Any], folder: Path) -> list[Any]:
+    """The ids that end a sequence, as config.json (`config`) and generation_config.json name them.
+
+    Raises InvalidRequest for a generation_config.json that is not JSON.
+    """
+    file = folder / "generation_config.json"
+    try:
+        generation = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        generation = {}
+    except ValueError as error:
+        raise InvalidRequest(
+            f"{file} is not JSON ({error}): take the file that was published with the model"
+        ) from error
+    named: list[Any] = []
+    for settings in (config, generation):
+        ids = settings.get("eos_token_id") if isinstance(settings, Mapping) else None
+        named += ids if isinstance(ids, list) else [ids]
+    return [token for token in named if token is not None]
 
 
 def _digits_of(whole: str, index: int) -> str:
@@ -99,7 +121,7 @@ def _weights_digest(folder: Path) -> bytes:
 def _weight_files(folder: Path) -> list[Path]:
     """The files that the index names, which a runner loads. Without an index: every file."""
     try:
-        index = json.loads((folder / _INDEX).read_bytes())
+        index = json.loads((folder / INDEX_FILE).read_bytes())
         named = [folder / name for name in sorted(set(index["weight_map"].values()))]
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         named = sorted(folder.glob("*.safetensors"))
@@ -150,16 +172,3 @@ def _tokenizer_digest(folder: Path) -> bytes:
             content = hashlib.sha256(file.read_bytes()).digest()
             digest.update(file.name.encode() + b"\0" + content)
     return digest.digest()
-
-
-def _end_tokens(config: Mapping[str, Any], folder: Path) -> list[str]:
-    """The ids that end a sequence, from config.json and generation_config.json together."""
-    try:
-        generation = json.loads((folder / "generation_config.json").read_bytes())
-    except (FileNotFoundError, ValueError):
-        generation = {}
-    ends: set[str] = set()
-    for settings in (config, generation):
-        named = settings.get("eos_token_id") if isinstance(settings, Mapping) else None
-        ends |= {str(token) for token in (named if isinstance(named, list) else [named])}
-    return sorted(ends - {"None"})

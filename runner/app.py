@@ -13,7 +13,7 @@ from granatum.models.config import read_config
 from granatum.runner.engine.child import EngineChild
 from granatum.runner.front.engine_keeper import EngineKeeper
 from granatum.runner.front.front import Front
-from granatum.runner.front.health import EngineHealth
+from granatum.runner.front.health import SERVICE, EngineHealth
 from granatum.runner.front.heartbeat import Heartbeat
 from granatum.runner.front.servicer import RunnerServicer
 from granatum.runner.settings import RunnerSettings
@@ -24,7 +24,6 @@ from granatum.v1.cluster_pb2 import Runner
 from granatum.v1.runner_pb2_grpc import add_RunnerServiceServicer_to_server
 from granatum.v1.transport import open_channel
 
-SERVICE = "granatum.v1.RunnerService"
 _FLUSH_S = 1.0
 """The time for the last messages of sessions that end."""
 _ENGINE_S = 5.0

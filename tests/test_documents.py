@@ -1,9 +1,14 @@
-"""What documents name is there: files, folders, commands, flags, targets, reasons, log lines."""
+"""What documents name is there: files, folders, commands, flags, targets, reasons, log lines.
 
+So are the files that comments and docstrings of the code name.
+"""
+
+import io
 import re
 import shlex
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -46,6 +51,14 @@ def test_named_files_exist(document: str) -> None:
             assert (ROOT / span).exists(), span
         elif span.endswith(CODE):
             assert span in names, span
+
+
+def test_files_that_comments_name_exist() -> None:
+    paths = [f"/{path.as_posix()}" for path in TREE]
+    for folder in FOLDERS:
+        for file in (ROOT / folder).rglob("*.py"):
+            for name in re.findall(r"[\w./-]*\w\.(?:py|lua|proto|md)\b", comments(file)):
+                assert any(path.endswith(f"/{name}") for path in paths), f"{file}: {name}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -182,6 +195,19 @@ def help_of(*words: str) -> str:
     """What the command prints of itself."""
     command = [sys.executable, "-m", "granatum.cli", *words, "--help"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def comments(file: Path) -> str:
+    """All comments and docstrings of a Python file."""
+    statements = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    found, before = [], tokenize.NEWLINE
+    for token in tokenize.generate_tokens(io.StringIO(file.read_text()).readline):
+        starts = before in statements and token.type == tokenize.STRING
+        if starts or token.type == tokenize.COMMENT:
+            found.append(token.string)
+        elif token.type != tokenize.NL:
+            before = token.type
+    return "\n".join(found)
 
 
 @cache

@@ -42,7 +42,8 @@ class DecodeWorkspace:
 
     partials: float32, a piece's maximum, sum and unnormalised values for each head;
     arrivals: int32 [rows * kv_heads], pieces that are done; zero between launches;
-    turns:    int32 [2], pieces that blocks have taken and blocks that have ended; likewise.
+    turns:    int32 [2], pieces that blocks have taken and blocks that have ended; zero between
+              launches.
     """
 
     partials: torch.Tensor
@@ -51,7 +52,7 @@ class DecodeWorkspace:
 
 
 def piece_tokens(config: DecodeConfig, rows: int, kv: KvLayout) -> int:
-    """Tokens of a piece, by shapes alone: the fewer rows, the shorter, to keep the memory busy."""
+    """Tokens of a piece, from shapes alone. With fewer rows, pieces are shorter."""
     share = min(rows * kv.kv_heads, 1024) * config.piece // 1024
     return max(-(-share // config.block_t), 2) * config.block_t
 
@@ -149,7 +150,7 @@ def launch_decode(
         layout.page_elements, rows, pieces, piece_tokens(config, rows, layout), kv.layer,
         scale * LOG2_E, rotary.eps,
         HEADS=heads, KV_HEADS=kv_heads, PAGE_TOKENS=layout.page_tokens, D=d, BLOCK_T=block_t,
-        BLOCK_ROWS=max(32, triton.next_power_of_2(rows)),  # lest each batch be compiled for
+        BLOCK_ROWS=max(32, triton.next_power_of_2(rows)),  # not every batch size is compiled
         JOINED_HEADS=triton.next_power_of_2(heads // kv_heads), **options, **overlap_options(q),
     )  # fmt: skip
 

@@ -81,8 +81,8 @@ def _join(tops, totals, sums):
 
 @jit()
 def _piece_of(place, row_lengths, row_ends, row_pieces, BLOCK_T: tl.constexpr):
-    """The piece at a place in the order of all pieces: its row, the row's length and pieces, which
-    of the row's pieces it is, and its first and last token."""
+    """The n-th piece of all, n being `place`: its row, the row's length and number of pieces, its
+    index in the row, its first token and its end (exclusive)."""
     r = tl.arange(0, row_lengths.shape[0])
     row = tl.sum((row_ends <= place).to(tl.int32), axis=0)
     length = tl.sum(tl.where(r == row, row_lengths, 0), axis=0)
@@ -137,10 +137,11 @@ def general_kernel(
 ):  # fmt: skip
     """One block takes pieces in turn: some tokens of a row, for the query heads of one kv head.
 
-    The first piece ends with the row's own token and writes its key and value to the arena. A row
-    of one piece is written at once. Each piece of a longer row leaves a partial
-    [row, piece, head] of maximum, sum and unnormalised values, D + 2 apart. The block that ends the
-    row's last piece adds the partials in order. Which block takes which piece changes no result.
+    The block of a row's first piece also adds the row's own token and writes its key and value to
+    the arena. If the row has one piece, the block writes the result; else every piece leaves a
+    partial [row, piece, head] of maximum, sum and unnormalised values, D + 2 apart. The block that
+    ends the row's last piece adds the partials in order. Which block takes which piece changes no
+    result.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     g = tl.arange(0, BLOCK_G)

@@ -68,7 +68,7 @@ def prefill_attention(
 ) -> None:
     """Causal attention of each tile's rows over their sequence's tokens, already in the arena.
 
-    A tile is (row of page_table, first row of q, rows, position of that row), as
+    A tile is (row of page_table, first row of q, rows, position of the first row), as
     `layout.make_query_tiles` makes them. q, out [T, heads * head_dim], rows evenly apart; rows in
     no tile are left alone. page_table int32 [sequences, pages].
 

@@ -15,7 +15,7 @@ def decode_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary, kv: LayerKv,
     page_table: torch.Tensor, lengths: torch.Tensor, scale: float, out: torch.Tensor,
 ) -> None:  # fmt: skip
-    """As `attention.decode_attention`, without splits and so without their workspace."""
+    """As `attention.decode_attention`, without pieces and so without their workspace."""
     positions, page_tokens = lengths.long() - 1, kv.layout.page_tokens
     pages = page_table[torch.arange(len(lengths), device=q.device), positions // page_tokens]
     slots = pages * page_tokens + positions % page_tokens

@@ -9,6 +9,12 @@ _BLOCK = 1024
 
 
 @jit()
+def silu(x):
+    """x / (1 + e^-x); x in float32."""
+    return x / (1.0 + tl.exp(-x))
+
+
+@jit()
 def _silu_mul_kernel(
     gate_up, out, in_stride, out_stride,
     N: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
@@ -22,7 +28,7 @@ def _silu_mul_kernel(
     at = gate_up + row * in_stride + n
     gate = tl.load(at, mask=n < N, other=0.0).to(tl.float32)
     up = tl.load(at + N, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + n, gate / (1.0 + tl.exp(-gate)) * up, mask=n < N)
+    tl.store(out + row * out_stride + n, silu(gate) * up, mask=n < N)
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:

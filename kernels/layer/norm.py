@@ -23,8 +23,11 @@ def _rms_norm_kernel(
     N: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
     SCALE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One block: a row of `out`. ADD: add SCALE times x to the residual's row; otherwise the row is
-    SCALE times x. KEEP: write the row to the residual."""
+    """One block: a row of `out`.
+
+    ADD: the row is the residual's row plus SCALE times x; else SCALE times x. KEEP: the row is also
+    written to the residual.
+    """
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     inside = n < N

@@ -23,7 +23,7 @@ start than to compute."""
 
 @jit()
 def load_angles(cos, sin, position, d, inside, D: tl.constexpr):
-    """The cosine and signed sine that multiply dimension d of a head and the dimension's partner.
+    """The cosine that multiplies dimension d, and the signed sine that multiplies d's partner.
 
     Both have the shape of `inside` [N, BLOCK_D], so that they lie in the threads that hold heads.
     """

@@ -12,7 +12,7 @@ class Rotary:
     """Angles of every position, and the norms that come before the rotation.
 
     cos, sin:       float32 [positions, head_dim / 2], contiguous;
-    q_norm, k_norm: [head_dim], weights of the RMS norm that Qwen3 applies to each head, or None;
+    q_norm, k_norm: [head_dim], weights of each head's RMS norm; None: heads are not normed;
     eps:            of these norms.
 
     Raises:

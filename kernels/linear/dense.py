@@ -1,6 +1,5 @@
-"""A linear of the base model, as the model applies it."""
+"""A linear of the base model whose weight is stored as it is multiplied."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,10 +12,10 @@ from granatum.kernels.linear.tuning import ROWS, block_rows, config_for
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """y = x W^T + b, with a weight that is stored as it is multiplied.
+    """y = x W^T + b; a `contract.Linear`.
 
     weight: [N, K], contiguous; bias: [N] or None;
-    workspace: of `allocate_workspace`; weights have none until a model applies them.
+    workspace: of `contract.allocate_workspace`; None in `Weights`; set by `within`.
     """
 
     weight: torch.Tensor
@@ -63,12 +62,3 @@ class Dense:
                 partials = max(partials, sums)
                 arrivals = max(arrivals, self.weight.shape[0] // config.block_n)
         return partials, arrivals
-
-
-def allocate_workspace(rows: int, linears: Iterable[Dense], device: torch.device) -> Workspace:
-    """Room in which each of `linears` can be applied to up to `rows` rows, one after another."""
-    partials, arrivals = 0, 0
-    for linear in linears:
-        own = linear.workspace_elements(rows)
-        partials, arrivals = max(partials, own[0]), max(arrivals, own[1])
-    return Workspace.of_size(partials, arrivals, device)

@@ -28,8 +28,8 @@ from granatum.kernels.linear.tuning import Config, block_rows
 class Workspace:
     """Room for the partial sums of blocks that share K; linears of one stream may share it.
 
-    partials: float32; arrivals: int32, blocks that have written theirs, by block of N; zero between
-    launches.
+    partials: float32;
+    arrivals: int32, one per block of N: blocks that wrote their partial sum; 0 between launches.
     """
 
     partials: torch.Tensor

@@ -11,7 +11,7 @@ from granatum.kernels.layout import Tiles
 from granatum.kernels.lora.tuning import Config, Shape, config_for
 
 _USUAL_SEGMENTS = 4
-"""Runs of rows of one adapter in a usual step with long tiles. A run's last tile is not full."""
+"""Segments of one adapter in a usual step with long tiles; a segment's last tile is not full."""
 
 
 def cut_rows(

@@ -121,8 +121,8 @@ def go_through(
     source: the shrink's partials, the tile's first row and its rows, and the elements from one
             chunk to the next and from one row to the next.
     A pair is a left and a right half: two tiles of y, `gap` apart, and two of B. A side says where
-    B starts, its first row in the stacked A, its rank and its scale. If right_side is None, the
-    right half's B begins 64 columns after the left's, and the rest is the left's.
+    B starts, its first row in the stacked A, its rank and its scale. Without `right_side`, the
+    right half's B begins 64 columns after the left's; row, rank and scale are the left's.
     ADD:    the sums begin as y, not as zeros.
     MANY:   the adapter has more than 16 ranks.
     FINISH(finished, turn, at, left, right, ROWS) takes the turn-th pair's sums, from column `at`.

@@ -124,8 +124,8 @@ def expand_rope_and_write_kv(
     """Add what tiles' adapters add to q, k and v, then do `rope.rope_and_write_kv` of tiles' rows.
 
     After a `shrink` of the group, and with its arguments checked. qkv [T, (heads + 2 kv_heads) *
-    head_dim]: q is rotated in place, k and v may change. Rows without a place in the arena may take
-    what adapters add, and no more; tiles hold all other rows.
+    head_dim]: q is rotated in place, k and v may change. Tiles must hold all rows that have a place
+    in the arena. In other rows only what adapters add may be written.
 
     Returns:
         Whether the kernel takes such heads; if not, nothing was done.

@@ -1,4 +1,4 @@
-"""SGMV-expand of gate and up within the activation: what adapters add skips memory."""
+"""SGMV-expand of gate and up within the activation: no memory holds the adapters' part."""
 
 from typing import Any
 
@@ -7,8 +7,9 @@ import torch
 from granatum.kernels.adapters import GroupAdapters, LoraRows
 from granatum.kernels.backend import jit, require_rows, runs_kernel, tl
 from granatum.kernels.device import gpu_of
-from granatum.kernels.gluon import gl, launch_dependents, wait
+from granatum.kernels.gluon import gl, launch_dependents, of_triton, wait
 from granatum.kernels.gluon import jit as gluon_jit
+from granatum.kernels.layer.activation import silu
 from granatum.kernels.lora import expand_fragments, fragments
 from granatum.kernels.lora.cut import (
     cut_expand,
@@ -23,11 +24,7 @@ _BLOCKS_PER_SM = 3
 """Blocks of long tiles that a multiprocessor has room for, and gets where rows are few."""
 _REGISTERS = 168
 """The most registers of a thread with which three such blocks fit a multiprocessor."""
-
-
-@jit()
-def _silu(x):
-    return x / (1.0 + tl.exp(-x))
+_silu = of_triton(silu)
 
 
 @jit("rows_total", "workspace_width", "layers", "layer")
@@ -94,7 +91,7 @@ def _expand_silu_rows_kernel(
             v = tl.sum(up_v, axis=0)[:, None]
             up += up_scale * tl.sum(v * up_b.to(tl.float32), axis=0)
             if last:
-                tl.store(out + source * out_stride + n, _silu(gate) * up, mask=n < N)
+                tl.store(out + source * out_stride + n, silu(gate) * up, mask=n < N)
                 gate = gate_next.to(tl.float32)
                 up = up_next.to(tl.float32)
                 source = row
@@ -116,7 +113,7 @@ def _expand_silu_rows_kernel(
 def _store_activated(finished, _turn, at, gate, up, ROWS: gl.constexpr):
     """Write what the activation makes of a pair."""
     out_rows, present = finished
-    made = (gate / (1.0 + gl.exp(-gate)) * up).to(out_rows.dtype.element_ty)
+    made = (_silu(gate) * up).to(out_rows.dtype.element_ty)
     gl.store(out_rows + at, fragments.to_rows(made, ROWS), mask=present)
 
 

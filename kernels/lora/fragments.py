@@ -1,9 +1,9 @@
 """Tiles in registers and rings as the tensor cores want them, for expands of long tiles.
 
 Four warps multiply a tile of 64 rows with two times 64 columns of B, transposed: sums
-[column, row]. Columns may come in any order, so row 8 e + g of the sums is column 8 g + e. Then B,
-y and what is written lie in the registers that the instruction reads and writes, and memory is read
-and written 16 adjacent bytes at a time. y and B come through a ring in shared memory, copied a step
+[column, row]. The columns' order is free: row 8 e + g of the sums holds column 8 g + e. With this
+order, B, y and the result lie in the registers that the instruction uses, and memory is read and
+written 16 adjacent bytes at a time. y and B come through a ring in shared memory, copied a step
 ahead.
 """
 

@@ -8,7 +8,8 @@ from granatum.kernels.backend import jit, tl
 
 @jit()
 def source_rows(order, row, present):
-    """The rows of x and y that stand at `row` in the tiles' order; any row where not present."""
+    """The rows of x and y that stand at `row` in the tiles' order; where not `present`, some valid
+    row."""
     if order is not None:
         row = tl.load(order + row, mask=present, other=0)
     return row.to(tl.int64)

@@ -6,17 +6,18 @@ There are two steps. **Shrink** multiplies x with the group's stacked A, in chun
 the partial sums to a float32 workspace [chunks, T, projections * max_rank]. **Expand** adds the
 partial sums in order, multiplies with B and adds to y. One grid serves every adapter, rank and row
 count that fits its tile list: blocks loop over the true ranks, and spare blocks leave. There are no
-atomics. A row's result depends on its own adapter, on shapes and on `block_m` alone.
+atomics. A row's result depends on its own adapter, on shapes, on `block_m` and on the table's
+largest rank.
 
 Tiles of fewer than 16 rows are multiplied in registers, because memory bounds such work; longer
 tiles are multiplied on the tensor cores. The two sum in different orders, so they may differ in the
 last bits.
 
-`add_lora` adds to what a linear made. `linear_with_lora` reverses the order where rows are many:
-the adapters write y, and the linear adds to y. The linear computes long enough to hide that it
-reads y. So y travels once less, where y is too large for the L2 cache. `silu_mul_with_lora` and
-`rope_with_lora` do not change y. The kernel that reads y next adds what the adapters add, in its
-registers: y travels as it does without adapters, and a launch is saved.
+`add_lora` adds to what a linear made. Where rows are many, `linear_with_lora` reverses the order:
+adapters write y, then the linear adds to y. Reading y hides behind the linear's arithmetic, so a y
+too large for L2 travels once less. `silu_mul_with_lora` and `rope_with_lora` do not change y. The
+kernel that reads y next adds what the adapters add, in its registers: y travels as it does without
+adapters, and a launch is saved.
 """
 
 import torch
@@ -27,7 +28,7 @@ from granatum.kernels.layer.activation import silu_mul
 from granatum.kernels.layer.rope import rope_and_write_kv
 from granatum.kernels.layer.rotary import Rotary
 from granatum.kernels.layout import LayerKv, RowPlaces
-from granatum.kernels.linear.dense import Dense
+from granatum.kernels.linear.contract import Linear
 from granatum.kernels.lora import reference
 from granatum.kernels.lora.expand import expand, expand_from
 from granatum.kernels.lora.expand_rope import expand_rope_and_write_kv
@@ -79,8 +80,8 @@ def add_lora(
 
     y: [T, N], any float dtype; x: [T, K] of the arena's dtype; both with adjacent elements in a
     row. Rows in no tile stay as they are.
-    beside_linear: the launch before this one made y of this x, and `Dense.may_overlap` says that it
-    lets the shrink start beside it; the shrink needs x alone.
+    beside_linear: the previous launch made y from this x, and `Linear.may_overlap` allows the
+    shrink to start beside it.
 
     Raises:
         ValueError: a shape, stride or dtype that the op cannot take.
@@ -93,12 +94,12 @@ def add_lora(
 
 
 def linear_with_lora(
-    linear: Dense, x: torch.Tensor, adapters: GroupAdapters, rows: LoraRows
+    linear: Linear, x: torch.Tensor, adapters: GroupAdapters, rows: LoraRows
 ) -> torch.Tensor:
     """x W^T + b, and what each tile's adapter makes of x; [T, N], new.
 
-    As `add_lora`. Tiles are of `DOT_ROWS` rows at least, and those of slot -1 hold the rows without
-    an adapter: rows in no tile are undefined.
+    As `add_lora`. Tiles have at least `DOT_ROWS` rows. Tiles of slot -1 hold rows without an
+    adapter. Rows in no tile are undefined.
 
     Raises:
         ValueError: a shape, stride or dtype that the op cannot take.

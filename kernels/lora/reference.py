@@ -46,16 +46,16 @@ def expand_from(
 
 
 def _tile_rows(tiles: Tiles) -> list[tuple[int, slice]]:
-    """Slot and rows of each run of tiles of one adapter."""
+    """Slot and rows of each segment: adjacent tiles of one adapter."""
     entries: list[list[int]] = tiles.entries[: int(tiles.count)].tolist()
-    runs: list[tuple[int, slice]] = []
+    segments: list[tuple[int, slice]] = []
     for slot, first, rows, _ in entries:
         end = first + rows
-        if runs and (runs[-1][0], runs[-1][1].stop) == (slot, first):
-            first = runs.pop()[1].start
+        if segments and (segments[-1][0], segments[-1][1].stop) == (slot, first):
+            first = segments.pop()[1].start
         if slot >= 0:
-            runs.append((slot, slice(first, end)))
-    return runs
+            segments.append((slot, slice(first, end)))
+    return segments
 
 
 def _source_rows(tiles: Tiles, rows: slice) -> slice | torch.Tensor:

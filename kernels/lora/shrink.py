@@ -37,9 +37,8 @@ def _shrink_rows_kernel(
     The chunk of A is loaded once, into registers, and serves the tile's rows in turn. A row's sums
     are the same in any company. While one row of x is multiplied, the next is loaded. Adjacent
     lanes hold BLOCK_K adjacent features.
-    BESIDE: x is complete and `partials` is free from the start, because the kernel before this one
-    waited before it let this one start. So this kernel does not wait; L1 may then hold an older x,
-    and x is read past L1.
+    BESIDE: x is complete and `partials` is free when this kernel starts, so it does not wait. L1
+    may hold an old x, so x is read past L1.
     """
     chunk = tl.program_id(0)
     tile = tl.program_id(1)

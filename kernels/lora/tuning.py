@@ -20,7 +20,7 @@ DECODE_BLOCK_M = 2
 PREFILL_BLOCK_M = 64
 """Rows per tile of prefill chunks, multiplied on the tensor cores."""
 DOT_ROWS = 16
-"""The least rows per tile whose operands go through shared memory, to the tensor cores."""
+"""From this many rows per tile on, the tensor cores are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Config:
     rank_blocks:   blocks that share a tile's stacked ranks, each going through its part;
     expand_n:      output features that a block holds at a time; 128 in `expand_fragments`;
     expand_span:   output features that it goes through at most (row by row: those it holds);
-    expand_r:      ranks that an expand block holds at a time; 16 there;
+    expand_r:      ranks that an expand block holds at a time; 16 in `expand_fragments`;
     silu_n:        columns of gate, and of up, of a block within the activation;
     pdl:           start while the previous kernel ends (programmatic dependent launch).
     """

@@ -7,7 +7,7 @@ from granatum.kernels.sampling import reference
 from granatum.kernels.sampling.logits import require_logits
 
 PROMPT_BIT = torch.iinfo(torch.int32).min
-"""Set in a count of `counts`: the token is in the prompt. The other bits count it in the output."""
+"""Bit of a count: the token is in the prompt. The other bits count the token in the output."""
 _BLOCK = 1024
 
 
@@ -53,7 +53,8 @@ def penalize(
 ) -> None:
     """Change, in place, the logits of tokens that a row's sequence has seen.
 
-    Tokens in prompt or output: positive logits are divided by `repetition`, others multiplied.
+    Tokens in prompt or output: a positive logit is divided by `repetition`, any other is multiplied
+    by it.
     Then, of tokens in the output: minus `frequency` per occurrence, minus `presence` once.
 
     logits [T, vocabulary]; counts int32 [slots, vocabulary], see PROMPT_BIT; slots int [T], the

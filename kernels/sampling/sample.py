@@ -6,7 +6,7 @@ the whole. Each filter keeps the tokens whose logit reaches a threshold, so toke
 stay or go together:
 
     top-k: the k-th largest logit
-    top-p: the largest logit for which those that reach it hold at least p of what top-k left
+    top-p: the largest logit L for which tokens with logit >= L hold at least p of what top-k left
     min-p: tokens at least min_p times as likely as the likeliest
 
 Thresholds are found bit by bit over the logits, not by sorting. They are exact but for the rounding
@@ -39,7 +39,9 @@ def _threshold(
     at, V: tl.constexpr, top, inverse, floor, wanted, passes,
     WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest key that is reached by `wanted` tokens (or, by WEIGHTS, of the sum of weights).
+    """The largest key that at least `wanted` tokens reach.
+
+    With WEIGHTS: the largest key that tokens of summed weight `wanted` reach.
 
     Only tokens whose key reaches `floor` count. Two bits a pass; no pass leaves 0.
     """

@@ -33,7 +33,7 @@ _Lookup = TypeVar("_Lookup", bound=Callable[..., Any])
 
 
 def remembered(lookup: _Lookup) -> _Lookup:
-    """A function of what the tables say, whose answers are remembered until the tables change."""
+    """Cache a function of the tables; the cache is emptied when the tables change."""
     answer = cache(lookup)
     _forget.append(answer.cache_clear)
     return cast(_Lookup, answer)

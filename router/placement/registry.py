@@ -36,7 +36,13 @@ from granatum.router.placement.placement import (
     Unservable,
 )
 from granatum.v1.cluster_pb2 import Runner, RunnerStatus
-from granatum.v1.errors import RETRY_AFTER_S, InvalidRequest, PreconditionFailed, Unavailable
+from granatum.v1.errors import (
+    DUPLICATE_RUNNER,
+    RETRY_AFTER_S,
+    InvalidRequest,
+    PreconditionFailed,
+    Unavailable,
+)
 
 _PARTS = ("registry", "queue", "placement", "leases", "runners")
 _DISPATCH = "return {number, commands[command](unpack(ARGV, 3))}"
@@ -295,7 +301,7 @@ def _duplicate(runner: Runner, other: str) -> PreconditionFailed:
     return PreconditionFailed(
         f"two runners have the id {runner.id!r}, at {other} and at {runner.address}: give each a "
         "--runner-id of its own",
-        reason="DUPLICATE_RUNNER",
+        reason=DUPLICATE_RUNNER,
     )
 
 

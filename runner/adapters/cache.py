@@ -65,11 +65,11 @@ class AdapterCache:
         return AdapterFigures(device.resident, device.loads, device.idle_pages, self._trouble.text)
 
     def acquire(self, digest: str) -> int | None:
-        """The adapter's slot for steps launched after `await_copy`, with one user more.
+        """Adds a user and returns the adapter's slot.
 
-        None while the adapter is being brought: the first call starts the load, later ones poll.
-        Raises GranatumError if the adapter cannot be had; all callers get the same error until the
-        adapter is tried again.
+        Only steps launched after `await_copy` may use the slot. Returns None while the adapter is
+        being brought: the first call starts the load, later calls poll. Raises GranatumError if the
+        adapter cannot be had; all callers get the same error until the adapter is tried again.
         """
         entry = self._entries.get(digest) or self._begin(digest)
         entry.asked, entry.asked_s = self._round, self._clock()
@@ -96,7 +96,7 @@ class AdapterCache:
         self._advance()
 
     def await_copy(self) -> None:
-        """Have the device end the copy of an adapter in use before it runs what comes next."""
+        """If the adapter of the oldest copy has a user, the next launch waits for the copy."""
         oldest = self._device.oldest_copy
         if oldest is not None and oldest.users:
             self._mover.fence(oldest.digest)

@@ -85,8 +85,8 @@ class DeviceTier:
     def evict(self, pages: int, slots: int, victims: Iterable[Entry]) -> list[Entry]:
         """Take the first of `victims`, all of them idle, off the device.
 
-        Returns as many as free `pages` pages and `slots` slots. Returns none, and takes none off
-        the device, if all of them together would not suffice.
+        Evicts just enough to free `pages` pages and `slots` slots, and returns them. If all victims
+        do not suffice, evicts none.
         """
         chosen: list[Entry] = []
         freed = 0

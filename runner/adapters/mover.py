@@ -67,8 +67,8 @@ class Mover(Protocol):
     def measure(self, digest: str) -> Callable[[], None] | None:
         """Find how many pages the adapter takes; ends as Measured or Failed.
 
-        Returns a function that gives the measuring up, if that can be done: it then ends as Failed,
-        unless it has already ended.
+        Returns a function that ends the measuring, or None. A measuring ended so reports Failed,
+        unless it has reported already.
         """
         ...
 

@@ -32,14 +32,15 @@ class Adapters(Protocol):
     """Adapters on the device, by digest. Nothing here blocks."""
 
     def acquire(self, digest: str) -> int | None:
-        """The adapter's slot for steps launched after `await_copy`, with one user more.
+        """Adds a user and returns the adapter's slot.
 
-        None while the adapter is being brought: the first call starts the load, later ones poll.
-        Raises if the adapter cannot be had.
+        Only steps launched after `await_copy` may use the slot. Returns None while the adapter is
+        being brought: the first call starts the load, later calls poll. Raises if the adapter
+        cannot be had.
         """
 
     def await_copy(self) -> None:
-        """Have the device end the copy of an adapter in use before it runs what comes next."""
+        """If the adapter of the oldest copy has a user, the next launch waits for the copy."""
 
     def release(self, digest: str) -> None:
         """One user less."""
@@ -97,7 +98,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def outcome_of(error: Exception) -> tuple[Departure | Failure, Failure | None]:
-    """How a sequence ends whose adapter cannot be had, and the cause if the sequence departs.
+    """How to end a sequence whose adapter cannot be loaded. The cause is set if it departs.
 
     The sequence departs where another runner may have the adapter: a healthy runner, a larger one,
     or one with the right store. An adapter that is wrong in itself fails on every runner.

@@ -1,4 +1,4 @@
-"""The engine as a child process of the front. Here, in the front, it needs no torch."""
+"""The engine as a child process of the front. This file runs in the front and needs no torch."""
 
 import asyncio
 import ctypes

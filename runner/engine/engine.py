@@ -235,7 +235,7 @@ class Engine:
             landed = flight.wait()
         except Exception as error:
             behind, self._flight = self._flight, None
-            self._raise_if_lost(error)  # otherwise the step behind has ended, too
+            self._raise_if_lost(error)  # the device works, so the step behind has ended too
             if behind is not None:  # it was fed with tokens that are worth nothing
                 self._take_back(behind.plan)
             self._pin(flight.plan, error)

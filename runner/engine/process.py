@@ -57,11 +57,11 @@ from granatum.v1.errors import InvalidRequest
 PROBE_S = 0.4
 """Seconds between reports of an idle engine."""
 POLL_S = 0.001
-"""Seconds between looks at adapters on their way while nothing else is to do."""
+"""Seconds between polls for loading adapters while the engine has nothing else to do."""
 LOST_STATUS = 70
 """Of the process, when the engine is lost."""
 SWITCH_S = 0.0001
-"""Longest time that a thread which fetches an adapter goes on in Python while a step wants to."""
+"""Longest time that a fetching thread holds the interpreter while a step waits."""
 
 CPU_ARENA_BYTES = 256 << 20
 """The arena of an engine on a CPU, where no size is given."""

@@ -26,7 +26,7 @@ class EngineEnd:
     """Whether the engine failed by itself, whatever its status says."""
 
     def departure_of(self, engine_id: int) -> Departure:
-        """How a sequence departs: only one that an engine failed on is under suspicion."""
+        """How a sequence departs. Only a sequence in a failed step is suspected or blamed."""
         crashed = self.own or self.status > 0 or -self.status in _CRASHES
         if not crashed or engine_id not in self.step:
             return Departure.ENGINE_LOST

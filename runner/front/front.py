@@ -29,7 +29,7 @@ from granatum.v1.runner_pb2 import SubmitSequence
 _STALE_S = 3.0
 """The longest silence of an idle engine, which reports twice a second."""
 _STALE_STEPS = 4
-"""The longest silence of an engine that computes, in steps of the longest kind (`Ready.step_s`)."""
+"""Longest silence of a computing engine, as a multiple of `Ready.step_s`."""
 
 
 class Front:

@@ -9,7 +9,8 @@ from grpc_health.v1 import health_pb2_grpc
 from granatum.service.health import HealthBoard
 
 _CHECK_S = 0.25
-SERVICES = ("", "granatum.v1.RunnerService")
+SERVICE = "granatum.v1.RunnerService"
+SERVICES = ("", SERVICE)
 
 
 class EngineHealth:

@@ -8,6 +8,7 @@ import structlog
 
 from granatum.v1.cluster_pb2 import DeregisterRequest, HeartbeatRequest, HeartbeatResponse, Runner
 from granatum.v1.cluster_pb2_grpc import RegistryServiceStub
+from granatum.v1.errors import DUPLICATE_RUNNER
 from granatum.v1.rich_status import from_rpc_error
 from granatum.v1.transport import bearer
 
@@ -16,9 +17,7 @@ _RETRY_S = 0.5
 _SHORTEST_S = 0.05
 _LONGEST_S = 60.0
 _LOOK_S = 0.25
-"""Between looks at whether the engine is gone or back."""
-DUPLICATE = "DUPLICATE_RUNNER"
-"""A router's reason to refuse a heartbeat: another process that lives has our runner id."""
+"""Seconds between checks whether the engine is gone or back."""
 
 log = structlog.get_logger(__name__)
 
@@ -107,7 +106,7 @@ class Heartbeat:
                     request, metadata=self._metadata, timeout=_TIMEOUT_S
                 )
             except grpc.aio.AioRpcError as error:
-                if from_rpc_error(error).reason == DUPLICATE:
+                if from_rpc_error(error).reason == DUPLICATE_RUNNER:
                     self._note_twin(runner.id)
                     return None
                 self._stubs.append(self._stubs.pop(0))
@@ -123,8 +122,9 @@ class Heartbeat:
         self._registered, self._is_twin = None, True
         self._note(
             log.error,
-            f"another live runner has the id {runner_id}: give each runner its own --runner-id; "
-            "this one serves nobody until the other one is gone",
+            "another live runner has the id",
+            runner_id=runner_id,
+            todo="give each runner its own --runner-id; this one serves nobody until then",
         )
 
     def _note(self, write: Callable[..., object], event: str, **details: object) -> None:

@@ -71,7 +71,7 @@ def prepare(
 def _prompt(
     request: GenerateRequest, tokenizer: Tokenizer, bounds: SequenceBounds
 ) -> tuple[int, ...]:
-    """The prompt's ids, fewer than the context has; of a longer prompt not all ids are made."""
+    """The prompt's ids. A prompt that fills the context is refused; not all its ids are made."""
     most = bounds.context - 1
     field = {"token_ids": "token_ids.ids", "chat": "chat.messages"}.get(
         request.WhichOneof("input") or "", "prompt"

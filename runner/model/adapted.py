@@ -13,7 +13,7 @@ from granatum.kernels.layer.activation import silu_mul
 from granatum.kernels.layer.rope import rope_and_write_kv
 from granatum.kernels.layer.rotary import Rotary
 from granatum.kernels.layout import LayerKv, RowPlaces
-from granatum.kernels.linear.dense import Dense
+from granatum.kernels.linear.contract import Linear
 from granatum.kernels.lora.ops import (
     add_lora,
     linear_with_lora,
@@ -44,7 +44,7 @@ class AdaptedRows:
 class AdaptedLinear:
     """A fused linear of the base model, and the adapters of its group."""
 
-    base: Dense
+    base: Linear
     adapters: GroupAdapters
 
     def apply(self, x: torch.Tensor, rows: AdaptedRows) -> torch.Tensor:
@@ -102,5 +102,5 @@ class AdaptedLinear:
             add_lora(y[:n], x[:n], self.adapters, rows.short, beside_linear=beside)
 
     def _overlaps(self, x: torch.Tensor, rows: AdaptedRows) -> bool:
-        """Whether the launch before the short tiles' shrink is the linear's, of this x."""
+        """Whether the kernel launched just before short tiles' shrink is the linear of this x."""
         return rows.long is None and self.base.may_overlap(x.shape[0])

@@ -18,7 +18,7 @@ from granatum.runner.adapters.mover import Copied, Event, Failed, Measured, Read
 from granatum.v1.errors import GranatumError, Internal, InvalidRequest
 
 QUICK_BYTES = 160 << 20
-"""A copy of so much takes 3.1 ms at 54 GB/s, a 7B model's step without company 4."""
+"""The largest copy that may delay a step: 3.1 ms at 54 GB/s. A 7B model's shortest step takes 4."""
 CHUNK_BYTES = 256 << 20
 """Host memory is pinned in pieces of this size: torch rounds each up to a power of two."""
 FETCHES = 64
@@ -91,12 +91,12 @@ class _Copy:
 
 
 class AdapterLoader:
-    """The mover of an AdapterCache (adapter_cache.py), for one arena and one adapter table.
+    """The mover of an AdapterCache (runner/adapters/cache.py), for one arena and one adapter table.
 
     `arena` is `[pages, page_elements]`; `table` is written in the same stream as the pages, before
     the event that tells of both. Host memory is at most `host_cache_bytes`, taken at once. Only
-    `events` and the calls of `Mover` belong to the engine's thread; threads touch nothing but host
-    pages.
+    `events` and the calls of `Mover` belong to the engine's thread. Other threads write host pages,
+    the row of an image that they have read, and the queue of events; nothing on the device.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class AdapterLoader:
 
 
 class _Stage:
-    """A host copy of the adapter table, pinned on a GPU's behalf.
+    """A host copy of the adapter table, pinned if there is a GPU.
 
     A slot's row is written here and copied from here; the slot is taken again only after that copy
     has ended, so no row changes under it.
@@ -235,7 +235,7 @@ class _Stage:
         )
 
     def checked(self, row: TableRow) -> TableRow:
-        """The row, if kernels stay within their memory, and other rows finite, whatever it holds.
+        """The row, after two checks: ranks within the table's largest, finite scales.
 
         Raises:
             InvalidRequest: which limit of this runner it breaks.
@@ -271,7 +271,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 def _failed(digest: str, error: Exception) -> Failed:
-    """What others are told; what only the log may say is in the log."""
+    """The error for others; details stay in the log."""
     if isinstance(error, GranatumError):
         return Failed(digest, error)
     log.error("adapter load", digest=digest, exc_info=error)

@@ -10,15 +10,17 @@ from granatum.kernels.adapters import AdapterTable, GroupLayout
 from granatum.kernels.layout import KvLayout
 from granatum.models.base_model import BaseModel
 from granatum.models.config import ModelConfig
+from granatum.runner.model.dtypes import Dtypes
 from granatum.v1.errors import InvalidRequest
 
 MIN_PAGE_TOKENS = 16
 MIN_HOST_BYTES = 64 << 20
 """The least host memory for adapters."""
 HOST_ADAPTERS = 4
-"""A CPU's engine has host memory for so many adapters of the largest rank, less at most one."""
-_CPU_BYTES = 4
-"""Bytes of an element on a CPU, where models compute in float32."""
+"""On a CPU, host memory for adapters has room for this many of the largest rank.
+
+Rounding to whole pages may cost one.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,8 @@ def cpu_host_cache_bytes(model: Path, max_rank: int) -> int:
     except InvalidRequest:
         return MIN_HOST_BYTES  # the engine will refuse the model, and say why
     widths = sum(inputs + outputs for inputs, outputs in base.features.values())
-    largest = padded_rank(max_rank) * widths * base.num_layers * _CPU_BYTES
+    element_bytes = Dtypes.on(torch.device("cpu")).adapters.itemsize
+    largest = padded_rank(max_rank) * widths * base.num_layers * element_bytes
     return max(MIN_HOST_BYTES, HOST_ADAPTERS * largest)
 
 

@@ -1,4 +1,4 @@
-"""The decoder, one page for every family: what differs is data in the config and the weights."""
+"""The decoder, one file for every family: what differs is data in the config and the weights."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from granatum.kernels.attention.prefill import prefill_attention
 from granatum.kernels.layer.norm import add_rms_norm, embed_rms_norm
 from granatum.kernels.layer.rotary import Rotary
 from granatum.kernels.layout import LayerKv, RowPlaces, Tiles, make_query_tiles
-from granatum.kernels.linear.dense import Dense, allocate_workspace
+from granatum.kernels.linear.contract import Linear, allocate_workspace
 from granatum.kernels.linear.linear import Workspace
 from granatum.kernels.lora.ops import workspace_elements
 from granatum.kernels.lora.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
@@ -58,14 +58,14 @@ class Model:
         self._pieces = allocate_decode_workspace(
             limits.max_batch, config.heads, arena.kv, tokens, self.device
         )
-        first, head = weights.layers[0], Dense(weights.head)
-        linears = (first.qkv, first.o, first.gate_up, first.down, head)
+        first = weights.layers[0]
+        linears = (first.qkv, first.o, first.gate_up, first.down, weights.head)
         sums = allocate_workspace(limits.prefill_tokens, linears, self.device)
         angles = _angles(config, self.device)
         self._layers = tuple(
             self._layer(index, layer, angles, sums) for index, layer in enumerate(weights.layers)
         )
-        self._head = head.within(sums)
+        self._head = weights.head.within(sums)
 
     def _layer(
         self,
@@ -78,7 +78,7 @@ class Model:
         config, pages = self.config, self._arena.pages
         names = [group.name for group in config.family.groups]
 
-        def adapted(group: str, base: Dense) -> AdaptedLinear:
+        def adapted(group: str, base: Linear) -> AdaptedLinear:
             widths = (config.in_features[group], config.out_features[group])
             adapters = GroupAdapters(pages, self._table, index, names.index(group), *widths)
             return AdaptedLinear(base.within(sums), adapters)
@@ -97,7 +97,7 @@ class Model:
     def forward(self, step: Step, last: torch.Tensor) -> torch.Tensor:
         """Logits [samples, vocab] of the step's sampling rows; KV of all its rows is written.
 
-        last int [seats]: what sequences drew last, for tokens that only the device knows.
+        last int [seats]: the token that each seat's sequence drew last.
         """
         weights, eps = self._weights, self.config.rms_eps
         rows = AdaptedRows.of(step, self._partials)
@@ -145,7 +145,9 @@ class Model:
                 q[:n], k[:n], v[:n], layer.rotary, layer.kv, step.page_table[:n], step.lengths,
                 scale, out[:n], self._pieces,
             )  # fmt: skip
-        if step.shape.query_tiles:  # after the decodes, which clear the rows beyond theirs
+        # Chunks come after decode attention, which sets `out` to 0 up to row `decodes`; chunks'
+        # rows may be among those.
+        if step.shape.query_tiles:
             places = RowPlaces(step.positions, step.kv_slots)
             layer.qkv.rotate_long(qkv, x, layer.rotary, layer.kv, places, rows)
             prefill_attention(q, layer.kv, step.page_table, step.query_tiles, scale, out)

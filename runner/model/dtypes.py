@@ -1,4 +1,4 @@
-"""What a model's numbers are stored in: three facts, although they are equal today."""
+"""The dtypes of weights, KV and adapters: three settings, equal today."""
 
 from dataclasses import dataclass
 

@@ -28,7 +28,7 @@ from granatum.runner.engine.scheduling.plan import EngineLimits, Plan, Span
 QUERY_TILE_ROWS = 64
 """Rows of a prompt chunk that attend together."""
 FEW_ROWS = 64
-"""Up to which all of a step's rows go through LoRA as decodes do."""
+"""In a step of at most this many rows, all rows go through short tiles."""
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -43,11 +43,9 @@ class StepShape:
     """Leading rows that attend one query each; those beyond the batch have length 0."""
     samples: int
     short_tiles: int
-    """Room for LoRA tiles of `DECODE_BLOCK_M` rows, one for each of the first so many rows: those
-    of decodes, or all if they are few."""
+    """Capacity of short tiles: one for each decode row, or for each row if rows are few."""
     long_tiles: int
-    """Room for LoRA tiles of `PREFILL_BLOCK_M` rows, for prompts' chunks. They cover all rows, also
-    those without an adapter, and those of decodes as if they had none."""
+    """Capacity of long tiles, which cover all rows; decodes' rows are listed without an adapter."""
     query_tiles: int
     """0: a step of decodes alone."""
 
@@ -58,7 +56,7 @@ class StepShape:
 
 
 def decode_shape(rows: int, *, lora: bool) -> StepShape:
-    """A step of `rows` decodes, of which some have an adapter or none has."""
+    """A step of `rows` decodes; `lora`: whether some may have an adapter."""
     return StepShape(rows, rows, rows, rows if lora else 0, 0, 0)
 
 
@@ -246,7 +244,7 @@ class DeviceInputs:
         for name, (start, shape) in sections.items():
             part = self._buffer[start : start + prod(shape)].view(shape)
             self._tensors[name] = part.view(torch.float32) if name in _SAMPLING else part
-        self._tensors["kv_slots"].fill_(-1)  # until it is filled, a step is padding alone
+        self._tensors["kv_slots"].fill_(-1)  # before the first fill, every row is padding
 
     def copy(self, host: HostInputs, elements: int) -> None:
         """Take over the first `elements` elements; asynchronous where the host's are pinned."""

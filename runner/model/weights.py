@@ -11,15 +11,15 @@ from safetensors import safe_open
 from granatum.kernels.linear.dense import Dense
 from granatum.models.config import ModelConfig
 from granatum.models.families import Group
+from granatum.models.identity import INDEX_FILE
 from granatum.v1.errors import InvalidRequest
 
-INDEX = "model.safetensors.index.json"
 _IGNORED = ("rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer; norms are [hidden], those of q and k [head_dim]."""
+    """One decoder layer. `input_norm`, `post_norm` are [hidden]; `q_norm`, `k_norm` [head_dim]."""
 
     input_norm: torch.Tensor
     qkv: Dense
@@ -33,17 +33,12 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A model. `embedding` and `head` are [vocab, hidden], and one tensor if they are tied."""
+    """A model. `embedding` is [vocab, hidden]; `head` multiplies by it if the two are tied."""
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
-    head: torch.Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that all tensors have."""
-        return self.embedding.dtype
+    head: Dense
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +68,7 @@ def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device)
 
     embedding = empty(config.vocab, config.hidden)
     layers = tuple(layer() for _ in range(config.layers))
-    head = embedding if config.tied else empty(config.vocab, config.hidden)
+    head = Dense(embedding if config.tied else empty(config.vocab, config.hidden))
     return Weights(embedding, layers, empty(config.hidden), head)
 
 
@@ -114,7 +109,7 @@ def targets(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, torch.
     yield "model.embed_tokens.weight", weights.embedding
     yield "model.norm.weight", weights.norm
     if not config.tied:
-        yield "lm_head.weight", weights.head
+        yield "lm_head.weight", weights.head.weight
     for index, layer in enumerate(weights.layers):
         for name, tensor in _layer_targets(config, layer):
             yield f"model.layers.{index}.{name}", tensor
@@ -143,13 +138,13 @@ def _module_rows(config: ModelConfig, group: Group) -> list[int]:
 
 
 def _files(directory: Path) -> list[Path]:
-    index = directory / INDEX
+    index = directory / INDEX_FILE
     if index.exists():
         names = set(json.loads(index.read_text())["weight_map"].values())
         return [directory / name for name in sorted(names)]
     single = directory / "model.safetensors"
     if not single.exists():
-        raise _invalid(f"{directory} holds neither model.safetensors nor {INDEX}")
+        raise _invalid(f"{directory} holds neither model.safetensors nor {INDEX_FILE}")
     return [single]
 
 

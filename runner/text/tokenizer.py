@@ -1,6 +1,5 @@
 """The model's own tokenizer: texts and chats to ids, and ids to text."""
 
-import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -12,6 +11,9 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
+from granatum.models.config import CONFIG_FILE
+from granatum.models.config_fields import Fields
+from granatum.models.identity import end_tokens
 from granatum.v1.errors import InvalidRequest, PreconditionFailed
 from granatum.v1.validation import MAX_PROMPT_BYTES
 
@@ -180,10 +182,7 @@ def _refusal_of(error: Exception) -> InvalidRequest:
 
 def _end_ids(directory: Path, own: int | None) -> frozenset[int]:
     """The tokens that end a sequence, as tokenizer, model and generation settings name them."""
-    ids: set[int | None] = {own}
-    for name in ("config.json", "generation_config.json"):
-        file = directory / name
-        settings = json.loads(file.read_text()) if file.is_file() else {}
-        named = settings.get("eos_token_id")
-        ids |= set(named if isinstance(named, list) else [named])
-    return frozenset(token for token in ids if token is not None)
+    file = directory / CONFIG_FILE
+    config = Fields.read(file).values if file.is_file() else {}
+    named = (own, *end_tokens(config, directory))
+    return frozenset(token for token in named if token is not None)

@@ -14,7 +14,7 @@ from granatum.adapters_store.limits import padded_rank
 from granatum.kernels.layout import KvLayout, make_query_tiles, make_tiles
 from granatum.kernels.lora.tuning import DECODE_BLOCK_M, PREFILL_BLOCK_M
 from granatum.models.config import ModelConfig
-from granatum.runner.adapters.images.layout import padded
+from granatum.runner.adapters.images.layout import PIECE_STEP, padded
 from granatum.runner.engine.scheduling.plan import EngineLimits
 from granatum.runner.model.arena import Arena, allocate_table, page_tokens
 from granatum.runner.model.decoder import Model
@@ -38,8 +38,6 @@ SEQUENCES = 64
 POOL_BYTES = 300 << 20
 """Weights of the layers, so that no L2 cache holds them."""
 DEVIATION = 0.02
-_ALIGNMENT = 64
-"""Elements in 128 bytes, where an adapter's pieces start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +146,10 @@ class Rig:
             for slot in range(SEQUENCES):
                 for layer in range(self.config.layers):
                     table.a[slot, layer, group] = start
-                    start += padded(a, _ALIGNMENT)
+                    start += padded(a, PIECE_STEP)
                     for index, size in enumerate(b):
                         table.b[slot, layer, first + index] = start
-                        start += padded(size, _ALIGNMENT)
+                        start += padded(size, PIECE_STEP)
             first += len(outs)
         return start
 

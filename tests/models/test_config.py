@@ -134,6 +134,10 @@ def assert_same_model(ours: ModelConfig, theirs: PreTrainedConfig) -> None:
         (GemmaConfig(), 'model_type = "gemma" is not supported: it must be one of llama'),
         (LlamaConfig(mlp_bias=True), "mlp_bias = true .* must be false"),
         (GraniteConfig(mlp_bias=True), "mlp_bias = true .* must be false"),
+        (
+            {**MISTRAL, "quantization_config": {"quant_method": "awq", "bits": 4}},
+            "quantization_config = .*awq.* must be null",
+        ),
         (LlamaConfig(pretraining_tp=2), "pretraining_tp = 2 .* must be 1"),
         (LlamaConfig(hidden_act="gelu"), 'hidden_act = "gelu" .* must be "silu"'),
         (

@@ -154,6 +154,12 @@ def test_a_file_that_cannot_be_read_is_named(model: Path) -> None:
         identity(model)
 
 
+def test_generation_settings_that_are_no_json_are_named(model: Path) -> None:
+    (model / "generation_config.json").write_text("{")
+    with pytest.raises(InvalidRequest, match=r"generation_config\.json is not JSON"):
+        identity(model)
+
+
 def sparse_model(folder: Path, tensors: int, elements: int) -> None:
     """Weights of zeros that take no room on the disk."""
     size = 2 * elements

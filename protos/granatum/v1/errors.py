@@ -22,6 +22,8 @@ from typing import ClassVar
 
 RETRY_AFTER_S = 1.0
 """When to try again where nothing tells a better time."""
+DUPLICATE_RUNNER = "DUPLICATE_RUNNER"
+"""A router's reason to refuse a heartbeat: another live process has the runner's id."""
 
 
 class Code(IntEnum):

@@ -184,7 +184,7 @@ class DiskImages:
 
     def _take_in(self, path: Path) -> None:
         if _IMAGE.fullmatch(path.name) is None or path.is_dir():
-            log.warning("no adapter image of ours is left alone", file=path.name)
+            log.warning("a file that is no adapter image is left alone", file=path.name)
             return
         with suppress(InvalidAdapter):  # made by a runner with a larger --max-rank
             pages = self._look(path)
@@ -192,7 +192,7 @@ class DiskImages:
                 self._pages[path.stem] = pages
 
     def _clear_half_made(self) -> None:
-        """Remove what killed processes left half made: whose lock nobody holds."""
+        """Remove half-made files whose lock nobody holds: their process was killed."""
         for path in self._directory.glob(".files-*"):
             if named := _HALF_MADE.fullmatch(path.name):
                 lock = self._directory / f"{named[1]}.lock"

@@ -4,8 +4,9 @@ Graphs are captured while the engine serves. Why that is safe:
 
 - The engine's thread captures between two steps, when no step is in flight. A capture runs no
   kernel, so it writes neither to the arena nor to the buffers of inputs and tokens.
-- Every kernel was compiled and loaded before, by `compile`. Only a launch outside a capture may do
-  that, and at start-up alone: the inputs then are padding, for which kernels write no KV.
+- Every kernel was compiled and loaded before, by `compile`. Only a launch outside a capture can
+  compile. Such launches happen at start-up, when the inputs are padding, and kernels write no KV
+  for padding.
 - All graphs share one pool of memory. No two graphs ever run at once, so one graph's intermediate
   values may lie where another graph's lie. The largest graphs are captured first; the later ones
   find room in their memory, and mostly take no more than their logits.

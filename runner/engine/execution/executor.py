@@ -116,7 +116,7 @@ class Executor:
             torch.cuda.synchronize()
 
     def is_lost(self) -> bool:
-        """Whether the device is of no more use, after an error; waits for what it does if not."""
+        """Whether the device no longer works. If it works, this waits until the device is idle."""
         if not self._cuda:
             return False
         try:
@@ -133,8 +133,9 @@ class Executor:
     def measure(self) -> float:
         """Seconds of the longest step without adapters; 0 on a GPU, where it is short.
 
-        It has the most rows, at the end of the longest context. Of its attention one layer is timed
-        for all: there it takes several times as long as all the rest.
+        The step has the most rows, at the end of the longest context. One layer's attention is
+        timed and multiplied by the layers; at that length attention takes several times as long as
+        all the rest.
         """
         if self._cuda:
             return 0.0
@@ -156,7 +157,7 @@ class Executor:
             return Graphs(capturer.capture, capturer.capture_if_room, self._shapes)
 
     def _shape(self, plan: Plan) -> StepShape:
-        """The smallest common shape that holds `plan`; on a CPU, what it needs."""
+        """The smallest common shape that holds `plan`; on a CPU, the plan's exact shape."""
         if self._graphs is not None:
             return self._graphs.shape_for(plan)
         if self._cuda:

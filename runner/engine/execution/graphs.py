@@ -26,9 +26,8 @@ GraphT = TypeVar("GraphT")
 class Graphs(Generic[GraphT]):
     """Graphs of `shapes`, which hold every plan and are given smallest first.
 
-    `capture` makes a graph at start-up: of the shapes that cover every plan, the largest first, so
-    that the others find its memory in the pool. `capture_later` makes a graph while the engine
-    serves.
+    `capture` makes the start-up graphs, which cover every plan. The largest comes first, so that
+    the others reuse its memory. `capture_later` makes a graph while the engine serves.
     """
 
     def __init__(
@@ -107,10 +106,10 @@ def holds(shape: StepShape, plan: Plan) -> bool:
 
 
 def covering(shapes: Iterable[StepShape]) -> set[StepShape]:
-    """A few of `shapes` that hold every plan which some shape holds, and decodes of one row.
+    """A few of `shapes` that together hold every plan that any shape holds.
 
-    Of steps with and without adapters: the largest with chunks, the largest and the smallest of
-    decodes alone.
+    These are, for steps with adapters and for steps without: the largest shape with chunks, and
+    the largest and the smallest shape of decodes alone.
     """
     shapes, found = tuple(shapes), set[StepShape]()
     for lora in (False, True):

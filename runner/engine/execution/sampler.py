@@ -134,7 +134,7 @@ def _stops_masked(span: Span) -> bool:
 def _mask_stops(spans: tuple[Span, ...], logits: torch.Tensor) -> None:
     """Make the stop ids of sequences below their least length impossible.
 
-    A model's own may lie beyond its vocabulary, where they are impossible anyway.
+    The model's own stop ids may lie beyond the vocabulary; they need no mask.
     """
     pairs = [
         (row, stop)

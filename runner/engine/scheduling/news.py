@@ -22,9 +22,8 @@ class News:
     def add_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         """Take in a token that was made, and tell it.
 
-        If a step in flight makes another token of the sequence, an outcome that the sequence got
-        meanwhile waits for that token. The token's own end does not wait: the other token is made
-        in vain.
+        If a step in flight makes another token, an earlier outcome waits for that token. If this
+        token ends the sequence, the end does not wait and the other token is dropped.
         """
         if sequence.cancelled or sequence.told:
             return

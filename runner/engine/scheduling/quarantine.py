@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from granatum.runner.engine.scheduling.sequence import Sequence
 
 TRIALS = (0, 16)
-"""The steps of its own that a sequence must pass, by how often other engines suspected it.
+"""How many steps of its own a sequence must pass. Index: how often other engines suspected it.
 
 A sequence that was suspected more often has steps of its own for good.
 """
 LOCAL_TRIALS = (0, 1, 16)
-"""The steps of its own that a sequence must pass, by how many of its steps failed in this engine.
+"""How many steps of its own a sequence must pass. Index: how often its steps failed here.
 
 The first failure asks for one step only, because it makes a suspect of every sequence in the batch.
 """

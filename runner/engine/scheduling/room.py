@@ -29,8 +29,8 @@ class Room:
     def verdict(self, sequence: Sequence, *, full: bool) -> Outcome | None:
         """Why a new sequence does not even wait; None if it does.
 
-        `full`: the engine takes no other sequence just now. A sequence that another runner ended,
-        and whose outcome was lost on the way, gets that outcome even so.
+        `full`: the engine takes no further sequence now. If `generated` already ends the sequence,
+        the sequence gets that end even when `full`.
         """
         limits, tokens = self._limits, sequence.tokens
         if sequence.submit.generated and (end := sequence.finish_of(tokens[-1])):
@@ -59,7 +59,7 @@ class Room:
     def acquire_adapter(self, sequence: Sequence) -> int | None:
         """The slot of the sequence's adapter, -1 for the base model, None while it is brought.
 
-        Raises what the adapter cannot be had for.
+        Raises the error for which the adapter cannot be loaded.
         """
         adapter = sequence.submit.adapter
         return -1 if adapter is None else self.adapters.acquire(adapter)

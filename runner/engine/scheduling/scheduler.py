@@ -1,9 +1,9 @@
 """Which rows run in the next step. No torch.
 
-A step computes spans: one row of every sequence that decodes, and chunks of prompts as far as the
-step's tokens go. A step is planned while the step before still runs, so the scheduler may learn
-one step late that a sequence has ended. It drops the token that was computed in vain. It takes
-pages, seat and adapter back only when no step in flight uses them.
+A step computes spans: one row of every sequence that decodes, and chunks of prompts, up to
+`prefill_tokens` rows in all. A step is planned while the step before still runs, so the scheduler
+may learn one step late that a sequence has ended. It drops the token that was computed in vain. It
+takes pages, seat and adapter back only when no step in flight uses them.
 
 `abandon` takes back a step that failed, as if it had not been planned. `pin` then has the step's
 sequences answer for it: they are computed in steps of their own from then on (quarantine.py).
@@ -23,7 +23,7 @@ from granatum.runner.pages import PagePool
 from granatum.runner.records import Departure, Failure, SequenceNews, Submit, TokenLogprobs
 
 LOOKAHEAD = 8
-"""Waiting sequences beyond the free seats whose adapters are brought already."""
+"""How many waiting sequences beyond the free seats get their adapters brought early."""
 
 
 class Scheduler:
@@ -154,16 +154,18 @@ class Scheduler:
         return self._news.take()
 
     def abandon(self, plan: Plan) -> None:
-        """Take back a step that brought nothing; no later step may be in flight with its tokens."""
+        """Take back a step that gave no results.
+
+        No step in flight may have been fed with its tokens.
+        """
         for span in plan.spans:
             sequence = span.sequence
             sequence.computed -= span.rows
             sequence.in_flight -= 1
             sequence.pending -= span.samples
             if sequence.outcome is not None and not sequence.pending:
-                self._news.end(
-                    sequence, sequence.outcome
-                )  # the token that it waited for never comes
+                # The token that the outcome waited for never comes.
+                self._news.end(sequence, sequence.outcome)
             self._leave_if_idle(sequence)
 
     def pin(self, plan: Plan) -> None:
@@ -189,7 +191,7 @@ class Scheduler:
     def _admit(self, budget: int) -> list[Sequence]:
         """Move waiting sequences into the batch, and bring the adapters of those that come next.
 
-        Returns those that may run in company while the budget lasts.
+        Returns the admitted sequences that are not suspects.
         """
         admitted: list[Sequence] = []
         is_open = budget > 0
@@ -252,7 +254,10 @@ class Scheduler:
     def _depart(
         self, sequence: Sequence, outcome: Departure | Failure, cause: Failure | None = None
     ) -> None:
-        """End a sequence early; if a step in flight makes a token of it, with that token."""
+        """End a sequence early.
+
+        If a step in flight makes its next token, the outcome is told with that token.
+        """
         if sequence.outcome is not None or sequence.cancelled:
             return
         sequence.outcome = outcome

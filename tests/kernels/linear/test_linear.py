@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from granatum.kernels.backend import INTERPRETING, runs_kernel
-from granatum.kernels.linear.dense import Dense, allocate_workspace
+from granatum.kernels.linear.contract import allocate_workspace
+from granatum.kernels.linear.dense import Dense
 from granatum.kernels.linear.linear import (
     Workspace,
     launch_linear,

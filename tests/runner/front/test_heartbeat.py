@@ -174,10 +174,10 @@ async def test_runner_whose_id_is_taken_says_so_and_waits(fleet: Fleet) -> None:
     for router in fleet.routers:
         router.taken = True
     with structlog.testing.capture_logs() as logs:
-        await fleet.until(lambda: any("--runner-id" in entry["event"] for entry in logs))
+        await fleet.until(lambda: any("--runner-id" in entry.get("todo", "") for entry in logs))
         await fleet.heartbeat.deregister()  # as at its end: it would take the other one out
     assert [entry["log_level"] for entry in logs] == ["error"]
-    assert " r:" in logs[0]["event"]
+    assert (logs[0]["event"], logs[0]["runner_id"]) == ("another live runner has the id", "r")
     assert not any(router.gone for router in fleet.routers)
     for router in fleet.routers:
         router.taken, router.beats = False, []

@@ -32,8 +32,8 @@ def test_fused_and_sharded(tmp_path: Path) -> None:
 def test_the_embedding_is_the_head_if_they_are_tied(tmp_path: Path) -> None:
     make_model(tmp_path, "llama_gqa_tied")
     weights = load_weights(read_config(tmp_path), tmp_path, torch.bfloat16, CPU)
-    assert weights.head is weights.embedding
-    assert weights.dtype is torch.bfloat16
+    assert weights.head.weight is weights.embedding
+    assert weights.embedding.dtype is torch.bfloat16
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
