@@ -34,8 +34,8 @@ DEFAULT_LIMITS = UploadLimits()
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """The largest adapter that a runner serves; 0 where the runner did not say."""
+class RunnerLimits:
+    """The largest adapter that a runner serves. 0 means: the runner did not say."""
 
     max_rank: int = 0
     max_elements: int = 0
@@ -49,5 +49,5 @@ class Room:
         return not self.max_elements or elements <= self.max_elements
 
 
-Fleet = tuple[Room, ...]
-"""The runners' rooms; empty where none is known."""
+FleetLimits = tuple[RunnerLimits, ...]
+"""The limits of the fleet's runners; empty if no runner is known."""

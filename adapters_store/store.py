@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from granatum.adapters_store.batches import Batches
 from granatum.adapters_store.blobs.blobs import AdapterFiles, Blobs, epoch_of
 from granatum.adapters_store.blobs.garbage import COMMIT_WITHIN_S, Collected, collect
 from granatum.adapters_store.blobs.incoming import UploadHeader, receive
@@ -19,7 +20,7 @@ from granatum.adapters_store.catalog.catalog_json import CatalogDamaged
 from granatum.adapters_store.catalog.manifest import Manifest, Page
 from granatum.adapters_store.catalog.tenants import Tenants
 from granatum.adapters_store.format.validate import Summary, validate
-from granatum.adapters_store.limits import DEFAULT_LIMITS, Fleet, UploadLimits
+from granatum.adapters_store.limits import DEFAULT_LIMITS, FleetLimits, UploadLimits
 from granatum.adapters_store.names import AdapterRef, check_name, shown
 from granatum.adapters_store.objects.location import open_objects
 from granatum.adapters_store.objects.objects import Objects
@@ -29,10 +30,9 @@ from granatum.models.identity import differences
 from granatum.v1.errors import InvalidRequest, NotFound, PreconditionFailed, Unavailable
 
 MAX_PAGE = 1000
+"""The most adapters of a page."""
 _UPLOAD_WITHIN_S = 86_400.0
 _VALIDATIONS = 2
-_AT_ONCE = 25
-"""Versions of a page to collect before others have their turn; one page at a time is made."""
 
 log = structlog.get_logger(__name__)
 
@@ -59,7 +59,7 @@ class AdapterStore:
         self._scratch = Scratch(objects.scratch)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._validations = asyncio.Semaphore(_VALIDATIONS)
-        self._listing = asyncio.Lock()
+        self._batches = Batches()
         self._tenants = Tenants(objects, lambda: epoch_of(now()))
 
     @classmethod
@@ -70,7 +70,11 @@ class AdapterStore:
         return cls(open_objects(url), base, limits)
 
     async def upload(
-        self, tenant: str, header: UploadHeader, chunks: AsyncIterator[bytes], fleet: Fleet = ()
+        self,
+        tenant: str,
+        header: UploadHeader,
+        chunks: AsyncIterator[bytes],
+        fleet: FleetLimits = (),
     ) -> tuple[Manifest, bool]:
         """Store the files as the next version of `header.name`; return it, and whether it is new.
 
@@ -90,7 +94,7 @@ class AdapterStore:
         log.info("adapter uploaded", adapter=manifest.full_name, created=created)
         return manifest, created
 
-    async def _validate(self, tenant: str, files: tuple[Path, Path], fleet: Fleet) -> Summary:
+    async def _validate(self, tenant: str, files: tuple[Path, Path], fleet: FleetLimits) -> Summary:
         """Validate one upload of a tenant at a time, and few in all: validation takes a core."""
         turn = self._turns.setdefault(tenant, asyncio.Lock())
         async with turn, self._validations:
@@ -183,13 +187,8 @@ class AdapterStore:
         """The tenant's own adapters, every version, by name and version."""
         size = min(page_size or MAX_PAGE, MAX_PAGE)
         catalog = await self._tenants.read(tenant)
-        after, page = _position(page_token), list[Manifest]()
-        async with self._listing:
-            rest = list(islice(catalog.versions_after(*after), size + 1))
-            for begin in range(0, min(size, len(rest)), _AT_ONCE):
-                await asyncio.sleep(0)
-                batch = rest[begin : min(begin + _AT_ONCE, size)]
-                page += (Manifest.of(catalog, tenant, name, version) for name, version in batch)
+        rest = list(islice(catalog.versions_after(*_position(page_token)), size + 1))
+        page = await self._batches.made(lambda v: Manifest.of(catalog, tenant, *v), rest[:size])
         more = len(rest) > size
         return Page(tuple(page), f"{page[-1].name}@{page[-1].version}" if more else "")
 
@@ -237,7 +236,7 @@ class AdapterStore:
         return await self._blobs.fetch(digest, directory)
 
     async def collect_garbage(self, grace_s: float = 3600.0) -> Collected:
-        """Delete bytes that nothing refers to, nor did within the last `grace_s` seconds."""
+        """Delete bytes that nothing refers to, or referred to in the last `grace_s` seconds."""
         await self._objects.clear_scratch(self._now() - _UPLOAD_WITHIN_S)
         collected = await collect(self._objects, self._blobs, self._tenants, self._now(), grace_s)
         log.info("garbage collected", blobs=collected.blobs, bytes=collected.bytes)

@@ -1,4 +1,4 @@
-"""Work in threads that outlives no caller."""
+"""Thread work that is finished before its caller returns."""
 
 import asyncio
 from collections.abc import Callable

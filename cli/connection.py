@@ -81,7 +81,10 @@ def connect(
 
 
 def connected(command: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Make a command of a coroutine function. Options of the connection replace its client."""
+    """Make a command of a coroutine function.
+
+    Its first parameter, the client, is replaced by connection options.
+    """
     own = list(inspect.signature(command).parameters.values())[1:]
     connection = list(inspect.signature(connect).parameters.values())
 

@@ -14,13 +14,12 @@ import typer
 from rich.console import Console
 
 from granatum.cli import commands, connection
-from granatum.cli.box.address import reachable
 from granatum.cli.box.box import ADMIN, Box
 from granatum.cli.box.layout import Layout
 from granatum.cli.health import is_serving
 from granatum.cli.keys import keys
 from granatum.v1.errors import GranatumError, InvalidRequest, PreconditionFailed
-from granatum.v1.transport import Tls, is_loopback
+from granatum.v1.transport import Tls, is_loopback, reachable
 
 app = typer.Typer(
     help="Serve many tenants' LoRA adapters from one base model.",

@@ -14,8 +14,8 @@ from granatum.models.identity import fingerprint
 class BaseModel:
     """A base model's name and shape.
 
-    `features` maps each projection to (in_features, out_features). `fingerprint` (64 hexadecimal
-    digits) is equal for models of which one can continue the other's streams: shape, weights,
+    `features` maps each projection to (in_features, out_features). `fingerprint` has 64 hexadecimal
+    digits. Two models with equal fingerprints can continue each other's streams: shape, weights,
     tokenizer and end tokens are the same (`identity.py`). `family` names the modules.
     """
 
@@ -66,7 +66,8 @@ class BaseModel:
 def _shape(config: ModelConfig) -> dict[str, Any]:
     """Every setting that decides what the model computes, by its name in config.json.
 
-    Stored adapters and images carry the digest: a new setting stands here only where it counts.
+    Stored adapters and images carry this digest. Add a setting only if it changes what the model
+    computes, and only where it does.
     """
     shape = {
         "model_type": config.family.model_type,

@@ -39,8 +39,8 @@ class RouterSettings(BaseSettings):
     max_queue: int = Field(
         1024,
         ge=0,
-        description="the most requests that wait for a runner; as many again may wait that are "
-        "their tenant's only one",
+        description="the most requests that wait for a runner; as many more may wait if each "
+        "is its tenant's only one",
     )
     max_queued_per_tenant: int = Field(
         512,

@@ -1,6 +1,5 @@
 """Everything that a runner can be told, by flags or by GRANATUM_RUNNER_* in the environment."""
 
-import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -8,11 +7,10 @@ from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode
 
 from granatum.service import settings as shared
-from granatum.v1.transport import Tls
+from granatum.v1.transport import Tls, reachable
 
 MAX_BATCH = 1024
 """The largest batch that a runner can be given."""
-_ANY_HOST = ("", "0.0.0.0", "::", "*")  # noqa: S104 - recognised, not bound
 
 
 class RunnerSettings(BaseSettings):
@@ -121,5 +119,4 @@ class RunnerSettings(BaseSettings):
         """The host:port at which routers reach the runner, which listens on `port`."""
         if self.advertise is not None:
             return self.advertise
-        host = self.listen.rpartition(":")[0]
-        return f"{socket.gethostname() if host.strip('[]') in _ANY_HOST else host}:{port}"
+        return reachable(f"{self.listen.rpartition(':')[0]}:{port}")

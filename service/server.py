@@ -26,8 +26,8 @@ _OPTIONS = (
     ("grpc.server.max_pending_requests", _PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", _PENDING_CALLS),
     ("grpc.server_max_unrequested_time_in_server", _PENDING_S),
-    # With the probe a fast link may fill megabytes of every stream that nobody reads. Messages
-    # that are read arrive fast without it: gRPC makes room for the whole of an awaited message.
+    # With the probe, gRPC may buffer megabytes for each unread stream. Messages that are read
+    # arrive fast without it: gRPC makes room for the whole of an awaited message.
     ("grpc.http2.bdp_probe", 0),
 )
 

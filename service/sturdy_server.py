@@ -39,7 +39,7 @@ log = structlog.get_logger(__name__)
 
 
 class _Core(cygrpc.AioServer):  # type: ignore[misc] # untyped
-    """Where gRPC asks for the next call of a method, this starts tasks that take calls for ever."""
+    """gRPC asks for one call at a time. This class starts tasks that take calls for ever."""
 
     def __init__(self, interceptors: tuple[Any, ...], options: Any) -> None:
         super().__init__(cygrpc.get_working_loop(), None, (), interceptors, options, None)

@@ -3,9 +3,9 @@
     blobs/<digest>/<epoch>/adapter_config.json
     blobs/<digest>/<epoch>/adapter_model.safetensors
 
-The epoch is the hour in which the bytes were stored. Bytes that are there already from an earlier
-hour are stored again. So an upload refers only to bytes of its own hour. Garbage collection deletes
-only bytes of hours long past, and can never delete what an upload is about to refer to.
+The epoch is the hour in which the bytes were stored. An upload refers only to bytes stored in the
+upload's own hour: bytes of an earlier hour are stored again. Garbage collection deletes only bytes
+of hours long past, and can never delete what an upload is about to refer to.
 """
 
 import asyncio

@@ -56,7 +56,7 @@ class _Survey:
 async def collect(
     objects: Objects, blobs: Blobs, tenants: Tenants, now: float, grace_s: float
 ) -> Collected:
-    """Delete blobs and hints that no catalog refers to, nor did within `grace_s` before `now`.
+    """Delete blobs and hints that no catalog refers to, or did refer to since `now - grace_s`.
 
     Only bytes of old epochs are deleted, in which every upload has long finished. An upload refers
     only to bytes of its own epoch. So no upload can begin to need bytes between the look at the

@@ -94,8 +94,9 @@ class Catalog:
     """Everything that one tenant has.
 
     `retired` holds when each digest was last deleted, so that its bytes stay for streams in flight.
-    Names fall into at most 256 classes. `floors` holds for each class where the versions of a new
-    name begin: above the versions of every forgotten name of the class. So no number is ever given
+
+    Names fall into at most 256 classes. `floors`: per class, the first version number of a new
+    name. It is above the versions of every forgotten name of the class. So no number is ever given
     twice, and the memory of deleted names is bounded.
     """
 

@@ -23,7 +23,7 @@ from granatum.v1.errors import Internal
 
 _FORMAT = 2
 _OLD_FORMAT = 1
-_AT_ONCE = 500
+_BATCH = 500
 """Versions to write in one go: the interpreter is held by a millisecond's work at most."""
 _END = re.compile(rb',"sha256":"([0-9a-f]{64})"}')
 _Kind = tuple[tuple[str, ...], str]
@@ -86,7 +86,7 @@ def _parts(catalog: Catalog, revision: str) -> Iterator[str]:
 def _rows(adapter: AdapterHistory, kinds: dict[_Kind, int]) -> Iterator[str]:
     left = iter(adapter.versions)
     separator = ""
-    while batch := [_row(version, kinds) for version in islice(left, _AT_ONCE)]:
+    while batch := [_row(version, kinds) for version in islice(left, _BATCH)]:
         yield separator + _json(batch)[1:-1]
         separator = ","
 

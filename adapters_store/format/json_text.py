@@ -8,7 +8,7 @@ from granatum.adapters_store.names import shown
 from granatum.v1.errors import InvalidAdapter
 
 _MAX_DEPTH = 64
-"""Far above what any of our files nests, far below what recursion cannot follow."""
+"""Our files nest far less; recursion can follow far more."""
 
 
 def parse_object(data: bytes, invalid: Callable[[str], InvalidAdapter]) -> dict[str, Any]:

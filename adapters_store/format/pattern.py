@@ -27,7 +27,7 @@ MAX_PATTERNS = 2_000
 CPU_S = 0.5
 """Processor seconds of one matching. An adapter needs two: its modules, then their ranks."""
 _WALL_S = 20.0
-"""Seconds to wait for a process. One that got no processor time meanwhile: overload."""
+"""Seconds to wait for a process. If it is unfinished then, the machine is overloaded."""
 _MATCHER = Path(__file__).with_name("pattern_matcher.py")
 _REMEMBERED = 64
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+")

@@ -23,7 +23,7 @@ from granatum.adapters_store.format.safetensors_file import (
     read_header,
     read_parts,
 )
-from granatum.adapters_store.limits import Fleet, UploadLimits, padded_rank
+from granatum.adapters_store.limits import FleetLimits, UploadLimits, padded_rank
 from granatum.adapters_store.names import shown
 from granatum.models.base_model import BaseModel
 from granatum.v1.errors import InvalidAdapter
@@ -56,7 +56,7 @@ class Summary:
 
 
 def validate(
-    config: Path, weights: Path, base: BaseModel, limits: UploadLimits, fleet: Fleet = ()
+    config: Path, weights: Path, base: BaseModel, limits: UploadLimits, fleet: FleetLimits = ()
 ) -> Summary:
     """Check both files against each other and the base model, down to the last number.
 
@@ -88,21 +88,21 @@ def _elements(modules: Modules, base: BaseModel) -> int:
     )
 
 
-def _check_fleet(modules: Modules, elements: int, base: BaseModel, fleet: Fleet) -> None:
+def _check_fleet(modules: Modules, elements: int, base: BaseModel, fleet: FleetLimits) -> None:
     place, spec = max(modules.items(), key=lambda item: item[1].rank)
-    wide_enough = [room for room in fleet if room.has_rank(spec.rank)]
+    wide_enough = [runner for runner in fleet if runner.has_rank(spec.rank)]
     if fleet and not wide_enough:
         raise InvalidAdapter(
             f"{CONFIG_FILE}: rank {spec.rank} of {base.module_name(*place)} is above "
-            f"{max(room.max_rank for room in fleet)}, the highest that a runner here serves: train "
-            "with a lower one, or have a runner started with a higher --max-rank",
+            f"{max(runner.max_rank for runner in fleet)}, the highest that a runner here serves: "
+            "train with a lower one, or have a runner started with a higher --max-rank",
             field=CONFIG_FILE,
         )
-    if fleet and not any(room.has_elements(elements) for room in wide_enough):
+    if fleet and not any(runner.has_elements(elements) for runner in wide_enough):
         raise InvalidAdapter(
             f"{CONFIG_FILE}: the adapter takes room for {elements:,} numbers, more than the "
-            f"{max(room.max_elements for room in wide_enough):,} that a runner here has room for: "
-            "train fewer modules or a lower rank",
+            f"{max(runner.max_elements for runner in wide_enough):,} that a runner here has room "
+            "for: train fewer modules or a lower rank",
             field=CONFIG_FILE,
         )
 

@@ -1,7 +1,8 @@
 """Adapters in a local directory, durably, and safe for several routers on one machine.
 
 obstore's local store writes without fsync and has no conditional update. Its listing fails if one
-name is not UTF-8 or one link leads back. So this file writes and lists; obstore reads and deletes.
+name is not UTF-8 or one link leads back. So this class writes and lists, and obstore reads and
+deletes.
 """
 
 import asyncio

@@ -5,8 +5,6 @@ import socket
 
 from granatum.v1.errors import InvalidRequest, PreconditionFailed
 
-_ANY_HOST = ("", "0.0.0.0", "::", "*")  # noqa: S104 - recognised, not bound
-
 
 def claim(address: str) -> str:
     """The address, which is free to listen on now; port 0 is replaced by a free one.
@@ -27,12 +25,6 @@ def claim(address: str) -> str:
     if free is None:
         raise InvalidRequest(f"{address} is no address of this machine: give --listen one that is")
     return f"{address.rpartition(':')[0]}:{free}"
-
-
-def reachable(address: str) -> str:
-    """The address by which clients on other machines reach a service on `address`."""
-    host, port = address.rpartition(":")[::2]
-    return f"{socket.gethostname() if host.strip('[]') in _ANY_HOST else host}:{port}"
 
 
 def _parse(address: str) -> tuple[str | None, int]:

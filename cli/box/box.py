@@ -3,8 +3,8 @@
     async with Box(Layout(model=Path("llama"), state=Path("state")), say=print) as box:
         async with Client(box.address, key=box.keys["default"]) as client: ...
 
-The box listens on loopback unless told otherwise, and nothing of it outlives us. While the box
-starts, the end of any child is the end of the box. Afterwards every child that ends is started
+The box listens on loopback unless told otherwise. Its processes end with this process. While the
+box starts, the end of any child is the end of the box. Afterwards every child that ends is started
 again.
 """
 

@@ -6,8 +6,8 @@
 rank for LoRA, the rows of a block for a linear. `differences` are the fields of a configuration
 that differ from the default; null says that the default was the fastest.
 
-The tables beside this file are the packaged ones; `gpus.json` says which GPU each one serves. A
-user's tables, made by `granatum tune`, add to them and win over them.
+The tables beside this file are the packaged ones; `gpus.json` says which GPUs each folder
+serves. A user's tables, made by `granatum tune`, add to them and win over them.
 """
 
 import json
@@ -123,21 +123,24 @@ def _changed() -> None:
 
 
 def _measured(gpu: Gpu, op: str) -> Shapes:
-    folders: dict[str, str] = _gpus()
-    folder = next((folder for part, folder in folders.items() if part in gpu.name), None)
-    return {} if folder is None else _packaged(folder, op)
+    keys = (key for key in _gpus() if re.search(rf"\b{re.escape(key)}\b", gpu.name))
+    key = max(keys, key=len, default=None)
+    return {} if key is None else _packaged(_gpus()[key], op)
 
 
 @cache
 def _gpus() -> dict[str, str]:
-    """Of each part of a GPU's name that tells the GPU: the folder of its tables."""
+    """The folders of the tables, by whole words of the GPU's name. The longest key wins."""
     folders: dict[str, str] = json.loads((_PACKAGED / "gpus.json").read_text())
     return folders
 
 
 @cache
 def _packaged(folder: str, op: str) -> Shapes:
-    content = json.loads((_PACKAGED / folder / f"{op}.json").read_text())
+    path = _PACKAGED / folder / f"{op}.json"
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text())
     return {
         shape: {int(size): found for size, found in by_size.items()}
         for shape, by_size in content["shapes"].items()

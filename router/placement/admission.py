@@ -13,8 +13,8 @@ from granatum.router.placement.line import Line, Waiter
 from granatum.router.placement.placement import (
     Lease,
     LeaseKind,
-    Outcome,
     Placed,
+    PlacementOutcome,
     PlacementRequest,
     Waiting,
 )
@@ -48,11 +48,6 @@ class Admission:
         self._unreachable = unreachable
         self._line = Line()
         self._under_way: set[asyncio.Task[object]] = set()
-
-    @property
-    def waiting(self) -> int:
-        """How many of this router's sequences wait."""
-        return len(self._line)
 
     async def run(self) -> None:
         """Wake waiting sequences whenever there may be room, until cancelled."""
@@ -118,9 +113,9 @@ class Admission:
         waiter.turn.clear()
         return True
 
-    async def _attempt(self, request: PlacementRequest, give_up: float) -> Outcome:
-        def place() -> Coroutine[object, object, Outcome]:
-            return self._registry.place(replace(request, avoid=self._unreachable()))
+    async def _attempt(self, request: PlacementRequest, give_up: float) -> PlacementOutcome:
+        def place() -> Coroutine[object, object, PlacementOutcome]:
+            return self._registry.place(replace(request, unreachable=self._unreachable()))
 
         brought = Lease(LeaseKind.SEQUENCE, request.entry or "", request.id)
         return await self._insist(place, brought, give_up)
@@ -197,8 +192,8 @@ async def _pause(failure: Unavailable, left_s: float) -> None:
         raise failure
 
 
-def _waiting(request: PlacementRequest, outcome: Outcome) -> Waiting:
-    """The outcome, if the sequence is to wait for another one; else its error is raised."""
+def _waiting(request: PlacementRequest, outcome: PlacementOutcome) -> Waiting:
+    """The outcome, if the sequence must wait. Any other outcome is raised as its error."""
     match outcome:
         case placement.Full():
             raise Overloaded(
@@ -243,7 +238,9 @@ def _too_late(outcome: Waiting) -> GranatumError:
             reason="TENANT_RUNNING",
             retry_after_s=RETRY_AFTER_S,
         )
-    if isinstance(outcome, placement.Queued | placement.Limited) and outcome.live_runners:
+    if isinstance(outcome, placement.Limited) or (
+        isinstance(outcome, placement.Queued) and outcome.live_runners
+    ):
         return Overloaded(
             "every runner was busy until the deadline: try again later",
             reason="QUEUE_TIMEOUT",

@@ -42,8 +42,7 @@ local releases = {
   entry = function(l) leave(l.member) end,
 }
 
--- Undo whatever a `place` did, if its answer was lost. If the call is still on its way, it will do
--- nothing.
+-- Undo a `place` with a lost answer. If that `place` has not run yet, it will do nothing.
 function releases.sequence(l, lease_ms)
   local record = key('sequence', l.member)
   local s = redis.call('HMGET', record, 'runner', 'pages', 'tenant', 'entry')

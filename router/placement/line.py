@@ -68,7 +68,7 @@ class Line:
             self._waiters[0].turn.set()
 
     def pass_on(self, waiter: Waiter) -> None:
-        """If `waiter` stands aside, let the next one try that no earlier obstacle stops."""
+        """If `waiter` stands aside, give a turn to the next that meets no earlier obstacle."""
         if waiter.obstacle is None:
             return
         obstacles: set[Hashable] = set()

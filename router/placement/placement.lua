@@ -1,7 +1,7 @@
 -- Which runner takes a sequence: the part of registry.lua that places.
 
--- The figures of a runner that placement needs; nil if its record is not whole.
-local function figures(id)
+-- What placement needs of a runner's record; nil if the record is not whole.
+local function candidate(id)
   local f = redis.call('HMGET', key('runner', id), 'max_batch', 'available_pages', 'pages_since',
     'page_tokens', 'max_context', 'max_rank', 'max_elements', 'draining', 'trouble')
   for i = 1, 7 do
@@ -13,22 +13,22 @@ local function figures(id)
     draining = f[8] == '1' or redis.call('EXISTS', key('drain', id)) == 1}
 end
 
-local function live_figures()
+local function candidates()
   local list = {}
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', RUNNERS, '(' .. now, '+inf')) do
-    table.insert(list, figures(id))
+    table.insert(list, candidate(id))
   end
   return list
 end
 
--- Whether a runner could ever serve a request's adapter; a limit of 0 is not known.
+-- Whether a runner could ever serve a request's adapter. A limit of 0: the runner did not say.
 local function serves(f, r)
   return (f.max_rank == 0 or r.rank <= f.max_rank)
     and (f.max_elements == 0 or r.elements <= f.max_elements)
 end
 
--- Nil if a runner could serve a request's adapter, else the fleet's largest rank and size. Only
--- newcomers are refused by it: a sequence that was admitted waits for a runner that may come back.
+-- Nil if a runner could serve a request's adapter, else the fleet's largest rank and size. Only new
+-- sequences are refused. A sequence that was placed before waits for a runner to come back.
 local function beyond(fleet, r)
   local rank, elements, any = 0, 0, false
   for _, f in ipairs(fleet) do
@@ -38,8 +38,8 @@ local function beyond(fleet, r)
   return any and {rank, elements} or nil
 end
 
--- Sets size and pages of a runner that can take `tokens` now. Pages of a runner without sequences
--- are all free or reclaimable, whatever it said last.
+-- Sets f.size and f.pages. Returns whether f can take `tokens` now. A runner without sequences has
+-- all pages free or reclaimable, whatever it said last.
 local function has_room(f, tokens)
   if f.draining then return false end
   f.size = holding(key('reserved', f.id))
@@ -47,10 +47,10 @@ local function has_room(f, tokens)
   return f.size < f.max_batch and (f.size == 0 or f.available >= f.pages)
 end
 
--- Runners that just sent the sequence back come last. Before them come those that cannot load
--- adapters, if it needs one.
-local function reluctance(f, r, exclude)
-  return (exclude[f.id] and 2 or 0) + (r.adapter and f.trouble and 1 or 0)
+-- Runners that just sent the sequence back come last. Before them come, if the sequence needs an
+-- adapter, runners that cannot load adapters.
+local function reluctance(f, r, avoid)
+  return (avoid[f.id] and 2 or 0) + (r.adapter and f.trouble and 1 or 0)
 end
 
 local function better(f, rival)
@@ -60,19 +60,19 @@ local function better(f, rival)
   return f.id > rival.id
 end
 
--- The largest working set with room, ties to the highest id. Without one, why the room that there is
--- does not serve: 'unreachable' by this router, beyond the runners' 'limits', or nil: there is none.
+-- The best runner with room: the largest working set, ties to the highest id. If none serves, the
+-- reason: 'unreachable', 'limits', or nil: no runner has room.
 local function best(fleet, r)
-  local exclude, avoid = set_of(r.exclude), set_of(r.avoid)
+  local avoid, unreachable = set_of(r.avoid), set_of(r.unreachable)
   local chosen, unusable
   for _, f in ipairs(fleet) do
     if has_room(f, r.tokens) then
       if not serves(f, r) then
         unusable = unusable or 'limits'
-      elseif avoid[f.id] then
+      elseif unreachable[f.id] then
         unusable = 'unreachable'
       else
-        f.reluctance = reluctance(f, r, exclude)
+        f.reluctance = reluctance(f, r, avoid)
         if better(f, chosen) then chosen = f end
       end
     end
@@ -114,8 +114,8 @@ local function take(f, r, asked, entry)
   return {'placed', entry, f.id, redis.call('HGET', key('runner', f.id), 'address'), f.pages}
 end
 
--- Which bound keeps a newcomer out of the queue, or nil. A full queue still takes a first entry of
--- a tenant that has none, up to twice its bound: who filled it keeps nobody else out.
+-- Which bound keeps a newcomer out of the queue, or nil. A full queue still takes one entry of each
+-- tenant that has none, up to twice its bound. So a tenant that fills it keeps nobody else out.
 local function bound(r)
   local own = redis.call('ZCARD', key('queued', r.tenant))
   if own >= r.max_queued then return 'tenant_full' end
@@ -128,12 +128,12 @@ local function capped(r)
   return r.max_running > 0 and holding(key('running', r.tenant)) >= r.max_running
 end
 
--- Give the entry room if it is its turn, else the reason why room that is free is not for it.
+-- Place the entry if it is its turn. Else return why free room does not suit it, if there is any.
 local function try(r, asked, entry, fleet)
   if capped(r) then return nil, 'running' end
   local first = redis.call('ZRANGE', QUEUE, 0, 0)[1]
   if first and entry > first then return nil end
-  local runner, unusable = best(fleet or live_figures(), r)
+  local runner, unusable = best(fleet or candidates(), r)
   if not runner then return nil, unusable end
   return take(runner, r, asked, entry)
 end
@@ -148,7 +148,7 @@ function commands.place(request)
   lapse_entries()
   local entry, fleet = asked, nil
   if asked == '' then
-    entry, fleet = s[4] or new_entry(r), live_figures()
+    entry, fleet = s[4] or new_entry(r), candidates()
     local largest = not r.admitted and beyond(fleet, r)
     if largest then return {'unservable', entry, largest[1], largest[2]} end
   end
@@ -156,7 +156,7 @@ function commands.place(request)
   if placed then return placed end
   local newcomer = asked == '' and not r.admitted and not redis.call('ZSCORE', WAITING, entry)
   local refused = newcomer and bound(r)
-  if refused then return {refused, entry, live()} end
+  if refused then return {refused, entry} end
   wait(entry, r.entry_ms, aside)
   note(r, asked, entry)
   return {aside or 'queued', entry, live()}

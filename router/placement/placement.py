@@ -16,7 +16,7 @@ class Terms:
     runner_lease_s: float
     """The lease of a runner, from its last heartbeat."""
     max_queue: int
-    """The most requests in the queue."""
+    """The most requests in the queue; up to twice as many, if each is its tenant's only one."""
     max_queued_per_tenant: int
     max_running_per_tenant: int
     """The most requests of one tenant that hold a reservation; 0: no bound."""
@@ -25,8 +25,8 @@ class Terms:
     def entry_lease_s(self) -> float:
         """The lease of an entry in the queue.
 
-        It is short, because the queue waits so long for a router that died. A router that only
-        stalled gets its places back.
+        The lease is short, because the whole queue waits until a dead router's entry lapses. A
+        router that only stalled gets its places back.
         """
         return min(self.lease_s, _ENTRY_LEASE_S)
 
@@ -38,7 +38,7 @@ class PlacementRequest:
     id: str
     """Unique in the fleet; the reservation has this name."""
     tokens: int
-    """Tokens of prompt and output so far, estimated or known. They must fit into pages at once."""
+    """Tokens of prompt and output so far, estimated or known. A runner must have pages for all."""
     priority: int = 0
     entry: str | None = None
     """Its place in the queue's order, given by the first attempt and kept for life.
@@ -47,14 +47,12 @@ class PlacementRequest:
     """
     admitted: bool = False
     """Whether the sequence was placed before. Then the bounds of the queue do not apply to it."""
-    exclude: Collection[str] = ()
-    """Runners that just sent this sequence back. One is taken only if no other has room."""
     avoid: Collection[str] = ()
+    """Runners that just sent this sequence back. One is taken only if no other has room."""
+    unreachable: Collection[str] = ()
     """Runners that this router cannot reach. None of them is taken."""
     tenant: str = ""
     """The tenant of the request. Tenants take turns."""
-    weight: float = 1.0
-    """How many turns the tenant gets for one of a tenant of weight 1."""
     adapter: bool = False
     """Whether the sequence needs an adapter."""
     rank: int = 0
@@ -105,18 +103,12 @@ class Queued:
     entry: str
     live_runners: int
 
-    @property
-    def lease(self) -> Lease:
-        """The lease that keeps the sequence's place in the queue."""
-        return Lease(LeaseKind.ENTRY, "", self.entry)
-
 
 @dataclass(frozen=True, slots=True)
 class Aside:
     """The sequence waits beside the queue. Free room does not suit it, so it blocks nobody."""
 
     entry: str
-    live_runners: int
 
 
 class Unreachable(Aside):
@@ -135,8 +127,6 @@ class Capped(Aside):
 class Full:
     """No room, and the queue is at its bound."""
 
-    live_runners: int
-
 
 @dataclass(frozen=True, slots=True)
 class TenantFull:
@@ -154,4 +144,4 @@ class Unservable:
 
 
 Waiting = Queued | Unreachable | Limited | Capped
-Outcome = Placed | Waiting | Full | TenantFull | Unservable
+PlacementOutcome = Placed | Waiting | Full | TenantFull | Unservable

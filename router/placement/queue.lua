@@ -31,6 +31,8 @@ local function set_virtual(level, tag)
   redis.call('SET', key('virtual', level), string.format('%.0f', tag), 'PX', FAIR_MS)
 end
 
+-- Tags begin at the server's microseconds, so that the tags of a restarted server come after those
+-- that it forgot.
 local function virtual(level)
   local tag = tonumber(redis.call('GET', key('virtual', level)))
   if not tag then
@@ -40,15 +42,13 @@ local function virtual(level)
   return tag
 end
 
-local function cost(r) return math.max(1, math.floor(COST / r.weight)) end
-
--- The start tag of a tenant's next entry. What left the queue unplaced has cost nothing.
+-- The start tag of a tenant's next entry. An entry that left without a placement does not count.
 local function next_tag(level, r)
   local served = tonumber(redis.call('ZSCORE', key('served', level), r.tenant) or '0')
   local tag = math.max(virtual(level), served)
   local last = redis.call('ZREVRANGEBYLEX', key('queued', r.tenant), '(' .. level .. ';',
     '[' .. level .. ':', 'LIMIT', 0, 1)[1]
-  return last and math.max(tag, tag_of(last) + cost(r)) or tag
+  return last and math.max(tag, tag_of(last) + 1) or tag
 end
 
 -- Account for a placement. An entry that was placed before has an old tag and changes nothing.
@@ -57,7 +57,7 @@ local function serve(entry, r)
   local served, from = key('served', level), math.max(virtual(level), tag)
   set_virtual(level, from)
   local before = tonumber(redis.call('ZSCORE', served, r.tenant) or '0')
-  redis.call('ZADD', served, math.max(before, tag + cost(r)), r.tenant)
+  redis.call('ZADD', served, math.max(before, tag + 1), r.tenant)
   redis.call('ZREMRANGEBYSCORE', served, '-inf', string.format('%.0f', from))
   redis.call('PEXPIRE', served, FAIR_MS)
 end

@@ -2,7 +2,7 @@
 --
 --     EVALSHA sha 1 prefix number command argument...
 --
--- and gets the number back before the result, so that it knows an answer that is another call's.
+-- It returns the number first, so that registry.py recognises another call's answer.
 -- Time is the server's. Everything ends with a lease, so that nothing outlives its owner:
 --
 --   runners            zset   runner id -> its lease's end
@@ -13,8 +13,8 @@
 --   sequence:ID        hash   what `place` did for it: entry, asked (the entry it came with), runner,
 --                             pages, tenant; or gone: its router let go of it before it answered
 --   waiting            zset   entries of all who wait -> their leases' ends
---   queue              zset   those in the order of turns, score 0; others stand aside, so that they
---                             block nobody: no room that is free now is for them
+--   queue              zset   the entries of `waiting` that take turns, in order, score 0; others
+--                             stand aside, because no room that is free now is for them
 --   queued:TENANT      zset   the tenant's entries in `waiting`, score 0
 --   virtual:LEVEL      string the start tag of the entry placed last, of one priority
 --   served:LEVEL       zset   tenant -> the finish tag of its entry placed last, if above `virtual`
@@ -23,21 +23,19 @@
 --   room               channel: there may be room for whoever waits
 --
 -- An entry is LEVEL:TAG:ARRIVAL:TENANT/ID. LEVEL falls with priority; the numbers have a fixed width,
--- so that entries sort as strings. TAG is that of start-time fair queuing (Goyal et al. 1996): it
--- begins where the tenant's last entry finishes, 1 / weight after that one's tag, and never before
--- the tag placed last. So of two tenants, one with 500 entries and one with a single new one, the
--- new one is next after at most one placement for each tenant that has entries waiting.
+-- so that entries sort as strings. TAG is that of start-time fair queuing (Goyal et al. 1996): a
+-- tenant's next tag is its last tag + 1, and at least the tag placed last. So if one tenant has 500
+-- entries and another has a single new one, the new one is next after at most one placement for
+-- each tenant that has entries waiting.
 
 local prefix, number, command = KEYS[1], ARGV[1], ARGV[2]
 local time = redis.call('TIME')
 local micros = time[1] * 1000000 + time[2]
 local now = math.floor(micros / 1000)
 
-local DRAIN_MS = 3600 * 1000 -- outlives a runner's restart, not its removal
+local DRAIN_MS = 3600 * 1000 -- survives a runner's crash, not its deregistration
 
 local FAIR_MS = 3600 * 1000 -- longer than anyone waits in the queue
-local COST = 1000 -- tags per placement of weight 1. Tags begin at the server's microseconds, so that
--- those of a restarted server come after those it forgot.
 
 local function key(...) return prefix .. ':' .. table.concat({...}, ':') end
 local RUNNERS, QUEUE, WAITING = key('runners'), key('queue'), key('waiting')

@@ -1,7 +1,7 @@
 """What all routers know together: live runners, reservations, the queue. It lives in Redis.
 
-`registry.lua` beside this file describes the keys. The other Lua files hold every change that first
-reads. All Lua files together are one script.
+`registry.lua` beside this file describes the keys. Every change that depends on what it reads is
+made in Lua. All Lua files together are one script.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ from granatum.router.placement.placement import (
     Lease,
     LeaseKind,
     Limited,
-    Outcome,
     Placed,
+    PlacementOutcome,
     PlacementRequest,
     Queued,
     TenantFull,
@@ -57,8 +57,7 @@ _RETRIES = 1
 _SILENCES = 5
 _CONNECTIONS = 32
 _LEASES_PER_CALL = 500
-_WAITING: dict[bytes, type[Queued | Unreachable | Limited | Capped]] = {
-    b"queued": Queued,
+_ASIDE: dict[bytes, type[Unreachable | Limited | Capped]] = {
     b"unreachable": Unreachable,
     b"limits": Limited,
     b"running": Capped,
@@ -96,7 +95,7 @@ class Registry:
         """Close the connections."""
         await self._redis.aclose(close_connection_pool=True)
 
-    async def place(self, request: PlacementRequest) -> Outcome:
+    async def place(self, request: PlacementRequest) -> PlacementOutcome:
         """Reserve room on the largest working set that has room, or queue for a turn.
 
         After Unavailable the same call may be made again: its effect is that of one call.
@@ -105,7 +104,7 @@ class Registry:
         async with self._answer("place", arguments) as reply:
             return self._outcome(request, reply)
 
-    def _outcome(self, request: PlacementRequest, reply: list[Any]) -> Outcome:
+    def _outcome(self, request: PlacementRequest, reply: list[Any]) -> PlacementOutcome:
         kind = reply[0]
         if kind == b"gone":
             raise Unavailable("the sequence was given up", reason="SEQUENCE_GONE")
@@ -119,8 +118,10 @@ class Registry:
             kept = Lease(LeaseKind.RESERVATION, runner_id, request.id, pages, request.tenant)
             return Placed(runner_id, address, entry, kept)
         if kind == b"full":
-            return Full(int(reply[2]))
-        return _WAITING[kind](entry, int(reply[2]))
+            return Full()
+        if kind == b"queued":
+            return Queued(entry, int(reply[2]))
+        return _ASIDE[kind](entry)
 
     async def claim(self, lease: Lease) -> bool:
         """Take a name for its owner; False if another owner holds the name."""
@@ -213,10 +214,9 @@ class Registry:
             "admitted": request.admitted,
             "priority": request.priority,
             "tokens": request.tokens,
-            "exclude": list(request.exclude),
             "avoid": list(request.avoid),
+            "unreachable": list(request.unreachable),
             "tenant": request.tenant,
-            "weight": request.weight,
             "adapter": request.adapter,
             "rank": request.rank,
             "elements": request.elements,
@@ -288,7 +288,10 @@ def _translated() -> Iterator[None]:
 
 
 def _heed_cancellation() -> None:
-    """Raise a pending cancellation. While it connects, the Redis client takes one for a failure."""
+    """Raise a pending cancellation.
+
+    While the Redis client connects, it mistakes a cancellation for a connection failure.
+    """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError

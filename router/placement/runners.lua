@@ -13,7 +13,7 @@ local function rival(f)
   return s[2]
 end
 
--- A runner that drains and is new here was drained before the server lost its memory.
+-- If an unknown runner says that it drains, the server lost the mark: mark the runner again.
 function commands.heartbeat(lease_ms, figures, record)
   local f = cjson.decode(figures)
   local other = rival(f)
@@ -33,8 +33,8 @@ function commands.heartbeat(lease_ms, figures, record)
   return {'registered', redis.call('PEXPIRE', drain, DRAIN_MS)}
 end
 
--- Whether a runner was taken out: only the process that registered may do so, where both say which
--- one they are.
+-- Whether a runner was taken out. Only the process that registered may do so, if both give an
+-- instance.
 function commands.deregister(id, instance)
   local registered = redis.call('HGET', key('runner', id), 'instance') or ''
   if instance ~= '' and registered ~= '' and instance ~= registered then return 0 end

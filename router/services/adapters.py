@@ -2,30 +2,27 @@
 
 # ruff: noqa: N802 - methods are named by the service
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
 import grpc
 
+from granatum.adapters_store.batches import Batches
 from granatum.adapters_store.blobs.incoming import FileDeclaration, UploadHeader
 from granatum.adapters_store.catalog.catalog import Visibility
 from granatum.adapters_store.catalog.manifest import Manifest
-from granatum.adapters_store.store import AdapterStore
+from granatum.adapters_store.store import MAX_PAGE, AdapterStore
 from granatum.router.services.access import current_tenant
-from granatum.router.services.uploads import Pace, Rooms, Seats, discard, paced
+from granatum.router.services.uploads import Fleet, Pace, Seats, discard, paced
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.adapters_pb2_grpc import AdapterServiceServicer
 from granatum.v1.cluster_pb2 import RunnerStatus
 from granatum.v1.errors import GranatumError, InvalidRequest, Overloaded
 
 MAX_CHUNK_BYTES = 1 << 20
-MAX_PAGE = 1000
 USUAL_PACE = Pace()
 _MAX_FILES = 16
-_AT_ONCE = 25
-"""Adapters of a page that are described at once, before other work has a turn."""
 _VISIBILITY = {
     Visibility.PRIVATE: pb.VISIBILITY_PRIVATE,
     Visibility.PUBLISHED: pb.VISIBILITY_PUBLISHED,
@@ -45,10 +42,10 @@ class AdapterServicer(AdapterServiceServicer):
         pace: Pace = USUAL_PACE,
     ) -> None:
         self._store = store
-        self._rooms = Rooms(runners)
+        self._fleet = Fleet(runners)
         self._seats = Seats()
         self._hearings = Seats()
-        self._listing = asyncio.Lock()
+        self._batches = Batches()
         self._pace = pace
 
     async def UploadAdapter(
@@ -70,7 +67,7 @@ class AdapterServicer(AdapterServiceServicer):
         with self._seats.taken(tenant):
             requests = paced(arriving, self._pace)
             header, chunks = await _header(requests), _chunks(requests)
-            fleet = await self._rooms.fleet()
+            fleet = await self._fleet.limits()
             return await self._store.upload(tenant, header, chunks, fleet)
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, _: Context) -> pb.GetAdapterResponse:
@@ -86,13 +83,8 @@ class AdapterServicer(AdapterServiceServicer):
         if request.page_size > MAX_PAGE:
             raise InvalidRequest(f"page_size: give at most {MAX_PAGE:,}", field="page_size")
         page = await self._store.list(current_tenant(), request.page_size, request.page_token)
-        response = pb.ListAdaptersResponse(next_page_token=page.next_page_token)
-        async with self._listing:
-            for begin in range(0, len(page.adapters), _AT_ONCE):
-                batch = page.adapters[begin : begin + _AT_ONCE]
-                response.adapters.extend(_adapter(manifest) for manifest in batch)
-                await asyncio.sleep(0)  # lets tokens of streams pass
-        return response
+        adapters = await self._batches.made(_adapter, page.adapters)
+        return pb.ListAdaptersResponse(adapters=adapters, next_page_token=page.next_page_token)
 
     async def DeleteAdapter(
         self, request: pb.DeleteAdapterRequest, _: Context

@@ -91,8 +91,8 @@ class Call:
         )
 
     async def _end(self, error: GranatumError) -> None:
-        # No await may stand before gRPC has the status. The call is sure to be open until the
-        # handler's task wakes to its cancellation.
+        # Do not await before gRPC has the status: meanwhile the cancelled handler could end the
+        # call without it.
         if self._handler is None or self._handler.done() or self._context.done():
             return
         self._handler.cancel()

@@ -17,8 +17,9 @@ log = structlog.get_logger(__name__)
 
 
 class RegistryHealth:
-    """The process as a whole serves until it stops. Services that need the registry serve while it
-    answers.
+    """The process serves until it stops.
+
+    A service that needs the registry serves while the registry answers.
 
     Streams outlast an absence of the registry. So a liveness probe of the whole process does not
     end them, while a readiness probe of a service sends new requests elsewhere.

@@ -73,7 +73,8 @@ def add(path: Path, identity: Identity) -> str:
 def revoke(path: Path, digest: str) -> None:
     """Remove the one key whose digest begins with `digest`, of 8 digits or more.
 
-    Raises NotFound unless exactly one does, PreconditionFailed if the file cannot be written.
+    Raises NotFound unless exactly one digest begins so, PreconditionFailed if the file cannot be
+    written.
     """
     with _locked(path):
         records = _records(path)

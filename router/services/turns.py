@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from granatum.v1.errors import DeadlineExceeded, InvalidRequest, Overloaded
+from granatum.v1.errors import RETRY_AFTER_S, DeadlineExceeded, InvalidRequest, Overloaded
 
 _AT_A_TIME = 8
 _MOST_WAITING = 4096
 _WITHIN_S = 60.0
-_RETRY_AFTER_S = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Lane = tuple[str, str]
@@ -112,7 +111,7 @@ class Turns:
             raise Overloaded(
                 f"{_MOST_WAITING:,} calls of yours are waiting here: try again when some are over",
                 reason="CALLER_CALLS",
-                retry_after_s=_RETRY_AFTER_S,
+                retry_after_s=RETRY_AFTER_S,
             )
         turns.calls += 1
         try:

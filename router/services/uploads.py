@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from granatum.adapters_store.limits import Fleet, Room
+from granatum.adapters_store.limits import FleetLimits, RunnerLimits
 from granatum.v1.adapters_pb2 import UploadAdapterRequest
 from granatum.v1.cluster_pb2 import RunnerStatus
 from granatum.v1.errors import DeadlineExceeded, Overloaded, Unavailable
@@ -51,31 +51,31 @@ class Seats:
             self._taken += Counter()  # this forgets tenants without seats
 
 
-class Rooms:
+class Fleet:
     """What the fleet's runners can serve, as the registry said at most a second ago."""
 
     def __init__(self, runners: Callable[[], Awaitable[list[RunnerStatus]]]) -> None:
         self._runners = runners
-        self._fleet: Fleet = ()
+        self._limits: FleetLimits = ()
         self._asked = float("-inf")
         self._asking = asyncio.Lock()
 
-    async def fleet(self) -> Fleet:
-        """The runners' rooms; empty while no runner lives or the registry is away."""
+    async def limits(self) -> FleetLimits:
+        """The runners' limits; empty while no runner lives or the registry is away."""
         async with self._asking:
             now = asyncio.get_running_loop().time()
             if now - self._asked > _FRESH_S:
-                self._fleet = await self._ask()
+                self._limits = await self._ask()
                 self._asked = now
-            return self._fleet
+            return self._limits
 
-    async def _ask(self) -> Fleet:
+    async def _ask(self) -> FleetLimits:
         try:
             statuses = await self._runners()
         except Unavailable:
             return ()
         runners = [status.runner for status in statuses]
-        return tuple({Room(runner.max_rank, runner.max_adapter_elements) for runner in runners})
+        return tuple({RunnerLimits(r.max_rank, r.max_adapter_elements) for r in runners})
 
 
 async def paced(

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from granatum.v1.runner_pb2 import SequenceOutput
 
 MESSAGE_BYTES = 16 << 10
-"""About the size of one message to the client. Between two messages we see whether it reads."""
+"""About the size of one message to the client. Between two messages the router sees whether
+the client reads."""
 UNREAD_BYTES = 256 << 10
 UNREAD_TOKENS = 2048
 """The most that may be unread. A client that reads more slowly loses its room on the runner."""
@@ -139,7 +140,7 @@ class RemoteSequence:
 
 
 def _parts(output: SequenceOutput) -> Iterator[SequenceOutput]:
-    """News that are too long for one message, as several. The last has all but the tokens."""
+    """News that are too long for one message, as several. The last has all other fields too."""
     part, size = SequenceOutput(sequence_id=output.sequence_id), 0
     for token in output.tokens:
         more = token.ByteSize()

@@ -7,7 +7,7 @@ from granatum.v1.errors import InvalidRequest
 from granatum.v1.inference_pb2 import GenerateRequest
 
 _BYTES_PER_TOKEN = 3
-"""A guess for text, which only the runner can tokenize. It rather reserves too much."""
+"""A low guess for text, which only the runner can tokenize: rather too many tokens are reserved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class AcceptedRequest:
     request_id: str
     message: GenerateRequest
     named: bool = False
-    """Whether the client chose the id. Only such an id may come twice."""
+    """Whether the client chose the id. Only ids that clients chose can collide."""
     adapter_digest: str = ""
     """`sha256:...`; empty for the base model."""
     adapter: str = ""

@@ -23,7 +23,7 @@ _CONNECT_S = 3.0
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 2.0
 _PINGS_PER_SILENCE = 5
-"""At least so many pings are sent before silence is taken for the end."""
+"""Silence ends a session only after this many pings."""
 _PING_S = 1.0
 """The most seconds between two pings. A runner gives up a router that is silent for 10 s."""
 

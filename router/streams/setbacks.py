@@ -13,8 +13,8 @@ from granatum.v1.errors import (
 )
 from granatum.v1.runner_pb2 import SequenceFailure, SequenceOutput
 
-_EXCLUDE_S = 2.0
-_LOAD_EXCLUDE_S = 30.0
+_AVOID_S = 2.0
+_LOAD_AVOID_S = 30.0
 _FIRST_DELAY_S = 0.02
 _LONGEST_DELAY_S = 1.0
 _FATAL_LOSSES = 4
@@ -34,7 +34,7 @@ class FailedLoads:
     def note(self, runner_id: str, digest: str, now: float) -> None:
         """A runner just failed to load an adapter."""
         self._until = {key: u for key, u in self._until.items() if max(u.values()) > now}
-        self._until.setdefault(digest, {})[runner_id] = now + _LOAD_EXCLUDE_S
+        self._until.setdefault(digest, {})[runner_id] = now + _LOAD_AVOID_S
 
     def runners(self, digest: str, now: float) -> set[str]:
         """The runners that failed to load an adapter a moment ago."""
@@ -43,7 +43,9 @@ class FailedLoads:
 
 @dataclass(slots=True)
 class Setbacks:
-    """The setbacks of one sequence. A method that notes one raises the error of a hopeless case.
+    """The setbacks of one sequence.
+
+    A method that notes a setback raises an error if the case is hopeless.
 
     Only evidence counts. A runner that is lost with several sequences says nothing about any one.
     """
@@ -54,7 +56,7 @@ class Setbacks:
     _losses: int = 0
     _blames: int = 0
     _failed_loads: set[str] = field(default_factory=set)
-    _excluded: dict[str, float] = field(default_factory=dict)
+    _avoided: dict[str, float] = field(default_factory=dict)
 
     def progressed(self) -> None:
         """A token came, so this sequence did not harm the runner that made it."""
@@ -70,11 +72,11 @@ class Setbacks:
                 "them: it is not tried again",
                 reason="RUNNERS_LOST",
             )
-        self._leave(runner_id, now, _EXCLUDE_S)
+        self._leave(runner_id, now, _AVOID_S)
 
     def departed(self, runner_id: str, last: SequenceOutput, now: float) -> None:
         """A runner gave the sequence back. Raises the client's error if the case is hopeless."""
-        exclude_s = _EXCLUDE_S
+        avoid_s = _AVOID_S
         match last.departed:
             case runner_pb2.DEPARTURE_SUSPECTED:
                 self.suspicion += 1
@@ -83,12 +85,12 @@ class Setbacks:
                 self._blame()
             case runner_pb2.DEPARTURE_LOAD_FAILED:
                 self._load_failed(runner_id, last.cause)
-                exclude_s = _LOAD_EXCLUDE_S
-        self._leave(runner_id, now, exclude_s)
+                avoid_s = _LOAD_AVOID_S
+        self._leave(runner_id, now, avoid_s)
 
-    def excluded(self, now: float) -> set[str]:
+    def avoided(self, now: float) -> set[str]:
         """The runners that the sequence should avoid now."""
-        return {runner_id for runner_id, until in self._excluded.items() if until > now}
+        return {runner_id for runner_id, until in self._avoided.items() if until > now}
 
     @property
     def longest_delay(self) -> float:
@@ -97,9 +99,9 @@ class Setbacks:
             return 0.0
         return min(_FIRST_DELAY_S * 2.0 ** min(self._in_vain - 2, 10), _LONGEST_DELAY_S)
 
-    def _leave(self, runner_id: str, now: float, exclude_s: float) -> None:
+    def _leave(self, runner_id: str, now: float, avoid_s: float) -> None:
         self._in_vain += 1
-        self._excluded[runner_id] = max(self._excluded.get(runner_id, 0.0), now + exclude_s)
+        self._avoided[runner_id] = max(self._avoided.get(runner_id, 0.0), now + avoid_s)
 
     def _blame(self) -> None:
         self._blames += 1
@@ -113,7 +115,7 @@ class Setbacks:
     def _load_failed(self, runner_id: str, cause: SequenceFailure) -> None:
         """Raise the cause if there is no hope that another runner loads the adapter.
 
-        A runner fails twice only if no other one has room: the first failure excluded it.
+        A failed runner is avoided for a while. So it fails again only if no other runner had room.
         """
         again = runner_id in self._failed_loads
         self._failed_loads.add(runner_id)

@@ -120,7 +120,7 @@ class Stream:
             priority=self._request.message.priority,
             entry=self._entry,
             admitted=self._progress.placements > 0,
-            exclude=sorted(ill | self._setbacks.excluded(now)),
+            avoid=sorted(ill | self._setbacks.avoided(now)),
             tenant=self._request.tenant,
             adapter=bool(self._request.adapter_digest),
             rank=self._request.rank,

@@ -8,7 +8,7 @@ TROUBLE_S = 60.0
 """How long after a failed load a runner reports trouble, if no load succeeds meanwhile."""
 _TELLING = 2
 """The adapters that must fail in a row before the runner, not an adapter, counts as the cause."""
-_AT_ONCE = ("ADAPTER_DISK_FULL",)
+_TOLD_AT_ONCE = ("ADAPTER_DISK_FULL",)
 """Reasons that name the runner as the cause with the first failure."""
 
 
@@ -31,7 +31,7 @@ class LoadTrouble:
         """The trouble, in words; empty if there is none."""
         if self._last is None or self._clock() >= self._until:
             return ""
-        told = len(self._failed) >= _TELLING or self._last.reason in _AT_ONCE
+        told = len(self._failed) >= _TELLING or self._last.reason in _TOLD_AT_ONCE
         return f"{self._last.reason}: {self._last.message}" if told else ""
 
     def fail(self, digest: str, stage: object, error: GranatumError) -> None:

@@ -64,7 +64,7 @@ async def beat(registry: Registry, id_: str, max_batch: int, max_rank: int = 0) 
 async def waiting(desk: Desk, number: int) -> None:
     """Return as soon as `number` sequences wait at this router."""
     async with asyncio.timeout(5):
-        while desk.admission.waiting != number:
+        while len(desk.admission._line) != number:
             await asyncio.sleep(0.005)
 
 

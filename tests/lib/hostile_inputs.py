@@ -7,7 +7,7 @@ None), any answer will do that a sane service gives.
 
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from hostile_requests import generations, with_uploads
 from hostile_uploads import uploads
@@ -32,18 +32,19 @@ def inputs() -> st.SearchStrategy[Input]:
     )
 
 
-UNARY: dict[str, type[Message]] = {
-    "AdapterService/GetAdapter": adapters_pb2.GetAdapterRequest,
-    "AdapterService/ListAdapters": adapters_pb2.ListAdaptersRequest,
-    "AdapterService/DeleteAdapter": adapters_pb2.DeleteAdapterRequest,
-    "AdapterService/SetAlias": adapters_pb2.SetAliasRequest,
-    "AdapterService/DeleteAlias": adapters_pb2.DeleteAliasRequest,
-    "AdapterService/SetVisibility": adapters_pb2.SetVisibilityRequest,
-    "ClusterService/ListRunners": cluster_pb2.ListRunnersRequest,
-    "ClusterService/DrainRunner": cluster_pb2.DrainRunnerRequest,
-    "ClusterService/ResumeRunner": cluster_pb2.ResumeRunnerRequest,
-    "InferenceService/Generate": inference_pb2.GenerateRequest,
+_SERVICES = (
+    adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"],
+    cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"],
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
+)
+"""The public services. The other ones demand the cluster's key."""
+ONE_REQUEST: dict[str, Descriptor] = {
+    f"{service.name}/{method.name}": method.input_type
+    for service in _SERVICES
+    for method in service.methods
+    if not method.client_streaming
 }
+"""The message of every method that takes one."""
 
 
 def anything() -> st.SearchStrategy[Input]:
@@ -51,16 +52,16 @@ def anything() -> st.SearchStrategy[Input]:
 
     def of(method: str) -> st.SearchStrategy[Input]:
         admin = method.startswith("ClusterService")
-        return _message(UNARY[method].DESCRIPTOR).map(
+        return _message(ONE_REQUEST[method]).map(
             lambda m: Input(method, (m.SerializeToString(),), None, as_admin=admin)
         )
 
-    return st.sampled_from(sorted(UNARY)).flatmap(of)
+    return st.sampled_from(sorted(ONE_REQUEST)).flatmap(of)
 
 
 def garbage() -> st.SearchStrategy[Input]:
     """Bytes that are no message, or one with text that is no text."""
-    methods = [*UNARY, "AdapterService/UploadAdapter"]
+    methods = [*ONE_REQUEST, "AdapterService/UploadAdapter"]
     surrogate = GenerateRequest(prompt="XX").SerializeToString().replace(b"XX", b"\xed\xa0")
     data = st.one_of(st.binary(max_size=60), st.sampled_from((surrogate, b"\xff" * 9, b"\x0a")))
     return st.builds(

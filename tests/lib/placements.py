@@ -3,7 +3,14 @@
 import dataclasses
 from collections.abc import Mapping
 
-from granatum.router.placement.placement import Placed, PlacementRequest, Queued, Terms
+from granatum.router.placement.placement import (
+    Lease,
+    LeaseKind,
+    Placed,
+    PlacementRequest,
+    Queued,
+    Terms,
+)
 from granatum.router.placement.registry import Registry
 from granatum.v1.cluster_pb2 import Runner
 
@@ -38,6 +45,12 @@ def runner(id_: str, **figures: int | bool | str) -> Runner:
 def want(id_: str, **fields: object) -> PlacementRequest:
     """A request of one page."""
     return dataclasses.replace(PlacementRequest(id_, tokens=16), **fields)  # type: ignore[arg-type]
+
+
+def place_in_queue(entry: str | None) -> Lease:
+    """The lease that keeps an entry's place in the queue."""
+    assert entry
+    return Lease(LeaseKind.ENTRY, "", entry)
 
 
 async def placed_on(registry: Registry, id_: str, **fields: object) -> str:

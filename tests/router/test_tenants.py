@@ -301,7 +301,7 @@ async def test_calls_that_come_and_go_hold_up_nobody(box: Box) -> None:
     await asyncio.gather(*(come_and_go(n) for n in range(100)))
     assert await asyncio.wait_for(generated(box, other, ""), 2) == ""
     await box.idle()
-    assert not box.routers[0]._admission.waiting
+    assert not len(box.routers[0]._admission._line)
 
 
 async def test_a_tenant_with_one_request_passes_anothers_queue(box: Box) -> None:
@@ -310,7 +310,7 @@ async def test_a_tenant_with_one_request_passes_anothers_queue(box: Box) -> None
     runner = await box.runner("a", max_batch=1, script=Script(step_s=0.002))
     streams = asyncio.create_task(box.generate_many(30, 10))
     async with asyncio.timeout(10):
-        while box.routers[0]._admission.waiting < 20:
+        while len(box.routers[0]._admission._line) < 20:
             await asyncio.sleep(0.002)
     before = len(runner.submissions)
     assert await generated(box, other, "") == ""

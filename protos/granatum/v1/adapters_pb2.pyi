@@ -65,7 +65,7 @@ class Adapter(_message.Message):
     name: _builtins.str
     """Its name: 1 to 64 of `a-z`, `0-9`, `-`, `_`, `.`, beginning with a letter or digit."""
     version: _builtins.int
-    """1, 2, 3, ..."""
+    """Counts up; no number is given twice. A new name begins at 1, or above 1 if names were deleted."""
     digest: _builtins.str
     """`sha256:` and 64 hexadecimal digits: the content's identity."""
     size_bytes: _builtins.int
@@ -150,7 +150,7 @@ class UploadHeader(_message.Message):
     """The adapter's name."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileDeclaration]:
-        """The files, in the order of their bytes: `adapter_config.json` and `adapter_model.safetensors`."""
+        """`adapter_config.json`, then `adapter_model.safetensors`; their bytes follow in this order."""
 
     def __init__(
         self,
@@ -466,7 +466,7 @@ class SetVisibilityRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     VISIBILITY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The adapter's name."""
+    """The adapter's name, without a version."""
     visibility: Global___Visibility.ValueType
     """Who may use it."""
     def __init__(

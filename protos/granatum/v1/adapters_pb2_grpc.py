@@ -28,7 +28,9 @@ if _version_not_supported:
 class AdapterServiceStub:
     """The tenants' LoRA adapters: content-addressed, versioned, private unless published.
 
-    An adapter of another tenant that is not published does not exist: every call answers NOT_FOUND.
+    No call tells whether another tenant has an adapter that is not published. GetAdapter answers
+    NOT_FOUND. Calls that change adapters take the tenant's own names alone, and answer `other/name`
+    with INVALID_ARGUMENT.
     """
 
     def __init__(self, channel):
@@ -77,7 +79,9 @@ class AdapterServiceStub:
 class AdapterServiceServicer:
     """The tenants' LoRA adapters: content-addressed, versioned, private unless published.
 
-    An adapter of another tenant that is not published does not exist: every call answers NOT_FOUND.
+    No call tells whether another tenant has an adapter that is not published. GetAdapter answers
+    NOT_FOUND. Calls that change adapters take the tenant's own names alone, and answer `other/name`
+    with INVALID_ARGUMENT.
     """
 
     def UploadAdapter(self, request_iterator, context):
@@ -182,7 +186,9 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 class AdapterService:
     """The tenants' LoRA adapters: content-addressed, versioned, private unless published.
 
-    An adapter of another tenant that is not published does not exist: every call answers NOT_FOUND.
+    No call tells whether another tenant has an adapter that is not published. GetAdapter answers
+    NOT_FOUND. Calls that change adapters take the tenant's own names alone, and answer `other/name`
+    with INVALID_ARGUMENT.
     """
 
     @staticmethod

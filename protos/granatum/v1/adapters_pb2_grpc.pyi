@@ -29,7 +29,9 @@ GRPC_VERSION: str
 class AdapterServiceStub:
     """The tenants' LoRA adapters: content-addressed, versioned, private unless published.
 
-    An adapter of another tenant that is not published does not exist: every call answers NOT_FOUND.
+    No call tells whether another tenant has an adapter that is not published. GetAdapter answers
+    NOT_FOUND. Calls that change adapters take the tenant's own names alone, and answer `other/name`
+    with INVALID_ARGUMENT.
     """
 
     @_typing.overload
@@ -60,7 +62,9 @@ class AdapterServiceStub:
 class AdapterServiceAsyncStub(AdapterServiceStub):
     """The tenants' LoRA adapters: content-addressed, versioned, private unless published.
 
-    An adapter of another tenant that is not published does not exist: every call answers NOT_FOUND.
+    No call tells whether another tenant has an adapter that is not published. GetAdapter answers
+    NOT_FOUND. Calls that change adapters take the tenant's own names alone, and answer `other/name`
+    with INVALID_ARGUMENT.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -87,7 +91,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """The tenants' LoRA adapters: content-addressed, versioned, private unless published.
 
-    An adapter of another tenant that is not published does not exist: every call answers NOT_FOUND.
+    No call tells whether another tenant has an adapter that is not published. GetAdapter answers
+    NOT_FOUND. Calls that change adapters take the tenant's own names alone, and answer `other/name`
+    with INVALID_ARGUMENT.
     """
 
     @_abc_1.abstractmethod

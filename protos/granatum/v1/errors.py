@@ -127,7 +127,7 @@ class Internal(GranatumError):
 
 
 def class_of(code: int) -> type[GranatumError]:
-    """The class of a google.rpc.Code. A code that none of our errors has is a server's bug."""
+    """The class of a google.rpc.Code. A code without a class becomes Internal."""
     return _BY_CODE.get(code, Internal)
 
 

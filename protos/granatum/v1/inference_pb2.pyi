@@ -66,14 +66,15 @@ class GenerateRequest(_message.Message):
     """
     adapter: _builtins.str
     """The adapter: `name` (its newest version), `name@version`, an alias, `sha256:<digest>`, or
-    `tenant/name[@version]` for an adapter that another tenant published. Empty: the base model.
+    `tenant/name[@version]` for an adapter that another tenant published. At most 256 characters.
+    Empty: the base model.
     """
     prompt: _builtins.str
     """Text, tokenized by the model's own tokenizer with its special tokens. 1 byte to 4 MiB."""
     priority: _builtins.int
     """A request of higher priority is admitted before requests of lower ones. From -1,000 to the
     highest that the caller's key allows, which is 0 unless the operator chose another (-1,000 to
-    1,000). 0 is normal; where a key allows less, it stands for the highest allowed.
+    1,000). 0 is normal. If the key's highest is below 0, then 0 means that highest.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -177,7 +178,9 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """Who speaks, as the model's chat template calls them: `system`, `user`, `assistant`."""
+    """Who speaks, as the model's chat template calls them: `system`, `user`, `assistant`.
+    1 to 64 characters.
+    """
     content: _builtins.str
     """What they say."""
     def __init__(
@@ -209,11 +212,11 @@ class SamplingParams(_message.Message):
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 (or absent) takes the most likely token; 0.001 to 100 flattens or sharpens the distribution."""
+    """Below 1 sharpens the distribution, above 1 flattens it; 0.001 to 100. 0 or absent: greedy."""
     top_p: _builtins.float
     """Keep the smallest set of tokens whose probabilities sum to at least this, in (0, 1]."""
     top_k: _builtins.int
-    """Keep the k most likely tokens; 0 keeps all."""
+    """Keep the k most likely tokens; at most 2,147,483,647. 0 keeps all."""
     min_p: _builtins.float
     """Keep tokens at least this fraction as likely as the most likely one, in [0, 1]."""
     repetition_penalty: _builtins.float
@@ -289,9 +292,9 @@ class StopConditions(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """The most tokens to generate; absent: until the model's context is full."""
+    """The most tokens to generate, 1 to 2,147,483,647; absent: until the context is full."""
     min_tokens: _builtins.int
-    """No end before this many tokens."""
+    """No end before this many tokens; at most 2,147,483,647, and not above `max_tokens`."""
     ignore_eos: _builtins.bool
     """Go on past the model's own end-of-sequence tokens."""
     @_builtins.property
@@ -590,7 +593,7 @@ class Timings(_message.Message):
     total_s: _builtins.float
     """From arrival at the router to the end."""
     resumptions: _builtins.int
-    """How often the stream moved to another runner, or back in from an eviction."""
+    """How often the stream was placed again after its first placement."""
     def __init__(
         self,
         *,

@@ -60,7 +60,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> GranatumError:
 
 
 def _retry_after_s(packed: list[any_pb2.Any], nobody_said: bool) -> float | None:
-    """The server's hint; a usual one where gRPC itself raised the error and no server could say."""
+    """The server's hint. If gRPC itself raised the error (`nobody_said`), RETRY_AFTER_S."""
     retry = _unpacked(packed, error_details_pb2.RetryInfo)
     if retry is not None:
         return float(retry.retry_delay.ToMilliseconds()) / 1000

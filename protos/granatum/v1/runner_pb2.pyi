@@ -139,7 +139,7 @@ class SubmitSequence(_message.Message):
     """Characters (Unicode code points) of their text that the client already has."""
     suspicion: _builtins.int
     """How often an engine failed in a step that computed this sequence. Above 0, the runner computes
-    it in steps of its own, so that a further failure points at it or clears it.
+    it in steps of its own, so that a further failure blames or clears this sequence.
     """
     @_builtins.property
     def request(self) -> _inference_pb2.GenerateRequest:

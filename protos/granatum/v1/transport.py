@@ -7,6 +7,7 @@ hop. Servers share LINK_OPTIONS.
 from __future__ import annotations
 
 import ipaddress
+import socket
 import ssl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
+_ANY_HOST = ("", "0.0.0.0", "::", "*")  # noqa: S104 - recognised, not bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,12 @@ def _read(file: Path) -> bytes:
         raise InvalidRequest(f"{file} cannot be read as a PEM file: {error.strerror}") from error
 
 
+def reachable(address: str) -> str:
+    """The address by which other machines reach a service that listens on `host:port`."""
+    host, port = address.rpartition(":")[::2]
+    return f"{socket.gethostname() if host.strip('[]') in _ANY_HOST else host}:{port}"
+
+
 def is_loopback(address: str) -> bool:
     """Whether only this machine can reach `host:port`."""
     host = address.rsplit(":", 1)[0].strip("[]")
@@ -130,7 +138,10 @@ def refuse_plaintext(address: str, insecure: bool) -> None:
 def open_channel(
     address: str, tls: Tls | None = None, *, insecure: bool = False
 ) -> grpc.aio.Channel:
-    """A channel to `host:port`. Plaintext takes loopback, or `insecure`; else InvalidRequest."""
+    """A channel to `host:port`.
+
+    Plaintext needs a loopback address or `insecure`; else InvalidRequest.
+    """
     if tls is not None:
         return grpc.aio.secure_channel(address, tls.channel_credentials(), options=_CHANNEL_OPTIONS)
     refuse_plaintext(address, insecure)

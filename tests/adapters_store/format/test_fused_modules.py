@@ -9,7 +9,7 @@ from adapter_files import Shape, Tensor, Tensors, config, tensors, upload, weigh
 from uploading import BASE, chunks_of, header_of
 
 from granatum.adapters_store.catalog.manifest import Manifest
-from granatum.adapters_store.limits import Room
+from granatum.adapters_store.limits import RunnerLimits
 from granatum.adapters_store.store import AdapterStore
 from granatum.models.families import FAMILIES
 from granatum.v1.errors import InvalidAdapter
@@ -26,7 +26,7 @@ async def sent(parts: Tensors, targets: Any = TARGETS, room: int = 0) -> Manifes
     store = AdapterStore.open("memory://", PHI)
     made = upload(config(4, targets), weights(parts))
     manifest, _ = await store.upload(
-        "acme", header_of(made), chunks_of(made), (Room(max_elements=room),)
+        "acme", header_of(made), chunks_of(made), (RunnerLimits(max_elements=room),)
     )
     return manifest
 

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from granatum.cli.box.address import claim, reachable
+from granatum.cli.box.address import claim
 from granatum.v1.errors import GranatumError, InvalidRequest, PreconditionFailed
 
 
@@ -43,8 +43,3 @@ def test_brackets_hold_an_ipv6_address() -> None:
         assert claim("[::1]:0").startswith("[::1]:")
     except GranatumError as error:
         assert "no address of this machine" in error.message  # noqa: PT017 - none without IPv6
-
-
-def test_clients_are_told_a_name_where_every_address_is_listened_on() -> None:
-    assert reachable("127.0.0.1:7070") == "127.0.0.1:7070"
-    assert reachable("0.0.0.0:7070") == reachable("[::]:7070") == f"{socket.gethostname()}:7070"

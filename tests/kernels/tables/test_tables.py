@@ -63,6 +63,26 @@ def test_an_h100_takes_what_was_measured_on_an_h200() -> None:
     assert linear.measured(H100, 4096, 4096, 64) is None  # the library was faster
 
 
+def test_a_gpu_is_found_by_whole_words_and_by_the_longest_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tables, "_gpus", lambda: {"L4": "l4", "RTX": "old", "RTX 6000": "ada"})
+    monkeypatch.setattr(tables, "_packaged", lambda folder, op: {f"{op} of {folder}": {}})
+
+    def found(name: str) -> list[str]:
+        gpu = Gpu(name, sms=1, shared_memory=1, capability=(8, 9))
+        folders = ("l4", "old", "ada")
+        return [folder for folder in folders if tables.is_measured(gpu, "op", f"op of {folder}")]
+
+    assert found("NVIDIA L4") == ["l4"]
+    assert found("NVIDIA L40S") == []
+    assert found("NVIDIA RTX 6000 Ada Generation") == ["ada"]
+
+
+def test_an_op_without_a_table_takes_the_defaults_on_a_measured_gpu() -> None:
+    assert tables.find(H200, "an op that was never tuned", DECODE.key, 16) is None
+
+
 def test_an_unmeasured_gpu_takes_the_defaults_and_the_library() -> None:
     assert lora.measured(A10, DECODE) == lora.default_config(DECODE, pdl=False)
     assert linear.measured(A10, 4096, 6144, 8) is None

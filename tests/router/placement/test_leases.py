@@ -2,7 +2,7 @@
 
 import asyncio
 
-from placements import TERMS, placed_on, runner, seated, want
+from placements import TERMS, place_in_queue, placed_on, runner, seated, want
 
 from granatum.router.placement.placement import (
     Lease,
@@ -32,7 +32,7 @@ async def test_renewal_keeps_and_recreates(registry: Registry, brief: Registry) 
     assert isinstance(placed, Placed)
     assert isinstance(queued, Queued)
     await asyncio.sleep(0.06)
-    await registry.renew([placed.reservation, queued.lease])
+    await registry.renew([placed.reservation, place_in_queue(queued.entry)])
     assert [s.reserved for s in await registry.runners()] == [1]
     late = await registry.place(want("3"))
     assert isinstance(late, Queued)
@@ -79,7 +79,7 @@ async def test_a_router_that_stalled_has_its_places_back(
     await asyncio.sleep(0.06)
     assert isinstance(stalled, Queued)
     assert isinstance(late, Queued)
-    await registry.renew([stalled.lease])
+    await registry.renew([place_in_queue(stalled.entry)])
     await registry.release([held.reservation])
     assert isinstance(await registry.place(want("2", entry=late.entry)), Queued)
     assert await placed_on(registry, "1", entry=stalled.entry) == "a"

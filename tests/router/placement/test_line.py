@@ -47,8 +47,8 @@ def test_who_stands_aside_lets_the_next_of_another_kind_try() -> None:
             entered(stack, line, "5", "d"),
         ]
         for n, outcome, expected in (
-            (0, Capped("1", 1), "3"),
-            (2, Limited("3", 1), "5"),
+            (0, Capped("1"), "3"),
+            (2, Limited("3"), "5"),
             (4, Queued("5", 1), None),
         ):
             waiters[n].note(outcome)
@@ -63,6 +63,6 @@ def test_what_a_router_cannot_reach_nobody_of_its_own_tries_after_it() -> None:
     line = Line()
     with ExitStack() as stack:
         first, second = entered(stack, line, "1", "a"), entered(stack, line, "2", "b")
-        first.note(Unreachable("1", 1))
+        first.note(Unreachable("1"))
         line.pass_on(first)
         assert turns(first, second) == []

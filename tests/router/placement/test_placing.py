@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 
 import pytest
-from placements import TERMS, placed_on, runner, want
+from placements import TERMS, place_in_queue, placed_on, runner, want
 
 from granatum.router.placement.placement import (
     Lease,
@@ -59,14 +59,14 @@ async def test_an_idle_runner_takes_any_prompt_whatever_it_said_last(registry: R
     assert isinstance(await registry.place(want("2", tokens=33)), Queued)
 
 
-async def test_excluded_runners_are_the_last_choice_and_avoided_ones_none(
+async def test_avoided_runners_are_the_last_choice_and_unreachable_ones_none(
     registry: Registry,
 ) -> None:
     await registry.heartbeat(runner("a", max_batch=1))
     await registry.heartbeat(runner("b"))
-    assert await placed_on(registry, "1", exclude=["b"]) == "a"
-    assert await placed_on(registry, "2", exclude=["b"]) == "b"
-    assert isinstance(await registry.place(want("3", avoid=["b"])), Unreachable)
+    assert await placed_on(registry, "1", avoid=["b"]) == "a"
+    assert await placed_on(registry, "2", avoid=["b"]) == "b"
+    assert isinstance(await registry.place(want("3", unreachable=["b"])), Unreachable)
     assert await placed_on(registry, "4") == "b"
 
 
@@ -79,9 +79,9 @@ async def test_draining_runners_get_nothing(registry: Registry) -> None:
     assert [s.runner.draining for s in await registry.runners()] == [False, True]
     assert await registry.resume("b")
     assert not await registry.heartbeat(runner("b"))
-    assert await placed_on(registry, "2", exclude=["a"]) == "b"
+    assert await placed_on(registry, "2", avoid=["a"]) == "b"
     await registry.heartbeat(runner("a", draining=True))
-    assert isinstance(await registry.place(want("4", avoid=["b"])), Unreachable)
+    assert isinstance(await registry.place(want("4", unreachable=["b"])), Unreachable)
 
 
 async def test_routers_at_once_never_overfill_a_runner(redis_url: str, fleet: str) -> None:
@@ -126,7 +126,7 @@ async def test_a_runner_in_trouble_gets_an_adapter_only_if_no_other_has_room(
     assert await placed_on(registry, "2", adapter=True) == "a"
     assert await placed_on(registry, "3", adapter=True) == "b"
     await registry.heartbeat(runner("c"))
-    assert await placed_on(registry, "4", adapter=True, exclude=["c"]) == "b"
+    assert await placed_on(registry, "4", adapter=True, avoid=["c"]) == "b"
 
 
 async def test_a_placement_asked_twice_is_one(registry: Registry) -> None:
@@ -137,7 +137,7 @@ async def test_a_placement_asked_twice_is_one(registry: Registry) -> None:
     queued = [await registry.place(want("2")) for _ in range(9)]  # the queue takes four
     assert len(set(queued)) == 1
     assert isinstance(queued[0], Queued)
-    await registry.release([queued[0].lease])
+    await registry.release([place_in_queue(queued[0].entry)])
     assert isinstance(first, Placed)
     await registry.release([first.reservation])
     assert await placed_on(registry, "3") == "a"

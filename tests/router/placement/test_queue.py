@@ -8,6 +8,7 @@ from placements import (
     TERMS,
     held_by,
     order_of_turns,
+    place_in_queue,
     placed_on,
     queue_up,
     runner,
@@ -19,8 +20,6 @@ from placements import (
 from granatum.router.placement.placement import (
     Capped,
     Full,
-    Lease,
-    LeaseKind,
     Placed,
     Queued,
     TenantFull,
@@ -60,7 +59,7 @@ async def test_newcomers_do_not_pass_the_queue(registry: Registry) -> None:
     small = await registry.place(want("3"))
     assert isinstance(big, Queued)
     assert isinstance(small, Queued)
-    await registry.release([big.lease])
+    await registry.release([place_in_queue(big.entry)])
     assert await placed_on(registry, "3", entry=small.entry) == "a"
 
 
@@ -71,7 +70,7 @@ async def test_the_queue_is_bounded_but_not_for_those_admitted_before(registry: 
     await registry.place(want("again"))
     for n in range(3):
         assert isinstance(await registry.place(want(str(n + 1))), Queued)
-    assert await registry.place(want("5")) == Full(live_runners=1)
+    assert await registry.place(want("5")) == Full()
     assert isinstance(await registry.place(want("0", entry=first.entry)), Queued)
     await registry.release([first.reservation])
     assert await placed_on(registry, "0", entry=first.entry) == "a"
@@ -119,19 +118,17 @@ async def test_who_was_placed_before_waits_anew_though_the_queue_is_full(
     assert isinstance(again, Queued)
 
 
-async def test_tenants_take_turns_by_weight_and_each_in_its_own_order(long: Registry) -> None:
+async def test_tenants_take_turns_and_each_in_its_own_order(long: Registry) -> None:
     held = await seated(long)
     waiting = await queue_up(
         long,
-        *((f"a{n}", {"tenant": "a", "weight": 2.0}) for n in range(12)),
+        *((f"a{n}", {"tenant": "a"}) for n in range(12)),
         *((f"b{n}", {"tenant": "b"}) for n in range(12)),
         *((f"c{n}", {"tenant": "c"}) for n in range(12)),
     )
     order = await order_of_turns(long, held, waiting, 20)
     counts = Counter(id_[0] for id_ in order)
-    assert abs(counts["a"] - 10) <= 1
-    assert abs(counts["b"] - 5) <= 1
-    assert abs(counts["c"] - 5) <= 1
+    assert all(abs(counts[tenant] - 20 / 3) <= 1 for tenant in "abc")
     for tenant in "abc":
         own = [id_ for id_ in order if id_[0] == tenant]
         assert own == [f"{tenant}{n}" for n in range(len(own))]
@@ -140,9 +137,7 @@ async def test_tenants_take_turns_by_weight_and_each_in_its_own_order(long: Regi
 async def test_who_waited_and_left_has_had_no_turn(long: Registry) -> None:
     held = await seated(long)
     left = await queue_up(long, *((f"x{n}", {"tenant": "a"}) for n in range(50)))
-    await long.release(
-        [Lease(LeaseKind.ENTRY, "", request.entry or "") for request in left.values()]
-    )
+    await long.release([place_in_queue(request.entry) for request in left.values()])
     waiting = await queue_up(
         long,
         ("a0", {"tenant": "a"}),

@@ -99,7 +99,7 @@ async def test_who_reads_late_comes_back_behind_those_who_wait(box: Box) -> None
 
 
 async def waiting_at(router: RouterApp, number: int) -> None:
-    while router._admission.waiting < number:
+    while len(router._admission._line) < number:
         await asyncio.sleep(0.01)
 
 

@@ -13,11 +13,11 @@ from router_box import CLUSTER_KEY, Box
 from uploading import BASE
 from wire_adapters import adapter_files, error_of, upload, upload_requests
 
-from granatum.adapters_store.limits import Room
+from granatum.adapters_store.limits import RunnerLimits
 from granatum.adapters_store.store import AdapterStore
 from granatum.router.services import access, uploads
 from granatum.router.services.adapters import AdapterServicer
-from granatum.router.services.uploads import Pace, Rooms, Seats, paced
+from granatum.router.services.uploads import Fleet, Pace, Seats, paced
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.cluster_pb2 import HeartbeatRequest, Runner, RunnerStatus
 from granatum.v1.cluster_pb2_grpc import RegistryServiceStub
@@ -96,10 +96,10 @@ async def test_what_the_fleet_serves_is_asked_once_a_second() -> None:
         await asyncio.sleep(0)
         return statuses
 
-    rooms = Rooms(runners)
+    fleet = Fleet(runners)
     for _ in range(2):  # at once, and a moment later
-        answers = await asyncio.gather(*(rooms.fleet() for _ in range(100)))
-        assert all(set(fleet) == {Room(8, 5), Room(0, 5)} for fleet in answers)
+        answers = await asyncio.gather(*(fleet.limits() for _ in range(100)))
+        assert all(set(limits) == {RunnerLimits(8, 5), RunnerLimits(0, 5)} for limits in answers)
     assert len(asked) == 1
 
 
@@ -107,7 +107,7 @@ async def test_while_the_registry_is_away_the_router_s_own_limit_counts() -> Non
     async def runners() -> list[RunnerStatus]:
         raise Unavailable("away")
 
-    assert await Rooms(runners).fleet() == ()
+    assert await Fleet(runners).limits() == ()
 
 
 async def test_a_tenant_s_uploads_are_few_at_a_time_and_leave_others_theirs(box: Box) -> None:

@@ -25,7 +25,7 @@ HELD: dict[str, Held] = {
     "calls": lambda router: len(router._calls),
     "streams": lambda router: router._calls._quotas.streams,
     "leases": lambda router: len(router._leases),
-    "waiting": lambda router: router._admission.waiting,
+    "waiting": lambda router: len(router._admission._line),
     "calls to the registry": lambda router: len(router._admission._under_way),
     "sequences": lambda router: sum(
         len(session._sequences)

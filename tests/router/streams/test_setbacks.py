@@ -88,9 +88,9 @@ def test_exclusions_end() -> None:
     setbacks.departed("a", out(DEPARTURE_LOAD_FAILED), 0)
     setbacks.departed("a", out(DEPARTURE_REFUSED), 0)
     setbacks.lost("b", 0, alone=False)
-    assert setbacks.excluded(1) == {"a", "b"}
-    assert setbacks.excluded(10) == {"a"}
-    assert setbacks.excluded(31) == set()
+    assert setbacks.avoided(1) == {"a", "b"}
+    assert setbacks.avoided(10) == {"a"}
+    assert setbacks.avoided(31) == set()
 
 
 def test_delays_grow_and_start_anew_with_a_token() -> None:

@@ -155,7 +155,7 @@ async def test_a_stream_waits_for_a_runner_to_come(box: Box) -> None:
     await box.router()
     stream = asyncio.create_task(box.generate("hello"))
     async with asyncio.timeout(5):
-        while not box.routers[0]._admission.waiting:
+        while not len(box.routers[0]._admission._line):
             await asyncio.sleep(0.005)
     await box.runner("a")
     whole(box, {"hello": await stream}, 20)
