@@ -8,6 +8,7 @@ from granatum.models.families import FAMILIES, LLAMA, Family
 from granatum.models.rope import PLAIN, Rope, read_rope
 
 CONFIG_FILE = "config.json"
+MOST_LAYERS = 1024
 SILU = "silu"
 ONLY: dict[str, object] = {
     "hidden_act": SILU,
@@ -125,7 +126,7 @@ def parse_config(fields: Fields) -> ModelConfig:
     for name, only in ONLY.items():
         fields.require(name, only)
     heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
-    layers = fields.whole("num_hidden_layers")
+    layers = fields.whole("num_hidden_layers", most=MOST_LAYERS)
     positions = fields.whole("max_position_embeddings", family.max_positions)
     optional = family.optional_bias if fields.flag("attention_bias") else ()
     return ModelConfig(

@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 
 from granatum.v1.errors import InvalidRequest
 
+MOST = 1 << 24
+"""No dimension of a model is larger."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fields:
@@ -25,7 +28,7 @@ class Fields:
         """All of a config.json."""
         try:
             values = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InvalidRequest(
                 f"{file} cannot be read as a model's config.json ({error}): "
                 "point to a Hugging Face model directory"
@@ -41,9 +44,9 @@ class Fields:
             self.refuse(name, "an object")
         return Fields(value, f"{self.place}{name}.")
 
-    def whole(self, name: str, default: int | None = None) -> int:
-        """A positive whole number. Without a default it must be there."""
-        found = self.whole_or_none(name, default)
+    def whole(self, name: str, default: int | None = None, most: int = MOST) -> int:
+        """A positive whole number up to `most`. Without a default it must be there."""
+        found = self.whole_or_none(name, default, most)
         if found is None:
             raise InvalidRequest(
                 f"{self.place}{name} is missing: take the config.json that was published with "
@@ -51,13 +54,18 @@ class Fields:
             )
         return found
 
-    def whole_or_none(self, name: str, default: int | None) -> int | None:
-        """A positive whole number; None if the field is null, or absent and so is the default."""
+    def whole_or_none(self, name: str, default: int | None, most: int = MOST) -> int | None:
+        """A positive whole number up to `most`.
+
+        None if the field is null, or if the field and the default are absent.
+        """
         value = self.values.get(name, default)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             self.refuse(name, "a positive whole number")
+        if value > most:
+            self.refuse(name, f"at most {most:,}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

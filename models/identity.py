@@ -123,7 +123,7 @@ def _weight_files(folder: Path) -> list[Path]:
     try:
         index = json.loads((folder / INDEX_FILE).read_bytes())
         named = [folder / name for name in sorted(set(index["weight_map"].values()))]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         named = sorted(folder.glob("*.safetensors"))
     return [file for file in named if file.is_file()]
 

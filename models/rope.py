@@ -75,10 +75,17 @@ def read_rope(config: Fields, kinds: tuple[str, ...], max_positions: int) -> Rop
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, rope.number("factor"))
-    return Rope(
-        theta,
-        rope.number("factor"),
-        rope.number("low_freq_factor"),
-        rope.number("high_freq_factor"),
-        rope.whole("original_max_position_embeddings", max_positions),
-    )
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if high <= low:
+        rope.refuse("high_freq_factor", f"above low_freq_factor, which is {low}")
+    return Rope(theta, rope.number("factor"), low, high, _original(config, rope, max_positions))
+
+
+def _original(config: Fields, rope: Fields, max_positions: int) -> int:
+    """The positions that the scaling began with. transformers prefers those beside the scaling."""
+    name = "original_max_position_embeddings"
+    beside = config.whole_or_none(name, None)
+    within = rope.whole_or_none(name, None)
+    if beside and within and beside != within:
+        rope.refuse(name, f"{beside}, as it stands beside the scaling")
+    return beside or within or max_positions

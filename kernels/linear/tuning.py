@@ -4,7 +4,8 @@ The default is the library. So a shape that was never measured goes to torch, an
 for which torch was faster.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import get_type_hints
 
 import torch
 
@@ -35,7 +36,7 @@ class Config:
     stages: int
 
 
-FIELDS = frozenset(field.name for field in fields(Config))
+FIELDS = tables.OpFields(get_type_hints(Config), frozenset(get_type_hints(Config)))
 
 
 def block_rows(rows: int) -> int:

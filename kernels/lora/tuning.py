@@ -4,7 +4,8 @@ A configuration depends on shapes and on the table's largest rank, never on a ba
 that a row's result does not depend on its company.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import get_type_hints
 
 import torch
 
@@ -76,7 +77,7 @@ class Config:
         return {"launch_pdl": True} if self.pdl else {}
 
 
-FIELDS = frozenset(field.name for field in fields(Config))
+FIELDS = tables.OpFields(get_type_hints(Config))
 
 
 @dataclass(frozen=True, slots=True)

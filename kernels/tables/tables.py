@@ -12,7 +12,8 @@ serves. A user's tables, made by `granatum tune`, add to them and win over them.
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -25,11 +26,41 @@ Shapes = dict[str, dict[int, Differences | None]]
 """Of one op on one GPU: by shape, then by size."""
 
 _PACKAGED = Path(__file__).parent
+_MOST = 1 << 20
+"""The largest value of a field."""
 _users: dict[tuple[str, str], Shapes] = {}
 """By the GPU's name and the op: what was added in this process."""
 _forget: list[Callable[[], None]] = []
 """What empties the memory of every `remembered` function."""
 _Lookup = TypeVar("_Lookup", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class OpFields:
+    """What a table may say of an op.
+
+    types:  the fields of the op's configuration, `int` or `bool`;
+    needed: those that have no default: an entry must name them all.
+    """
+
+    types: Mapping[str, type]
+    needed: frozenset[str] = frozenset()
+
+    def checked(self, differences: Differences | None) -> Differences | None:
+        """The differences, if the op can take them.
+
+        Raises:
+            ValueError: naming a field that is unknown, missing or out of range.
+        """
+        if differences is None:
+            return None
+        for field, value in differences.items():
+            known = type(value) is self.types.get(field)
+            if not known or (type(value) is int and not 1 <= value <= _MOST):
+                raise ValueError(f"{field} = {value!r} is nothing that a kernel takes")
+        if missing := self.needed - differences.keys():
+            raise ValueError(f"{min(missing)} is missing")
+        return dict(differences)
 
 
 def remembered(lookup: _Lookup) -> _Lookup:
@@ -66,13 +97,13 @@ def remove(gpu: Gpu, op: str, shape: str, size: int) -> None:
     _changed()
 
 
-def add(folder: Path, gpu: Gpu, fields: Mapping[str, Collection[str]]) -> None:
+def add(folder: Path, gpu: Gpu, fields: Mapping[str, OpFields]) -> None:
     """Have this process use the user's tables for `gpu` in `folder`, as far as there are any.
 
-    `fields` names the ops, and the fields that differences may name.
+    `fields` names the ops, and what differences may say.
 
     Raises:
-        ValueError: a file is no table, or names a field that the op does not have.
+        ValueError: a file is no table, or gives a field a value that the op cannot take.
     """
     for op, known in fields.items():
         path = user_table(folder, gpu, op)
@@ -88,19 +119,19 @@ def user_table(folder: Path, gpu: Gpu, op: str) -> Path:
     return folder / name / f"{op}.json"
 
 
-def read(path: Path, known: Collection[str]) -> Shapes:
+def read(path: Path, known: OpFields) -> Shapes:
     """A table.
 
     Raises:
-        ValueError: the file is no table, or names a field that is not in `known`.
+        ValueError: the file is no table, or gives a field a value that the op cannot take.
     """
     try:
         content = json.loads(path.read_text())
         shapes: Shapes = {
-            shape: {int(size): _checked(found, known) for size, found in by_size.items()}
+            shape: {_size(size): known.checked(found) for size, found in by_size.items()}
             for shape, by_size in content["shapes"].items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no table of configurations: {error}") from error
     return shapes
 
@@ -147,10 +178,7 @@ def _packaged(folder: str, op: str) -> Shapes:
     }
 
 
-def _checked(differences: Differences | None, known: Collection[str]) -> Differences | None:
-    if differences is None:
-        return None
-    for field, value in differences.items():
-        if field not in known or not isinstance(value, int):
-            raise ValueError(f"{field} = {value!r} is not a field that a kernel has")
-    return dict(differences)
+def _size(text: str) -> int:
+    if (size := int(text)) < 1:
+        raise ValueError(f"there is no size {size}")
+    return size

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from granatum.kernels.linear.dense import Dense
 from granatum.models.config import ModelConfig
@@ -15,6 +15,9 @@ from granatum.models.identity import INDEX_FILE
 from granatum.v1.errors import InvalidRequest
 
 _IGNORED = ("rotary_emb.inv_freq",)
+_HEAD = "lm_head.weight"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes of checkpoints that are served; each tensor is rounded to the dtype of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +94,33 @@ def load_weights(
     """
     weights = empty_weights(config, dtype, device)
     wanted = dict(targets(config, weights))
+    head: torch.Tensor | None = None
     for file in _files(directory):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                target = wanted.pop(name, None)
-                if target is not None:
-                    _copy(target, tensors.get_tensor(name), name)
-                elif not (name.endswith(_IGNORED) or (config.tied and name == "lm_head.weight")):
-                    raise _invalid(f"{file.name} holds {name}, which this model has no place for")
+        for name, tensor in _tensors(file):
+            if (target := wanted.pop(name, None)) is not None:
+                _copy(target, tensor, name)
+            elif config.tied and name == _HEAD:
+                head = tensor
+            elif not name.endswith(_IGNORED):
+                raise _invalid(f"{file.name} holds {name}, which this model has no place for")
     if wanted:
         raise _invalid(f"{directory} lacks {len(wanted)} tensors, such as {min(wanted)}")
+    if head is not None and not torch.equal(head.to(weights.embedding), weights.embedding):
+        raise _invalid(
+            f"config.json says tie_word_embeddings, but {_HEAD} differs from the embedding: "
+            "set tie_word_embeddings to false to use it, or remove the tensor"
+        )
     return weights
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """A file's tensors by name."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                yield name, tensors.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise _invalid(f"{file} cannot be read ({error}): download it again") from error
 
 
 def targets(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -109,7 +128,7 @@ def targets(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, torch.
     yield "model.embed_tokens.weight", weights.embedding
     yield "model.norm.weight", weights.norm
     if not config.tied:
-        yield "lm_head.weight", weights.head.weight
+        yield _HEAD, weights.head.weight
     for index, layer in enumerate(weights.layers):
         for name, tensor in _layer_targets(config, layer):
             yield f"model.layers.{index}.{name}", tensor
@@ -140,8 +159,11 @@ def _module_rows(config: ModelConfig, group: Group) -> list[int]:
 def _files(directory: Path) -> list[Path]:
     index = directory / INDEX_FILE
     if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-        return [directory / name for name in sorted(names)]
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            return sorted(directory / name for name in names)
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise _invalid(f"{index} is no index of weights: download it again") from error
     single = directory / "model.safetensors"
     if not single.exists():
         raise _invalid(f"{directory} holds neither model.safetensors nor {INDEX_FILE}")
@@ -153,6 +175,8 @@ def _copy(target: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
         raise _invalid(
             f"{name} has shape {tuple(tensor.shape)}, not {tuple(target.shape)} as config.json says"
         )
+    if tensor.dtype not in _DTYPES:
+        raise _invalid(f"{name} is of {tensor.dtype}: weights must be floats of 16 bits or more")
     target.copy_(tensor)
 
 

@@ -161,6 +161,7 @@ class TinyEngine:
         **changes: int,
     ) -> None:
         """`huge`: the adapters with numbers of 1e30, which no image that is built would have."""
+        torch.set_num_threads(1)  # as the engine's process does on a CPU
         config = read_config(model)
         pages = changes.pop("pages", 64)
         rank = changes.pop("max_rank", 256)

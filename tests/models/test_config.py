@@ -128,6 +128,22 @@ def assert_same_model(ours: ModelConfig, theirs: PreTrainedConfig) -> None:
         assert getattr(ours, name) == getattr(theirs, name, 1.0)
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_original_positions_beside_the_scaling_count(tmp_path: Path) -> None:
+    """As in transformers."""
+    scaling = {**LLAMA3, "original_max_position_embeddings": None}
+    config = {**MISTRAL, "rope_scaling": scaling, "original_max_position_embeddings": 16}
+    assert read_config(written(tmp_path, config)).rope.original_positions == 16
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -182,6 +198,16 @@ def assert_same_model(ours: ModelConfig, theirs: PreTrainedConfig) -> None:
             {**MISTRAL, "rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
             "rope_parameters.full_attention = .* all layers",
         ),
+        (
+            {**MISTRAL, "rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}},
+            "rope_scaling.high_freq_factor = 1.0 .* above low_freq_factor, which is 1.0",
+        ),
+        (
+            {**MISTRAL, "rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
+            "rope_scaling.original_max_position_embeddings = 64 .* must be 16",
+        ),
+        ({**MISTRAL, "vocab_size": 10**9}, "vocab_size = 10* .* at most 16,777,216"),
+        ({**MISTRAL, "num_hidden_layers": 10**9}, "num_hidden_layers = 10* .* at most 1,024"),
         ({**MISTRAL, "tie_word_embeddings": "no"}, 'tie_word_embeddings = "no" .* true or false'),
     ],
 )

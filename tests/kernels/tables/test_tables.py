@@ -118,11 +118,22 @@ def test_a_users_table_adds_to_the_packaged_one_and_wins(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", '{"shapes": {"a": [1]}}', '{"shapes": {"a": {"16": {"no_field": 1}}}}',
-     '{"shapes": {"a": {"16": {"silu_n": "64"}}}}', '{"shapes": {"a": {"x": null}}}'],
+     '{"shapes": {"a": {"16": {"silu_n": "64"}}}}', '{"shapes": {"a": {"x": null}}}',
+     '{"shapes": {"a": {"16": {"silu_n": 0}}}}', '{"shapes": {"a": {"16": {"silu_n": 10000000}}}}',
+     '{"shapes": {"a": {"16": {"silu_n": true}}}}', '{"shapes": {"a": {"16": {"pdl": 7}}}}',
+     '{"shapes": {"a": {"0": null}}}', "[" * 100_000],
 )  # fmt: skip
 def test_a_damaged_table_is_refused_by_name(text: str, tmp_path: Path) -> None:
     path = tables.user_table(tmp_path, A10, lora.OP)
     path.parent.mkdir()
     path.write_text(text)
     with pytest.raises(ValueError, match=r"lora\.json is no table of configurations"):
+        tables.add(tmp_path, A10, FIELDS)
+
+
+def test_a_linear_has_no_defaults_so_an_entry_names_all_fields(tmp_path: Path) -> None:
+    path = tables.user_table(tmp_path, A10, linear.OP)
+    path.parent.mkdir()
+    path.write_text('{"shapes": {"1->1 bf16": {"16": {"block_n": 64}}}}')
+    with pytest.raises(ValueError, match=r"linear\.json is no table .*: block_k is missing"):
         tables.add(tmp_path, A10, FIELDS)

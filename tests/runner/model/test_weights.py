@@ -45,12 +45,42 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         ({n: t for n, t in tensors.items() if n != norm}, f"lacks 1 tensors, such as {norm}"),
         ({**tensors, "model.extra": torch.zeros(1)}, "model.extra, which this model has no place"),
         ({**tensors, norm: torch.zeros(3)}, rf"{norm} has shape \(3,\), not \(64,\)"),
+        ({**tensors, norm: torch.zeros(64, dtype=torch.int8)}, f"{norm} is of torch.int8"),
     ):
         save_file(changed, file)
         with pytest.raises(InvalidRequest, match=message):
             load_weights(config, tmp_path, torch.float32, CPU)
     file.unlink()
     with pytest.raises(InvalidRequest, match="holds neither"):
+        load_weights(config, tmp_path, torch.float32, CPU)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    make_model(tmp_path, "llama_mha")
+    config, file = read_config(tmp_path), tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InvalidRequest, match=r"model\.safetensors cannot be read .* download"):
+        load_weights(config, tmp_path, torch.float32, CPU)
+    index = tmp_path / "model.safetensors.index.json"
+    for text in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000):
+        index.write_text(text)
+        with pytest.raises(InvalidRequest, match="is no index of weights"):
+            load_weights(config, tmp_path, torch.float32, CPU)
+    index.write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    with pytest.raises(InvalidRequest, match=r"gone\.safetensors cannot be read"):
+        load_weights(config, tmp_path, torch.float32, CPU)
+
+
+def test_a_head_of_its_own_is_not_dropped(tmp_path: Path) -> None:
+    """transformers does not tie such a head."""
+    make_model(tmp_path, "llama_gqa_tied")
+    config, file = read_config(tmp_path), tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, file)
+    assert load_weights(config, tmp_path, torch.float32, CPU).head.weight.equal(embedding)
+    save_file({**tensors, "lm_head.weight": embedding + 1}, file)
+    with pytest.raises(InvalidRequest, match=r"tie_word_embeddings, but lm_head\.weight differs"):
         load_weights(config, tmp_path, torch.float32, CPU)
 
 
