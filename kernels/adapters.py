@@ -74,7 +74,7 @@ class AdapterTable:
         device: torch.device | str,
         max_rank: int = MAX_RANK,
     ) -> "AdapterTable":
-        """A table whose slots all leave every projection alone."""
+        """A table in which every slot leaves every projection alone."""
         shape = (slots, layers, groups.count)
         return cls(
             a=torch.zeros(slots, layers, len(groups.projections), dtype=torch.int64, device=device),

@@ -43,7 +43,7 @@ def stop_signal() -> asyncio.Event:
 
 
 async def serve_until(stopped: asyncio.Event, *parts: "asyncio.Task[Any]") -> None:
-    """Wait until `stopped` is set, or until a part ends, whose error is raised."""
+    """Wait until `stopped` is set, or until a part ends; raises the part's error."""
     stopping = asyncio.create_task(stopped.wait())
     try:
         done, _ = await asyncio.wait({stopping, *parts}, return_when=asyncio.FIRST_COMPLETED)

@@ -85,7 +85,7 @@ class RouterChild(Child):
 
 
 class RunnerChild(Child):
-    """A runner on one device. On a CPU it computes with so many `threads`."""
+    """A runner on one device. `threads`: how many threads it computes with on a CPU."""
 
     program: ClassVar[tuple[str, ...]] = ("-m", "granatum.runner")
 

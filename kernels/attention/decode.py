@@ -77,7 +77,7 @@ def allocate_decode_workspace(
     device: torch.device,
     config: DecodeConfig | None = None,
 ) -> DecodeWorkspace:
-    """Room for up to `max_rows` rows, whose page tables hold `max_tokens` tokens each."""
+    """Room for up to `max_rows` rows; their page tables hold `max_tokens` tokens each."""
     config = config or decode_config(heads, kv, gpu_of(device).sms)
     pieces = max(
         rows * most_pieces(config, rows, kv, max_tokens) for rows in range(1, max_rows + 1)

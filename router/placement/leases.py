@@ -54,7 +54,7 @@ class Leases:
             self.abandon(lease)
 
     def abandon(self, lease: Lease) -> None:
-        """Release what the registry may have granted by a call whose answer was lost."""
+        """Release what the registry may have granted in a call without an answer."""
         self._held.discard(lease)
         lapses = asyncio.get_running_loop().time() + self._registry.terms.lease_s
         self._released[lease] = lapses

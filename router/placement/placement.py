@@ -58,7 +58,7 @@ class PlacementRequest:
     rank: int = 0
     """The adapter's rank. A runner with a lower limit is never taken."""
     elements: int = 0
-    """The adapter's elements. A runner that can never hold so many is never taken."""
+    """The adapter's elements. A runner that can never hold them all is never taken."""
 
 
 class LeaseKind(Enum):

@@ -61,7 +61,7 @@ class RunnerSession:
         self._next_id = 1
 
     def submit(self, submission: SubmitSequence, release: Callable[[], None]) -> RemoteSequence:
-        """Send a sequence, whose `sequence_id` is set here. `release` gives its room back."""
+        """Set the sequence's `sequence_id` and send the sequence. `release` gives its room back."""
         assert not self.closing
         self.retired = False
         number = submission.sequence_id = self._next_id
@@ -212,7 +212,7 @@ class RunnerSessions:
         return session.submit(submission, release)
 
     def unreachable(self) -> set[str]:
-        """The runners whose session broke a moment ago."""
+        """The runners that lost their session a moment ago."""
         now = asyncio.get_running_loop().time()
         return {runner_id for runner_id, t in self._troubles.items() if t.until > now}
 

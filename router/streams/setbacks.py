@@ -22,7 +22,7 @@ _FATAL_LOSSES = 4
 _FATAL_BLAMES = 2
 """So many engines that failed in a step of this sequence alone blame the sequence."""
 _FATAL_LOADS = 3
-"""After so many runners in a row could not load the adapter, no other one is asked."""
+"""The runners in a row that may fail to load the adapter before no other runner is asked."""
 
 
 class FailedLoads:

@@ -1,4 +1,4 @@
-"""When an adapter whose load failed is tried again. No torch."""
+"""When a load that failed is tried again. No torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

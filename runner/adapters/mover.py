@@ -57,7 +57,7 @@ class Mover(Protocol):
 
     @property
     def quick_pages(self) -> int:
-        """The most pages whose copy takes no longer than about the shortest step."""
+        """The most pages that are copied in about the time of the shortest step."""
         ...
 
     def size(self, digest: str) -> int | None:

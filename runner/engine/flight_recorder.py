@@ -1,4 +1,4 @@
-"""Which sequences the device computes, for a front whose engine has died. No torch.
+"""Which sequences the device computes, for the front to read once the engine has died. No torch.
 
     shared memory, for each of two steps:  [number of ids][id][id]...
 

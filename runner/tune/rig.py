@@ -67,7 +67,7 @@ def loads(task: Task, max_rank: int) -> Iterator[Load]:
 
 
 class Rig:
-    """Layers of `config` on `device`, whose adapters have ranks up to `max_rank`."""
+    """Layers of `config` on `device`; their adapters have ranks up to `max_rank`."""
 
     def __init__(
         self,

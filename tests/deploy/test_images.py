@@ -24,7 +24,7 @@ FOLDERS = (
     "runner",
     "service",
 )
-"""Of the packages whose folders have their names."""
+"""The folders that have the names of their packages."""
 
 
 def pip_installs(path: Path) -> list[list[str]]:

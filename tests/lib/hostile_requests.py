@@ -1,4 +1,4 @@
-"""Requests to generate: a right one, of which some fields are made wrong."""
+"""Requests to generate: a right one, with some fields made wrong."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

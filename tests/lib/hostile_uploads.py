@@ -93,7 +93,7 @@ def _filled(tensor: files.Tensor, value: float) -> files.Tensor:
 def _with_header(
     config: bytes, place: int, header: adapters_pb2.UploadHeader
 ) -> tuple[bytearray, adapters_pb2.UploadHeader]:
-    """Weights whose safetensors header lies, declared truly."""
+    """Weights with a false safetensors header, declared truly."""
     entry = {"dtype": "F32", "shape": [4, INNER], "data_offsets": [0, 8]}
     name = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
     texts = (

@@ -93,7 +93,7 @@ class DiskImages:
         return self._pages.get(digest)
 
     def measure(self, digest: str) -> int:
-        """Pages of the adapter, whose image is made if there is none. Raises GranatumError."""
+        """Pages of the adapter. If it has no image, the image is made. Raises GranatumError."""
         with _translated(digest):
             path = self._path(check_digest(digest))
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ class DiskImages:
                 self._pages[path.stem] = pages
 
     def _clear_half_made(self) -> None:
-        """Remove half-made files whose lock nobody holds: their process was killed."""
+        """Remove half-made files that nobody has locked: their process was killed."""
         for path in self._directory.glob(".files-*"):
             if named := _HALF_MADE.fullmatch(path.name):
                 lock = self._directory / f"{named[1]}.lock"

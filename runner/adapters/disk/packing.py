@@ -29,7 +29,7 @@ PACKING_S = 60.0
 _CPU_S, _CPU_BYTES_PER_S = 2.0, 50e6
 """The processor time for one adapter: seconds for all, and more in proportion to its bytes.
 
-A config whose patterns take longer must not hold up other adapters.
+A config with slower patterns must not hold up other adapters.
 """
 _NICENESS = 5
 _OOM_SCORE = "500"

@@ -27,7 +27,7 @@ LOOKAHEAD = 8
 
 
 class Scheduler:
-    """Sequences that wait and run, and whose turn it is.
+    """Sequences that wait and run, and the order of their turns.
 
     They run within `limits`, with pages of `pool` and adapters of `adapters`.
     """
@@ -86,7 +86,7 @@ class Scheduler:
                 self._depart(sequence, Departure.DRAINED)
 
     def schedule(self) -> Plan:
-        """The next step, whose spans count as in flight from now on."""
+        """The next step. Its spans count as in flight from now on."""
         self._considered = None
         self._adapters.poll()
         kinds = (self._alone, self._company)
@@ -134,7 +134,7 @@ class Scheduler:
     ) -> list[SequenceNews]:
         """Take in a step's `tokens`, one per sampling span; `logprobs` by sequence id.
 
-        `unsound`: ids of sequences whose logits are not finite; their tokens mean nothing.
+        `unsound`: ids of sequences with logits that are not finite; their tokens mean nothing.
         """
         drawn = iter(tokens)
         if plan.solo:

@@ -22,7 +22,7 @@ TARGETS = ("qkv_proj", "down_proj", "gate_up_proj", "o_proj")
 
 
 async def sent(parts: Tensors, targets: Any = TARGETS, room: int = 0) -> Manifest:
-    """The manifest of an upload of rank 4, where runners have room for so many numbers."""
+    """The manifest of an upload of rank 4, where runners have room for `room` numbers."""
     store = AdapterStore.open("memory://", PHI)
     made = upload(config(4, targets), weights(parts))
     manifest, _ = await store.upload(
