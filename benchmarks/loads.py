@@ -3,11 +3,10 @@
     python benchmarks/loads.py --out benchmarks/results/h200/loads.json
 
 Real engines with random weights and the real adapter cache and loader, each driven in a process of
-its own: one of few adapters for start and arrivals, one of many for scale and churn. Images lie in
+its own: one of few adapters for arrivals, one of many for scale and churn. Images lie in
 `--files` files on local disk; digests beyond that share them, but every digest has its own pages in
 host memory and on the device. Parts, by --only:
 
-* start: seconds until an engine serves.
 * arrivals: `batch` - 1 streams decode while short requests arrive, with no adapter to load
   (`resident`), with one from pinned host memory every 100 ms, and with one from the disk every
   500 ms (read past the operating system's cache). `quiet`: nothing arrives. `added_ms`: to the
@@ -26,7 +25,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import results
-import torch
 import traffic
 from adapter_images import FileImages
 from child import Part, in_child
@@ -35,8 +33,6 @@ from memory import Memory
 from model_directory import write_model
 from random_engine import EngineSize, EngineUsers, start_engine
 from results import Results, Row
-from structlog.testing import capture_logs
-from traffic import Request
 from workload import SHAPES
 
 from granatum.runner.adapters.images.image import ImageShape
@@ -46,9 +42,9 @@ KEY = ("scenario", "model", "batch", "tier", "popularity", "adapters")
 COLUMNS = (
     *("tokens_per_s", "share", "inter_token_ms_p50", "inter_token_ms_p99", "p99_by_resident"),
     *("ttft_ms_p50", "ttft_ms_p99", "added_ms_p50", "added_ms_p90", "loads"),
-    *("device_grown_mib", "pinned_grown_mib", "resident_grown_mib", "total_s", "graphs_s"),
+    *("device_grown_mib", "pinned_grown_mib", "resident_grown_mib"),
 )
-PARTS = ("start", "arrivals", "scale", "churn")
+PARTS = ("arrivals", "scale", "churn")
 PROMPT, ARRIVING_PROMPT, ARRIVING_OUTPUT = 512, 32, 4
 HOST_EVERY_S, DISK_EVERY_S = 0.1, 0.5
 SPARE_SLOTS = 4
@@ -65,31 +61,22 @@ class Rig:
     def __init__(self, args: argparse.Namespace, slots: int, host_adapters: int) -> None:
         config = SHAPES[args.model]
         model = write_model(args.dir / args.model, config)
-        began = time.monotonic()
-        if args.device == "cuda":
-            torch.zeros(1, device="cuda")
-        self.driver_s = time.monotonic() - began
-        began = time.monotonic()
-        with capture_logs() as self.logs:
-            self.engine: Engine = start_engine(
-                model,
-                EngineSize(
-                    device=args.device,
-                    batch=args.batch,
-                    rank=args.rank,
-                    adapters=slots,
-                    host_cache_bytes=host_adapters * args.adapter_bytes,
-                    arena_bytes=args.arena_bytes,
-                ),
-                lambda shape: self._open(args, shape),
-            )
-        self.start_s = time.monotonic() - began - self._files_s
+        self.engine: Engine = start_engine(
+            model,
+            EngineSize(
+                device=args.device,
+                batch=args.batch,
+                rank=args.rank,
+                adapters=slots,
+                host_cache_bytes=host_adapters * args.adapter_bytes,
+                arena_bytes=args.arena_bytes,
+            ),
+            lambda shape: self._open(args, shape),
+        )
         self.users = EngineUsers(self.engine, config.vocab)
 
     def _open(self, args: argparse.Namespace, shape: ImageShape) -> FileImages:
-        began = time.monotonic()
         self.images = FileImages(shape, args.rank, args.dir / "images", args.files)
-        self._files_s = time.monotonic() - began
         return self.images
 
     @property
@@ -99,13 +86,9 @@ class Rig:
 
 
 def few_adapters(args: argparse.Namespace) -> Rows:
-    """Start and arrivals."""
+    """Arrivals."""
     on_device = args.batch - 1 + SPARE_SLOTS
-    rig = Rig(args, on_device, on_device + HOST_ADAPTERS + 8)
-    if "start" in args.only:
-        yield from start(rig)
-    if "arrivals" in args.only:
-        yield from arrivals(rig, args)
+    yield from arrivals(Rig(args, on_device, on_device + HOST_ADAPTERS + 8), args)
 
 
 def many_adapters(args: argparse.Namespace) -> Rows:
@@ -115,19 +98,6 @@ def many_adapters(args: argparse.Namespace) -> Rows:
         yield from scale(rig, args)
     if "churn" in args.only:
         yield from churn(rig, args)
-
-
-def start(rig: Rig) -> Rows:
-    """From nothing to serving; imports and the driver's start are not in it."""
-    began = time.monotonic()
-    rig.users.drive(((Request(PROMPT, 1),),))
-    first = time.monotonic() - began
-    said = {str(log["event"]): log for log in rig.logs}
-    row: Row = {"scenario": "start", "driver_s": round(rig.driver_s, 2)}
-    row["weights_s"] = said["weights loaded"]["seconds"]
-    row["graphs_s"] = said.get("graphs captured", {}).get("seconds", 0.0)
-    row["graphs"] = said.get("graphs captured", {}).get("graphs", 0)
-    yield {**row, "total_s": round(rig.start_s, 1), "first_token_s": round(first, 3)}
 
 
 def arrivals(rig: Rig, args: argparse.Namespace) -> Rows:
@@ -225,7 +195,7 @@ def churn(rig: Rig, args: argparse.Namespace) -> Rows:
 def measure(args: argparse.Namespace, found: Results) -> None:
     """The parts that were asked for, with the engines that they need."""
     engines: dict[Part, set[str]] = {
-        few_adapters: {"start", "arrivals"},
+        few_adapters: {"arrivals"},
         many_adapters: {"scale", "churn"},
     }
     common = {"model": args.model, "batch": args.batch, "rank": args.rank}

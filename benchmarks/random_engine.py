@@ -31,8 +31,13 @@ class EngineSize:
     prefill_tokens: int = 512
 
 
-def start_engine(model: Path, size: EngineSize, source: OpenSource) -> Engine:
-    """An engine as the runner builds it, but for its weights; it has captured all graphs."""
+def start_engine(
+    model: Path, size: EngineSize, source: OpenSource, *, all_graphs: bool = True
+) -> Engine:
+    """An engine as the runner builds it, but for its weights.
+
+    `all_graphs`: capture all graphs now. An engine that serves captures most of them between steps.
+    """
     sys.setswitchinterval(SWITCH_S)
     options = EngineOptions(
         model,
@@ -47,7 +52,8 @@ def start_engine(model: Path, size: EngineSize, source: OpenSource) -> Engine:
         random_weights=True,
     )
     engine = build_engine(options, source)
-    capture_all(engine)
+    if all_graphs:
+        capture_all(engine)
     return engine
 
 
@@ -95,6 +101,8 @@ class EngineUsers:
 
     def _step(self) -> None:
         engine = self._engine
+        if engine.graph_due:
+            engine.capture()
         news = engine.step() if engine.busy else []
         now = time.monotonic()
         for item in news:

@@ -5,7 +5,10 @@ A launcher asks `runs_kernel` whether its Triton kernel or its torch twin serves
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,8 +28,10 @@ except ImportError:
 
 __all__ = [
     "INTERPRETING",
+    "compiling_ahead",
     "dot",
     "jit",
+    "may_compile_ahead",
     "overlap_options",
     "require",
     "require_rows",
@@ -37,15 +42,49 @@ __all__ = [
 
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs kernels on the CPU; it decides that when it is first imported."""
+_MOST_COMPILATIONS = 16
+"""At a time; each takes some 100 MiB."""
 
 
 def jit(*runtime_integers: str) -> Callable[[Callable[..., None]], Any]:
     """Triton's kernel of a function; the integers named never lead to another compilation."""
 
     def decorate(function: Callable[..., None]) -> Any:
-        return triton.jit(function, do_not_specialize=list(runtime_integers))
+        return may_compile_ahead(triton.jit(function, do_not_specialize=list(runtime_integers)))
 
     return decorate
+
+
+_ahead = ContextVar("_ahead", default=False)
+
+
+def may_compile_ahead(kernel: Any) -> Any:
+    """The same kernel, which `compiling_ahead` keeps from running."""
+    if not HAS_TRITON or INTERPRETING:
+        return kernel
+    launch = kernel.run
+
+    def run(*args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return launch(*args, grid=grid, warmup=warmup or _ahead.get(), **options)
+
+    kernel.run = run
+    return kernel
+
+
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Within the block, launches compile their kernels, several at a time, and run nothing.
+
+    All kernels are compiled at the end of the block. Threads serve, because Triton holds the
+    interpreter's lock for about a third of a compilation alone.
+    """
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(min(cores, _MOST_COMPILATIONS)) as pool, triton.AsyncCompileMode(pool):
+        token = _ahead.set(True)
+        try:
+            yield
+        finally:
+            _ahead.reset(token)
 
 
 _INTERPRETED = tl.constexpr(INTERPRETING)

@@ -7,7 +7,7 @@ twins serve.
 from collections.abc import Callable
 from typing import Any
 
-from granatum.kernels.backend import HAS_TRITON, INTERPRETING, tl
+from granatum.kernels.backend import HAS_TRITON, INTERPRETING, may_compile_ahead, tl
 
 AVAILABLE = HAS_TRITON and not INTERPRETING
 if AVAILABLE:
@@ -42,7 +42,8 @@ def jit(*runtime_integers: str) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
         if not AVAILABLE:
             return function
-        return gluon.jit(function, do_not_specialize=list(runtime_integers))
+        kernel = gluon.jit(function, do_not_specialize=list(runtime_integers))
+        return may_compile_ahead(kernel)
 
     return decorate
 

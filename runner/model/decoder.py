@@ -94,10 +94,11 @@ class Model:
             adapted("down", weights.down),
         )
 
-    def forward(self, step: Step, last: torch.Tensor) -> torch.Tensor:
+    def forward(self, step: Step, last: torch.Tensor, layers: int | None = None) -> torch.Tensor:
         """Logits [samples, vocab] of the step's sampling rows; KV of all its rows is written.
 
-        last int [seats]: the token that each seat's sequence drew last.
+        last int [seats]: the token that each seat's sequence drew last. `layers`: compute only the
+        first ones; None: all.
         """
         weights, eps = self._weights, self.config.rms_eps
         rows = AdaptedRows.of(step, self._partials)
@@ -107,7 +108,7 @@ class Model:
         scale = self.config.embedding_multiplier
         embed_rms_norm(step.tokens, last, weights.embedding, norm, eps, residual, x, scale=scale)
         scale = self.config.residual_multiplier
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self._layers[:layers]):
             if index:
                 add_rms_norm(x, residual, layer.input_norm, eps, scale=scale)
             x = layer.o.apply(self._attend(step, layer, x, rows), rows)

@@ -29,7 +29,6 @@ class StepTimer:
     def __init__(self, rig: Rig, gpu: Gpu) -> None:
         self._rig = rig
         self._gpu = gpu
-        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, task: Task, tried: Sequence[Choice]) -> list[float]:
         """Seconds of a step by each configuration: the geometric mean over the task's steps.
@@ -71,7 +70,7 @@ class StepTimer:
             logits = self._rig.forward(model, step).clone()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph):  # a pool for all would end with a capture that fails
                 self._rig.forward(model, step)
         finally:
             tables.remove(self._gpu, task.op, task.shape, task.size)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from granatum.kernels import backend, device
 from granatum.kernels.adapters import AdapterTable, GroupAdapters, GroupLayout, LoraRows
 from granatum.kernels.attention import decode as attention
 from granatum.kernels.attention.prefill import prefill_attention
+from granatum.kernels.layer import activation
 from granatum.kernels.layer.activation import silu_mul
 from granatum.kernels.layer.norm import add_rms_norm, embed_rms_norm
 from granatum.kernels.layer.rope import rope_and_write_kv
@@ -222,3 +224,29 @@ def test_the_rest(compiled: list[Any]) -> None:
     assert len(compiled) == 9
     for kernel in compiled:
         assert stack_bytes(kernel) == 0
+
+
+@pytest.mark.usefixtures("compiled")
+def test_kernels_are_compiled_ahead_and_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    kernel = activation._silu_mul_kernel
+
+    def launch(width: int, *, warmup: bool) -> Any:
+        gate_up, out = torch.empty(ROWS, 2 * width), torch.empty(ROWS, width)
+        options = {"N": width, "BLOCK_N": 1024, "PDL": False}
+        return kernel.run(gate_up, out, 2 * width, width, grid=(ROWS,), warmup=warmup, **options)
+
+    def noted(*args: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return compile_one(*args, **options)
+
+    launch(64, warmup=True)
+    compile_one = kernel.compile
+    monkeypatch.setattr(kernel, "compile", noted)
+    with backend.compiling_ahead():
+        for width in (96, 160, 96):
+            launch(width, warmup=False)  # to run it would fail, for there is no GPU
+    for width in (96, 160):
+        assert launch(width, warmup=True).asm["cubin"]
+    assert len(threads) == 2
+    assert threading.current_thread().name not in threads

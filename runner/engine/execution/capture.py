@@ -4,7 +4,7 @@ Graphs are captured while the engine serves. Why that is safe:
 
 - The engine's thread captures between two steps, when no step is in flight. A capture runs no
   kernel, so it writes neither to the arena nor to the buffers of inputs and tokens.
-- Every kernel was compiled and loaded before, by `compile`. Only a launch outside a capture can
+- Every kernel was compiled and loaded before, by the executor. Only a launch outside a capture can
   compile. Such launches happen at start-up, when the inputs are padding, and kernels write no KV
   for padding.
 - All graphs share one pool of memory. No two graphs ever run at once, so one graph's intermediate
@@ -15,7 +15,7 @@ Graphs are captured while the engine serves. Why that is safe:
 - A capture that finds little free memory is refused, so that no step runs out of memory later.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,12 +51,6 @@ class Capturer:
         self._inputs = inputs
         self._pool = torch.cuda.graph_pool_handle()
         self._largest = 0
-
-    def compile(self, shapes: Iterable[StepShape]) -> None:
-        """Launch a step of padding of each shape, which compiles and loads its kernels."""
-        for shape in shapes:
-            self._compute(self._inputs.view(shape))
-        torch.cuda.synchronize()
 
     def capture(self, shape: StepShape) -> Graph:
         """The graph of a step of `shape`."""

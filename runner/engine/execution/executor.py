@@ -6,6 +6,7 @@ from itertools import product
 
 import torch
 
+from granatum.kernels.backend import compiling_ahead
 from granatum.kernels.lora.tuning import PREFILL_BLOCK_M
 from granatum.kernels.sampling.greedy import greedy, greedy_workspace_elements
 from granatum.runner.engine.execution.capture import Capturer, Graph
@@ -23,6 +24,9 @@ from granatum.runner.model.inputs import (
     mixed_shape,
 )
 from granatum.runner.records import TokenLogprobs
+
+ALL_KERNELS = 2
+"""Layers that launch every kernel: only the first one differs from those after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +153,20 @@ class Executor:
 
     def _first_graphs(self) -> Graphs[Graph]:
         """Compile every kernel, so that no step waits for a compiler; capture the first graphs."""
-        capturer = Capturer(self._compute, self._inputs)
         with phase("compiling kernels", "kernels compiled"):
-            self._sampler.compile(self._inputs.view(decode_shape(1, lora=False)))
-            capturer.compile(reversed(self._shapes))
+            with compiling_ahead():
+                self._launch_all_kernels(ALL_KERNELS)
+            self._launch_all_kernels()  # loads the kernels
+            torch.cuda.synchronize()
+        capturer = Capturer(self._compute, self._inputs)
         with phase("capturing graphs", "graphs captured", graphs=len(covering(self._shapes))):
             return Graphs(capturer.capture, capturer.capture_if_room, self._shapes)
+
+    def _launch_all_kernels(self, layers: int | None = None) -> None:
+        """Launch a step of padding of each shape, and what draws tokens."""
+        self._sampler.launch_all_kernels(self._inputs.view(decode_shape(1, lora=False)))
+        for shape in reversed(self._shapes):
+            self._compute(self._inputs.view(shape), layers)
 
     def _shape(self, plan: Plan) -> StepShape:
         """The smallest common shape that holds `plan`; on a CPU, the plan's exact shape."""
@@ -173,9 +185,9 @@ class Executor:
             return self._graphs[shape].replay()
         return self._compute(self._inputs.view(shape))
 
-    def _compute(self, step: Step) -> torch.Tensor:
+    def _compute(self, step: Step, layers: int | None = None) -> torch.Tensor:
         """Logits [samples, vocab]; the most likely tokens are drawn and feed the next step."""
-        logits = self._model.forward(step, self._last)
+        logits = self._model.forward(step, self._last, layers)
         tokens, sound = self._drawn[:, : step.shape.samples]
         greedy(logits, tokens, self._best, self._last, step.seats, sound)
         return logits

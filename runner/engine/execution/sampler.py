@@ -46,8 +46,8 @@ class Sampler:
         self._counts = torch.zeros(seats, vocab, dtype=torch.int32, device=device)
         self._counted: dict[int, Sequence] = {}
 
-    def compile(self, step: Step) -> None:
-        """Launch every kernel once, so that no request waits for its compilation."""
+    def launch_all_kernels(self, step: Step) -> None:
+        """Draw for a row of padding, by every kernel; nothing stays."""
         logits = torch.zeros(1, self._counts.shape[1], device=self._counts.device)
         drawn = torch.zeros(2, *step.seats.shape, dtype=step.seats.dtype, device=logits.device)
         self._draw(logits, step, drawn[0], drawn[1], penalized=True)
