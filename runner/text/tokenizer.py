@@ -5,8 +5,6 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-import structlog
-from jinja2.exceptions import TemplateError
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
@@ -14,17 +12,11 @@ from transformers import AutoTokenizer
 from granatum.models.config import CONFIG_FILE
 from granatum.models.config_fields import Fields
 from granatum.models.identity import end_tokens
-from granatum.v1.errors import InvalidRequest, PreconditionFailed
-from granatum.v1.validation import MAX_PROMPT_BYTES
+from granatum.runner.text.chat_template import ChatTemplate
+from granatum.v1.errors import PreconditionFailed
 
 _PIECE_CHARACTERS = 1 << 14
 """The smallest piece into which a long text is cut to count its tokens."""
-_MAX_RENDERED = 2 * MAX_PROMPT_BYTES
-"""The most characters that a chat template may make of messages."""
-_MAX_REFUSAL = 500
-"""The most characters of a chat template's own message that a client gets."""
-
-log = structlog.get_logger(__name__)
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -71,7 +63,7 @@ class Tokenizer:
             )
         backend.no_truncation()
         backend.no_padding()
-        self._chat = loaded
+        self._chat = ChatTemplate(loaded)
         self._fast = backend
         self.size: int = backend.get_vocab_size()
         self.special_ids = frozenset(
@@ -100,7 +92,7 @@ class Tokenizer:
         Raises InvalidRequest if the model has no template or the template refuses the messages, and
         TooManyTokens if there are more than `most` ids.
         """
-        return self._ids(self._rendered(messages), most, special=False)
+        return self._ids(self._chat.render(messages), most, special=False)
 
     @_without_panic
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
@@ -137,47 +129,11 @@ class Tokenizer:
         (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=special)
         return encoding
 
-    def _rendered(self, messages: Sequence[tuple[str, str]]) -> str:
-        if not self._chat.chat_template:
-            raise _refused("this model has no chat template: send a prompt instead")
-        conversation = [{"role": role, "content": content} for role, content in messages]
-        try:
-            text: str = self._chat.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template is a program and raises what it likes
-            raise _refusal_of(error) from error
-        if len(text) > _MAX_RENDERED:
-            raise _refused(
-                f"the model's chat template makes {len(text):,} characters of them: "
-                f"send less, {_MAX_RENDERED:,} at most"
-            )
-        return text
-
     def _token_text(self, token: int) -> str:
         """The text of one token alone, a leading space included; special tokens by name."""
         before = self.decode(self._anchor, special=True)
         after = self.decode([*self._anchor, token], special=True)
         return after[len(before) :]
-
-
-def _refused(message: str) -> InvalidRequest:
-    return InvalidRequest(f"chat.messages: {message}", field="chat.messages")
-
-
-def _refusal_of(error: Exception) -> InvalidRequest:
-    """What a client is told of a template's error: only what the template itself says.
-
-    A template's raise_exception raises TemplateError itself; jinja raises subclasses.
-    """
-    if type(error) is TemplateError:
-        said = str(error)[:_MAX_REFUSAL]
-        return _refused(f"the model's chat template refuses them: {said}")
-    # The error's text is not logged: it may hold a tenant's messages.
-    log.warning("the chat template failed", error=type(error).__name__)
-    return _refused(
-        "the model's chat template cannot write them: check their roles and their order"
-    )
 
 
 def _end_ids(directory: Path, own: int | None) -> frozenset[int]:
