@@ -32,9 +32,10 @@ class Tokenizer:
         self._fast, settings = read_tokenizer(directory)
         self._chat = ChatTemplate(settings)
         self.size: int = self._fast.get_vocab_size()
-        self.special_ids = frozenset(
-            token for token, added in self._fast.get_added_tokens_decoder().items() if added.special
-        )
+        added = self._fast.get_added_tokens_decoder()
+        self.special_tokens = {entry.content: id_ for id_, entry in added.items() if entry.special}
+        """The ids of special tokens, which have no text, by their names."""
+        self.special_ids = frozenset(self.special_tokens.values())
         self.end_ids = _end_ids(directory, self._fast, settings.eos_token)
         self._anchor: list[int] = self._encoded("a", special=False).ids
         self.token_text = lru_cache(1 << 16)(self._token_text)
