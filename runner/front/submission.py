@@ -50,7 +50,9 @@ def prepare(
     prompt = _prompt(request, tokenizer, bounds)
     check_ids(message.generated, "generated", bounds.vocabulary)
     room = bounds.context - len(prompt)
-    ends = frozenset() if stop.ignore_eos else tokenizer.ends_within(bounds.vocabulary)
+    ends = frozenset[int]() if stop.ignore_eos else tokenizer.ends_within(bounds.vocabulary)
+    special = [tokenizer.special_tokens.get(text, bounds.vocabulary) for text in stop.strings]
+    named = {token for token in special if token < bounds.vocabulary}
     submit = Submit(
         sequence_id,
         prompt,
@@ -59,7 +61,7 @@ def prepare(
         sampling=_sampling(request.sampling),
         max_tokens=min(stop.max_tokens, room) if stop.HasField("max_tokens") else room,
         min_tokens=stop.min_tokens,
-        stop_ids=ends | frozenset(stop.token_ids),
+        stop_ids=ends.union(stop.token_ids, named),
         top_logprobs=request.logprobs.top if request.HasField("logprobs") else None,
         priority=request.priority,
         suspicion=message.suspicion,

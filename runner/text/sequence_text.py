@@ -23,7 +23,7 @@ class SequenceText:
         self._tokenizer = tokenizer
         self._submit = submit
         self._detokenizer = Detokenizer(tokenizer, submit.prompt)
-        self._stops = StopStrings(stop_strings)
+        self._stops = StopStrings(stop_strings, tokenizer.special_tokens)
         self._made = 0
         self.stopped = False
         """Whether a stop string has appeared; no text goes out after it."""
@@ -49,7 +49,7 @@ class SequenceText:
             if self.stopped:
                 break
             ends = finish is Finish.STOP and i == len(ids) - 1
-            text = self._flush() if ends else self._push(token)
+            text = self._flush(token) if ends else self._push(token)
             message = Token(id=token, text=self._undelivered(text))
             if logprobs:
                 message.logprob.CopyFrom(self._logprob(logprobs[i]))
@@ -67,12 +67,15 @@ class SequenceText:
         text = self._detokenizer.push(token)
         if self._made < self._submit.min_tokens:
             return text
-        text, self.stopped = self._stops.push(text)
+        text, self.stopped = self._stops.push(text, token)
         return text
 
-    def _flush(self) -> str:
-        """The text still kept; half a character in it may complete a stop string, which ends it."""
-        text, self.stopped = self._stops.push(self._detokenizer.flush())
+    def _flush(self, last: int | None = None) -> str:
+        """The text still kept before the `last` token, which has no text.
+
+        Half a character, or the last token, may complete a stop string, which ends the text.
+        """
+        text, self.stopped = self._stops.push(self._detokenizer.flush(), last)
         return text if self.stopped else text + self._stops.flush()
 
     def _undelivered(self, text: str) -> str:

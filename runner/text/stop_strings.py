@@ -1,32 +1,62 @@
-"""Texts that end a generation, found across the borders of tokens."""
+"""Texts that end a generation, found across the borders of tokens.
 
-from collections.abc import Sequence
+A stop string may name special tokens, which clients never see in the text. Within the text that is
+searched, a mark stands for each special token that a stop string names; the other special tokens
+are as if they were not there. A mark is half of a UTF-16 pair: no decoded text and no stop string
+can hold one.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+_FIRST_MARK = 0xD800
 
 
 class StopStrings:
-    """Passes text on up to the first stop string, and keeps text that may become one."""
+    """Passes text on up to the first stop string, and keeps text that may become one.
 
-    def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = tuple(strings)
+    `special` has the ids of special tokens by their names.
+    """
+
+    def __init__(self, strings: Sequence[str], special: Mapping[str, int]) -> None:
+        self._marks: dict[int, str] = {}
+        # A model may also spell the name of a special token in ordinary tokens.
+        self._strings = tuple({*strings, *(self._marked(string, special) for string in strings)})
+        self._hidden = dict.fromkeys(map(ord, self._marks.values()))
         self._kept = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """The text that may go out, and whether a stop string ended it."""
+    def push(self, text: str, token: int | None = None) -> tuple[str, bool]:
+        """The text that may go out, and whether a stop string ended it.
+
+        After `text` comes `token`, if that is a special token.
+        """
         if not self._strings:
             return text, False
-        text = self._kept + text
+        text = self._kept + text + (self._marks.get(token, "") if token is not None else "")
         found = [at for at in map(text.find, self._strings) if at >= 0]
         if found:
             self._kept = ""
-            return text[: min(found)], True
+            return self._shown(text[: min(found)]), True
         going = len(text) - max(_beginning(string, text) for string in self._strings)
         self._kept = text[going:]
-        return text[:going], False
+        return self._shown(text[:going]), False
 
     def flush(self) -> str:
         """The text still kept."""
         kept, self._kept = self._kept, ""
-        return kept
+        return self._shown(kept)
+
+    def _shown(self, text: str) -> str:
+        return text.translate(self._hidden)
+
+    def _marked(self, string: str, special: Mapping[str, int]) -> str:
+        """`string` with marks for the special tokens that it names, the longest names first."""
+        named = sorted((name for name in special if name in string), key=len, reverse=True)
+
+        def mark(name: re.Match[str]) -> str:
+            return self._marks.setdefault(special[name[0]], chr(_FIRST_MARK + len(self._marks)))
+
+        return re.sub("|".join(map(re.escape, named)), mark, string) if named else string
 
 
 def _beginning(string: str, text: str) -> int:

@@ -300,7 +300,8 @@ class StopConditions(_message.Message):
     @_builtins.property
     def strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts that end generation when they appear; the text returned ends before them. At most 16, of
-        1 to 256 characters.
+        1 to 256 characters. They may name special tokens, such as <|im_end|>, though the text returned
+        never has those. A string that is one special token counts as its token id in `token_ids`.
         """
 
     @_builtins.property

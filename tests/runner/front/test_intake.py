@@ -193,6 +193,28 @@ async def test_end_tokens_that_the_model_lacks_end_nothing_and_are_told_once(
     intake.close()
 
 
+@pytest.mark.parametrize(
+    ("strings", "ids"),
+    [
+        (["</s>"], {EOS}),
+        (["x", "<pad>", "</s>"], {PAD, EOS}),
+        (["</s>\n", " </s>", "</s></s>", "<|im_end|>"], set()),
+    ],
+)
+async def test_stop_string_that_is_a_special_token_is_a_stop_id(
+    intake: Intake, strings: list[str], ids: set[int]
+) -> None:
+    stop = StopConditions(strings=strings, token_ids=[7], ignore_eos=True)
+    made = await prepared(intake, GenerateRequest(prompt="hi", stop=stop), WIDE)
+    assert made.submit.stop_ids == {7, *ids}
+
+
+async def test_special_token_that_the_model_lacks_is_no_stop_id(intake: Intake) -> None:
+    stop = StopConditions(strings=["<pad>", "</s>"], ignore_eos=True)
+    made = await prepared(intake, GenerateRequest(prompt="hi", stop=stop), SequenceBounds(258, 99))
+    assert made.submit.stop_ids == {PAD}
+
+
 async def test_suspicion_reaches_the_engine(intake: Intake) -> None:
     message = SubmitSequence(request=GenerateRequest(prompt="hi"), suspicion=2)
     assert (await intake.prepare(1, message, WIDE)).submit.suspicion == 2

@@ -1,6 +1,9 @@
 """Text of streams: stop strings, halves, and going on where another runner left off."""
 
 import random
+import re
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +25,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(directory)
 
 
-def submit(generated: bytes = b"", min_tokens: int = 0) -> Submit:
+def submit(generated: Iterable[int] = b"", min_tokens: int = 0) -> Submit:
     return Submit(1, tuple(b"prompt"), tuple(generated), min_tokens=min_tokens)
 
 
@@ -35,7 +38,7 @@ def submit(generated: bytes = b"", min_tokens: int = 0) -> Submit:
 def test_text_ends_before_the_first_stop_string(
     text: str, strings: list[str], rng: random.Random
 ) -> None:
-    stops, out, rest = StopStrings(strings), "", text
+    stops, out, rest = StopStrings(strings, {}), "", text
     stopped = False
     while rest and not stopped:
         cut = rng.randint(1, 4)
@@ -62,7 +65,7 @@ def test_text_ends_before_the_first_stop_string(
 def test_exactly_what_may_become_a_stop_string_is_kept(
     pieces: list[str], strings: list[str]
 ) -> None:
-    stops, text, out = StopStrings(strings), "", ""
+    stops, text, out = StopStrings(strings, {}), "", ""
     for piece in pieces:
         text += piece
         given_, stopped = stops.push(piece)
@@ -117,15 +120,76 @@ def test_log_probabilities_carry_texts(tokenizer: Tokenizer) -> None:
     assert [(t.id, t.text) for t in token.logprob.top] == [(ord("a"), "a"), (EOS, "</s>")]
 
 
+NAMES = {256: "<pad>", 257: "<s>", EOS: "</s>"}
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.sampled_from([*b"xy", 256, EOS]), max_size=12),
+    st.sampled_from(["</s>", "x</s>", "</s>y", "<pad></s>", "x<pad>y", "</s></s>", "<pad>", "xy"]),
+)
+def test_stop_string_of_special_tokens_ends_the_text_before_it(
+    tokenizer: Tokenizer, ids: list[int], string: str
+) -> None:
+    """The oracle looks where the special tokens that the string names stand with their names."""
+
+    def text_of(ids: list[int]) -> str:
+        names = {token: name if name in string else "" for token, name in NAMES.items()}
+        return "".join(names.get(token, chr(token)) for token in ids)
+
+    text = SequenceText(tokenizer, submit(), [string])
+    taken = text.take(ids, finish=Finish.LENGTH)
+    whole = text_of(ids)
+    assert text.stopped == (string in whole)
+    before = whole[: whole.find(string)] if text.stopped else whole
+    assert "".join(token.text for token in taken) == re.sub("<.*?>", "", before)
+    made = next((n for n in range(len(ids)) if string in text_of(ids[:n])), len(ids))
+    assert [token.id for token in taken] == ids[:made]
+
+
+def test_special_token_may_be_spelled_in_ordinary_tokens(tokenizer: Tokenizer) -> None:
+    text = SequenceText(tokenizer, submit(), ["</s>x", "</s>"])
+    assert "".join(token.text for token in text.take(b"a</s>x")) == "a"
+    assert text.stopped
+
+
+def test_end_token_completes_a_stop_string(tokenizer: Tokenizer) -> None:
+    text = SequenceText(tokenizer, submit(), ["END</s>", "</s>!"])
+    assert [token.text for token in text.take(b"aEND")] == ["a", "", "", ""]
+    (last,) = text.take([EOS], finish=Finish.STOP)
+    assert (last.id, last.text, text.stopped) == (EOS, "", True)
+
+
+def test_special_token_before_min_tokens_begins_no_stop_string(tokenizer: Tokenizer) -> None:
+    text = SequenceText(tokenizer, submit(min_tokens=3), ["</s>a"])
+    taken = text.take([97, EOS, 97, EOS, 97, 98])
+    assert [token.text for token in taken] == ["a", "", "a", "", ""]
+
+
+def test_names_within_names_are_taken_for_the_longest(tmp_path: Path) -> None:
+    made = byte_tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<s>>", "</s></s>"]})
+    made.save_pretrained(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    longer = tokenizer.special_tokens["<s>>"]
+    text = SequenceText(tokenizer, submit(), ["<s>>x"])
+    assert "".join(token.text for token in text.take([257, 62, 120, longer, 121])) == ">xy"
+    assert not text.stopped
+    text.take([longer, 120])
+    assert text.stopped
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_stream_resumed_anywhere_is_the_stream_undisturbed(
     tokenizer: Tokenizer, data: st.DataObject
 ) -> None:
     """Even where its last token was made already and only its outcome was lost."""
-    content = data.draw(st.text(alphabet="aENDé😀", max_size=20)).encode()
+    content = [*data.draw(st.text(alphabet="aENDé😀", max_size=20)).encode()]
+    content += data.draw(st.lists(st.sampled_from([256, EOS, 69, 97]), max_size=3))
     content += data.draw(st.binary(max_size=4))
-    strings = data.draw(st.lists(st.sampled_from(["END", "a😀", "NN", "éé"]), max_size=2))
+    stops = ["END", "a😀", "NN", "éé", "</s>", "E</s>", "</s>a", "<pad></s>"]
+    strings = data.draw(st.lists(st.sampled_from(stops), max_size=2))
     whole = SequenceText(tokenizer, submit(), strings)
     expected = whole.take(content, finish=Finish.LENGTH)
     first = SequenceText(tokenizer, submit(), strings)
