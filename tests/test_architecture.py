@@ -39,6 +39,7 @@ COMPUTING = (
 )
 """The rooms that may import torch, and the process that wires them."""
 LATE = {
+    "cli/convert.py": {"torch"},
     "runner/text/tokenizer.py": {"transformers"},
     "runner/text/torchless.py": {"transformers"},
     "runner/engine/child.py": {"torch"},
