@@ -18,6 +18,7 @@ from granatum.v1.errors import InvalidRequest, PreconditionFailed
 _WORDS: dict[str, Literal["I", "H"]] = {"F32": "I", "F16": "H", "BF16": "H"}
 """An integer of each dtype's size. Numbers are moved, never computed with."""
 _ALIGNMENT = 8
+_MAX_SCALE = 1e20
 _MLX_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 
 
@@ -106,8 +107,9 @@ def _mlx_settings(path: Path) -> tuple[float, str | None]:
         ) from None
     if kind != "lora":
         raise InvalidRequest(f"{path}: fine_tune_type is {kind!r}: only 'lora' can be served")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise InvalidRequest(f"{path}: lora_parameters.scale must be a finite number")
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not is_number or not abs(scale) <= _MAX_SCALE:
+        raise InvalidRequest(f"{path}: lora_parameters.scale must be a number up to {_MAX_SCALE:g}")
     return scale, model if isinstance(model, str) else None
 
 
