@@ -105,10 +105,6 @@ def _add(name: str) -> Callable[[Tensors, Shape], None]:
     return lambda parts, _: parts.update({name: Tensor("F32", (1,), b"\0\0\0\0")})
 
 
-def _rename(name: str, other: str) -> Callable[[Tensors, Shape], None]:
-    return lambda parts, _: parts.update({other: parts.pop(name)})
-
-
 def _resize(matrix: str, rows: int = 0, columns: int = 0) -> Callable[[Tensors, Shape], None]:
     def change(parts: Tensors, _: Shape) -> None:
         old = parts[_first(matrix)]
@@ -222,14 +218,7 @@ BAD_UPLOADS: dict[str, BadUpload] = {
     "configuration is no object": BadUpload(_config_bytes(b"[4]"), "is not a JSON object"),
     "configuration nested deeply": BadUpload(_config_bytes(b"[" * 200_000), "is not JSON"),
     "not LoRA": BadUpload(_configured(peft_type="IA3"), "peft_type"),
-    "classifier": BadUpload(_configured(task_type="SEQ_CLS"), "a head of its own"),
-    "encoder-decoder": BadUpload(_configured(task_type="SEQ_2_SEQ_LM"), "encoder-decoders"),
-    "MLX's configuration": BadUpload(
-        _config_bytes(b'{"lora_parameters": {"rank": 8, "scale": 20.0}}'), CONVERT
-    ),
-    "another base model": BadUpload(
-        _configured(base_model_name_or_path=7), "base_model_name_or_path must be"
-    ),
+    "not a language model": BadUpload(_configured(task_type="SEQ_CLS"), "task_type"),
     "DoRA": BadUpload(_configured(use_dora=True), "use_dora"),
     "biases": BadUpload(_configured(bias="all"), "bias"),
     "whole modules": BadUpload(_configured(modules_to_save=["lm_head"]), "modules_to_save"),
@@ -279,11 +268,6 @@ BAD_UPLOADS: dict[str, BadUpload] = {
     "pattern without end": BadUpload(_configured(targets=A_PATTERN_WITHOUT_END), "target_modules"),
     # the file of weights
     "zip archive": BadUpload(_weights_bytes(lambda data: b"PK\x03\x04" + data), CONVERT),
-    "Git LFS pointer": BadUpload(
-        _weights_bytes(lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0"),
-        "git lfs pull",
-    ),
-    "GGUF": BadUpload(_weights_bytes(lambda data: b"GGUF\x03\0\0\0" + data), "a GGUF file"),
     "pickle": BadUpload(_weights_bytes(lambda _: b"\x80\x02}q\x00X\x01\x00\x00\x00a."), CONVERT),
     "cut off": BadUpload(_weights_bytes(lambda data: data[:-4]), "cut off"),
     "cut off in the header": BadUpload(_weights_bytes(lambda data: data[:40]), "cut off"),
@@ -336,19 +320,6 @@ BAD_UPLOADS: dict[str, BadUpload] = {
     ),
     "two names of one tensor": BadUpload(
         _tensors(_add(_first("A").replace("lora_A", "lora_A.default"))), "are the same one"
-    ),
-    "MLX's names": BadUpload(_tensors(_add("model.layers.0.self_attn.q_proj.lora_a")), CONVERT),
-    "a name that means nothing": BadUpload(
-        _tensors(_rename(_first("A"), "lora.0.q.A")),
-        f"tensor 'lora.0.q.A' would not be applied: it is no LoRA matrix of a decoder layer; "
-        f"a name that is expected: {_first('A')}",
-    ),
-    "vision tower": BadUpload(
-        _tensors(_add("base_model.model.vision_tower.layers.0.q_proj.lora_A.weight")), "vision"
-    ),
-    "Megatron's modules": BadUpload(
-        _tensors(_add("decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight")),
-        "Megatron's",
     ),
     "magnitudes of DoRA": BadUpload(
         _tensors(_add(_first("A").replace("lora_A", "lora_magnitude_vector"))), "DoRA"

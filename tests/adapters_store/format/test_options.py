@@ -33,7 +33,7 @@ def test_empty_values_ask_for_nothing(name: str, value: object) -> None:
 
 @pytest.mark.parametrize("value", [True, 1, 0.5, "x", [0], {"a": 0}, float("nan")])
 def test_other_values_of_unknown_options_are_refused(value: object) -> None:
-    with pytest.raises(InvalidAdapter, match="option_of_tomorrow is .* not supported"):
+    with pytest.raises(InvalidAdapter, match=r"option_of_tomorrow is .* not supported"):
         PeftConfig.parse(config(option_of_tomorrow=value))
 
 
@@ -63,5 +63,5 @@ def test_what_is_left_over_has_no_effect(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["lora_ga", "corda", "CorDA", "pissa_niter_16", "olora", "loftq"])
 def test_what_changed_the_base_is_refused_until_it_is_converted(kind: str) -> None:
-    with pytest.raises(InvalidAdapter, match="init_lora_weights is .*base model's weights"):
+    with pytest.raises(InvalidAdapter, match=r"init_lora_weights is .*base model's weights"):
         PeftConfig.parse(config(init_lora_weights=kind))

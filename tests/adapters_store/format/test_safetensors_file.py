@@ -54,7 +54,7 @@ def test_any_length(length: int, tmp_path_factory: pytest.TempPathFactory) -> No
 def test_what_torch_saves_is_recognised(zipped: bool, tmp_path: Path) -> None:
     file = tmp_path / "weights"
     torch.save({"a": torch.zeros(1)}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InvalidAdapter, match="run code: .* granatum adapters convert"):
+    with pytest.raises(InvalidAdapter, match=r"run code: .* granatum adapters convert"):
         read_header(file, DEFAULT_LIMITS)
 
 

@@ -6,14 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from adapter_files import config, good_upload, tensors, upload, weights
+from adapter_files import config, tensors, upload, weights
 from transformers import LlamaConfig
 from uploading import BASE, SHAPE, chunks_of, header_of
 
-from granatum.adapters_store.catalog.catalog import Visibility
+from granatum.adapters_store.catalog.catalog import Catalog, Version, Visibility
 from granatum.adapters_store.catalog.catalog_json import decode, encode
 from granatum.adapters_store.catalog.manifest import Manifest
 from granatum.adapters_store.format.trained_for import check_trained_for
+from granatum.adapters_store.limits import DEFAULT_LIMITS
 from granatum.adapters_store.store import AdapterStore
 from granatum.models.base_model import BaseModel
 from granatum.v1.errors import InvalidAdapter
@@ -160,21 +161,20 @@ async def test_odd_names_are_refused(name: object) -> None:
         await sent(AdapterStore.open("memory://", BASE), base_model_name_or_path=name)
 
 
-async def test_a_catalog_without_names_is_read() -> None:
-    """As the code before names wrote it, and as that code reads ours."""
-    store = AdapterStore.open("memory://", BASE)
-    manifest = await sent(store)
-    await store.upload("acme", header_of(good_upload(SHAPE, "b")), chunks_of(good_upload(SHAPE)))
-    catalog = await store._tenants.read("acme")
+def test_a_catalog_without_names_is_read() -> None:
+    """As the code before names wrote it; that code reads what we write, too."""
+    named = Version(0, "a" * 64, 10, 8, ("q_proj",), 1.0, BASE.fingerprint, 640, "llama-3-8b")
+    unnamed = replace(named, digest="b" * 64, base_model="")
+    catalog = Catalog().add_version("a", named, DEFAULT_LIMITS)
+    catalog = catalog.add_version("b", unnamed, DEFAULT_LIMITS)
+    assert decode(encode(catalog, "r"))[0] == catalog
     fields = json.loads(encode(catalog, "r"))
-    assert all(len(kind) == 2 for kind in fields["kinds"])
-    assert len(fields["kinds"]) == len(fields.pop("base_models"))
+    assert [len(kind) for kind in fields["kinds"]] == [2, 2]
+    assert fields.pop("base_models") == ["llama-3-8b", ""]
     del fields["sha256"]
     old = json.dumps(fields, separators=(",", ":"))[:-1]
     digest = hashlib.sha256(old.encode()).hexdigest()
     found, _ = decode(f'{old},"sha256":"{digest}"}}'.encode())
-    version = found.newest("adapter")
-    assert version is not None
-    assert version.base_model == ""
-    assert version.digest == manifest.digest
-    assert decode(encode(catalog, "r"))[0] == catalog
+    assert [found.newest(name) for name in ("a", "b")] == [
+        replace(version, version=1, base_model="") for version in (named, unnamed)
+    ]
