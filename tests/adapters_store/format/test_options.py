@@ -13,6 +13,11 @@ from granatum.adapters_store.format.peft_options import REASONS, USED, WITHOUT_E
 from granatum.v1.errors import InvalidAdapter
 
 
+def changed(name: str, value: object) -> bytes:
+    fields: dict[str, Any] = {name: value}
+    return config(**fields)
+
+
 def test_every_option_of_peft_has_a_verdict() -> None:
     verdicts = [USED, WITHOUT_EFFECT, REASONS.keys()]
     for field in dataclasses.fields(LoraConfig):
@@ -28,7 +33,7 @@ def test_what_peft_writes_by_default_is_taken() -> None:
 @pytest.mark.parametrize("value", [None, False, 0, 0.0, "", [], {}])
 @pytest.mark.parametrize("name", ["option_of_tomorrow", "use_dora", "megatron_config"])
 def test_empty_values_ask_for_nothing(name: str, value: object) -> None:
-    PeftConfig.parse(config(**{name: value}))
+    PeftConfig.parse(changed(name, value))
 
 
 @pytest.mark.parametrize("value", [True, 1, 0.5, "x", [0], {"a": 0}, float("nan")])
@@ -39,9 +44,9 @@ def test_other_values_of_unknown_options_are_refused(value: object) -> None:
 
 @pytest.mark.parametrize("name", ["arrow_config", "kasa_config", "use_bdlora"])
 def test_options_that_peft_reads_from_an_empty_object(name: str) -> None:
-    PeftConfig.parse(config(**{name: None}))
+    PeftConfig.parse(changed(name, None))
     with pytest.raises(InvalidAdapter, match=f"{name} is '{{}}'"):
-        PeftConfig.parse(config(**{name: {}}))
+        PeftConfig.parse(changed(name, {}))
 
 
 LEFTOVERS: list[dict[str, Any]] = [

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from adapter_files import config, tensors, upload, weights
@@ -113,7 +114,7 @@ def test_names_of_a_folder(tmp_path: Path) -> None:
         assert BaseModel.from_config(folder, "mine").names == ("mine", known)
 
 
-async def sent(store: AdapterStore, asked_for: str = "", **fields: object) -> Manifest:
+async def sent(store: AdapterStore, asked_for: str = "", **fields: Any) -> Manifest:
     made = upload(config(**fields), weights(tensors(SHAPE)))
     header = replace(header_of(made), base_model=asked_for)
     manifest, _ = await store.upload("acme", header, chunks_of(made))
