@@ -89,16 +89,18 @@ class AdapterStore:
             catalog.check_room(header.name, header.digest, header.size_bytes, self._limits)
         with self._scratch.room(header.size_bytes) as directory:
             files = await receive(header, chunks, directory)
-            summary = await self._validate(tenant, files, fleet)
+            summary = await self._validate(tenant, files, fleet, header.base_model)
             manifest, created = await self._commit(tenant, header, summary, files)
         log.info("adapter uploaded", adapter=manifest.full_name, created=created)
         return manifest, created
 
-    async def _validate(self, tenant: str, files: tuple[Path, Path], fleet: FleetLimits) -> Summary:
+    async def _validate(
+        self, tenant: str, files: tuple[Path, Path], fleet: FleetLimits, asked_for: str
+    ) -> Summary:
         """Validate one upload of a tenant at a time, and few in all: validation takes a core."""
         turn = self._turns.setdefault(tenant, asyncio.Lock())
         async with turn, self._validations:
-            return await until_done(validate, *files, self._base, self._limits, fleet)
+            return await until_done(validate, *files, self._base, self._limits, fleet, asked_for)
 
     async def _commit(
         self, tenant: str, header: UploadHeader, summary: Summary, files: tuple[Path, Path]
@@ -113,6 +115,7 @@ class AdapterStore:
             create_time=begun,
             base_fingerprint=self._base.fingerprint,
             elements=summary.elements,
+            base_model=summary.base_model,
         )
         await self._blobs.put(header.digest, files, epoch_of(begun))
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from granatum.cli.connection import connected
+from granatum.cli.convert import convert_adapter
 from granatum.client.client import Client
 from granatum.client.records import Adapter, RunnerStatus
 from granatum.client.requests import Message, Options, Prompt
@@ -98,18 +99,28 @@ async def upload_adapter(
     client: Client,
     name: Annotated[str, typer.Argument(help="a-z, 0-9, - _ . ; at most 64.")],
     directory: Annotated[Path, typer.Argument(help="What PEFT's save_pretrained wrote.")],
+    for_base: Annotated[
+        str,
+        typer.Option(help="The adapter's name for its base model, if it is the one served."),
+    ] = "",
 ) -> None:
     """Store a PEFT adapter as the next version of NAME."""
-    upload = await client.upload(name, directory)
+    upload = await client.upload(name, directory, for_base=for_base)
     news = "uploaded" if upload.created else "unchanged, the newest version holds these bytes:"
     console.print(f"{news} {upload.adapter.full_name}  {upload.adapter.digest}")
+
+
+adapters.command("convert")(convert_adapter)
 
 
 @adapters.command("list")
 @connected
 async def list_adapters(client: Client) -> None:
     """List the tenant's adapters, every version."""
-    table = _table("name", "version", "aliases", "rank", "size", "published", "uploaded", "digest")
+    table = _table(
+        *("name", "version", "aliases", "rank", "size", "published", "uploaded", "digest"),
+        "trained for",
+    )
     for adapter in await client.list_adapters():
         table.add_row(
             adapter.name,
@@ -120,6 +131,7 @@ async def list_adapters(client: Client) -> None:
             "yes" if adapter.published else "",
             _age(adapter),
             adapter.digest.removeprefix("sha256:")[:12],
+            adapter.base_model,
         )
     console.print(table)
 
@@ -136,6 +148,7 @@ async def show_adapter(client: Client, adapter: AdapterName) -> None:
         ("aliases", " ".join(found.aliases)),
         ("rank", str(found.max_rank)),
         ("modules", " ".join(found.target_modules)),
+        ("trained for", found.base_model),
         ("size", _size(found.size_bytes)),
         ("uploaded", found.created.isoformat(" ", "seconds")),
         ("visible to", "every tenant" if found.published else f"{found.tenant} alone"),

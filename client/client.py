@@ -123,9 +123,13 @@ class Client:
             raise Internal("the stream ended without its start or end: try again")
         return Completion(tokens, generation.start, generation.end)
 
-    async def upload(self, name: str, directory: Path | str) -> Upload:
-        """Store the PEFT adapter in `directory` as the next version of `name`."""
-        header = await declare(name, Path(directory))
+    async def upload(self, name: str, directory: Path | str, *, for_base: str = "") -> Upload:
+        """Store the PEFT adapter in `directory` as the next version of `name`.
+
+        An adapter whose base model clearly has another name than the one served is refused, unless
+        `for_base` repeats the adapter's own name for it.
+        """
+        header = await declare(name, Path(directory), for_base)
         with _errors_translated():
             response = await self._adapters.UploadAdapter(
                 send(header, Path(directory)), timeout=self._timeout, metadata=self._metadata

@@ -100,6 +100,8 @@ class Adapter:
     created: datetime
     published: bool
     aliases: tuple[str, ...]
+    base_model: str = ""
+    """The base model that it was trained for, as its trainer called it; empty: unknown."""
 
     @classmethod
     def of(cls, adapter: adapters_pb2.Adapter) -> "Adapter":
@@ -115,6 +117,7 @@ class Adapter:
             created=adapter.create_time.ToDatetime(UTC),
             published=adapter.visibility == adapters_pb2.VISIBILITY_PUBLISHED,
             aliases=tuple(adapter.aliases),
+            base_model=adapter.base_model,
         )
 
     @property

@@ -5,17 +5,22 @@ import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from granatum.client.folder import CONFIG, WEIGHTS, check_folder
 from granatum.v1 import adapters_pb2
 from granatum.v1.errors import InvalidRequest
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
+FILES = (CONFIG, WEIGHTS)
 CHUNK_BYTES = 256 << 10
 
 
-async def declare(name: str, directory: Path) -> adapters_pb2.UploadHeader:
-    """The declaration of the files in `directory`. They are hashed off the event loop."""
+async def declare(name: str, directory: Path, for_base: str) -> adapters_pb2.UploadHeader:
+    """The declaration of the files in `directory`. They are hashed off the event loop.
+
+    Raises InvalidRequest if `directory` is no PEFT adapter's; the message says what it is.
+    """
+    await asyncio.to_thread(check_folder, directory)
     files = [await asyncio.to_thread(_declaration, directory / file) for file in FILES]
-    return adapters_pb2.UploadHeader(name=name, files=files)
+    return adapters_pb2.UploadHeader(name=name, files=files, base_model=for_base)
 
 
 async def send(

@@ -24,6 +24,8 @@ class BaseModel:
     features: dict[str, tuple[int, int]]
     fingerprint: str
     family: Family = LLAMA
+    origin: str = ""
+    """What config.json says that the model was loaded from, at times on another machine."""
 
     @classmethod
     def from_config(cls, path: Path | str, name: str | None = None) -> "BaseModel":
@@ -37,12 +39,18 @@ class BaseModel:
         fields = Fields.read(file)
         config = parse_config(fields)
         return cls(
-            name=name or file.parent.resolve().name,
+            name=name or _folder_name(file.parent.resolve()),
             num_layers=config.layers,
             features=config.features,
             fingerprint=fingerprint(_shape(config), fields.values, file.parent),
             family=config.family,
+            origin=origin if isinstance(origin := fields.values.get("_name_or_path"), str) else "",
         )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the model is called, the best name first."""
+        return self.name, self.origin
 
     @property
     def modules(self) -> dict[str, Module]:
@@ -61,6 +69,14 @@ class BaseModel:
         """(in_features, out_features) of a module; its rows are those of all its projections."""
         parts = [self.features[projection] for projection in self.modules[module].projections]
         return parts[0][0], sum(outputs for _, outputs in parts)
+
+
+def _folder_name(folder: Path) -> str:
+    """The model's name by its folder. Hugging Face's cache has it two folders further up."""
+    cached = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.rpartition("--")[2]
+    return folder.name
 
 
 def _shape(config: ModelConfig) -> dict[str, Any]:

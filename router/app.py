@@ -49,7 +49,7 @@ class RouterApp:
         self._settings = settings
         self._id = secrets.token_hex(8)
         self._cluster_key = settings.cluster_key.get_secret_value()
-        self._base_model = BaseModel.from_config(settings.base_config)
+        self._base_model = BaseModel.from_config(settings.base_config, settings.base_name)
         self._keys = Keys(settings.keys)
         self._store = AdapterStore.open(settings.store, self._base_model, settings.limits)
         self._registry = Registry(settings.redis, self._base_model.fingerprint, settings.terms)

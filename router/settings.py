@@ -33,6 +33,11 @@ class RouterSettings(BaseSettings):
         validation_alias=AliasChoices("model-config", "GRANATUM_ROUTER_MODEL_CONFIG"),
         description="the runners' model directory with all its files, or its config.json there",
     )
+    base_name: str = Field(
+        "",
+        validation_alias=AliasChoices("model-name", "GRANATUM_ROUTER_MODEL_NAME"),
+        description="what adapters call the base model, if its folder has another name",
+    )
     keys: Path = Field(description="the JSON file of tenant and admin keys")
     cluster_key: shared.ClusterKey
 

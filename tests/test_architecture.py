@@ -39,7 +39,12 @@ COMPUTING = (
 )
 """The rooms that may import torch, and the process that wires them."""
 LATE = {
+<<<<<<< HEAD
     "runner/text/tokenizer_files.py": {"transformers"},
+=======
+    "cli/convert.py": {"torch"},
+    "runner/text/tokenizer.py": {"transformers"},
+>>>>>>> h/adapters
     "runner/text/torchless.py": {"transformers"},
     "runner/engine/child.py": {"torch"},
 }

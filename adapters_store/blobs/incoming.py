@@ -34,6 +34,8 @@ class UploadHeader:
 
     name: str
     files: tuple[FileDeclaration, ...]
+    base_model: str = ""
+    """The adapter's own name for its base model, from a tenant who knows that it is right."""
 
     def check(self, limits: UploadLimits) -> None:
         """Raise InvalidRequest or InvalidAdapter unless an adapter within `limits` is declared."""
@@ -164,7 +166,7 @@ def _check_file_name(name: str) -> None:
     if _PICKLE.fullmatch(name):
         raise _undeclared(
             f"file {shown(name)} is a pickle, which could run code: "
-            "save with save_pretrained(..., safe_serialization=True)"
+            "make a safetensors file of it with granatum adapters convert"
         )
     raise _undeclared(f"file {shown(name)} is no part of an adapter: upload {' and '.join(FILES)}")
 

@@ -46,6 +46,8 @@ class Version:
     base_fingerprint: str
     elements: int = 0
     """Elements that it takes in a runner's arena; 0: an old upload, without this number."""
+    base_model: str = ""
+    """The base model that it was trained for, as its trainer called it; empty: unknown."""
 
     def is_the_same_as(self, upload: "Version") -> bool:
         """Whether `upload` adds nothing: its bytes and its base model are the same."""

@@ -26,8 +26,9 @@ _OLD_FORMAT = 1
 _BATCH = 500
 """Versions to write in one go: the interpreter is held by a millisecond's work at most."""
 _END = re.compile(rb',"sha256":"([0-9a-f]{64})"}')
-_Kind = tuple[tuple[str, ...], str]
-"""The projections that a version adapts, and its base model's fingerprint."""
+_Kind = tuple[tuple[str, ...], str, str]
+"""The projections that a version adapts, its base model's fingerprint, and its trainer's name for
+the base model."""
 _END_BYTES = len(b',"sha256":""}') + 64
 
 
@@ -79,7 +80,9 @@ def _parts(catalog: Catalog, revision: str) -> Iterator[str]:
         yield "]]"
     aliases = {alias: [at.name, at.version] for alias, at in catalog.aliases.items()}
     retired = {digest: [gone.at, gone.size_bytes] for digest, gone in catalog.retired.items()}
-    yield f'}},"kinds":{_json(list(kinds))},"aliases":{_json(aliases)},'
+    # Older code reads kinds of two parts, and no names: they stand apart.
+    yield f'}},"kinds":{_json([kind[:2] for kind in kinds])},'
+    yield f'"base_models":{_json([kind[2] for kind in kinds])},"aliases":{_json(aliases)},'
     yield f'"retired":{_json(retired)},"floors":{_json(catalog.floors)}'
 
 
@@ -92,7 +95,7 @@ def _rows(adapter: AdapterHistory, kinds: dict[_Kind, int]) -> Iterator[str]:
 
 
 def _row(version: Version, kinds: dict[_Kind, int]) -> list[object]:
-    kind = version.target_modules, version.base_fingerprint
+    kind = version.target_modules, version.base_fingerprint, version.base_model
     return [
         version.version,
         version.digest,
@@ -109,7 +112,11 @@ def _json(value: object) -> str:
 
 
 def _catalog(fields: dict[str, Any]) -> Catalog:
-    kinds = [(tuple(targets), base) for targets, base in fields["kinds"]]
+    names = fields.get("base_models") or [""] * len(fields["kinds"])
+    kinds = [
+        (tuple(targets), base, name)
+        for (targets, base), name in zip(fields["kinds"], names, strict=True)
+    ]
     return Catalog(
         adapters={name: _adapter(row, kinds) for name, row in fields["adapters"].items()},
         aliases={alias: Alias(*at) for alias, at in fields["aliases"].items()},
@@ -126,8 +133,8 @@ def _adapter(row: list[Any], kinds: list[_Kind]) -> AdapterHistory:
 
 def _version(row: list[Any], kinds: list[_Kind]) -> Version:
     number, digest, size_bytes, max_rank, create_time, elements, kind = row
-    targets, base = kinds[kind]
-    return Version(number, digest, size_bytes, max_rank, targets, create_time, base, elements)
+    targets, base, name = kinds[kind]
+    return Version(number, digest, size_bytes, max_rank, targets, create_time, base, elements, name)
 
 
 def _old_catalog(fields: dict[str, Any]) -> Catalog:

@@ -1,5 +1,6 @@
 """What everyone else sees of an adapter."""
 
+import re
 from dataclasses import asdict, dataclass, replace
 
 from granatum.adapters_store.catalog.catalog import Catalog, Version, Visibility
@@ -26,8 +27,8 @@ class Manifest(Version):
         )
 
     def for_strangers(self) -> "Manifest":
-        """What another tenant sees: aliases are the owner's alone."""
-        return replace(self, aliases=())
+        """What another tenant sees: aliases and the owner's folders are the owner's alone."""
+        return replace(self, aliases=(), base_model=re.split(r"[/\\]", self.base_model)[-1])
 
     @property
     def full_name(self) -> str:

@@ -13,6 +13,7 @@ from granatum.adapters_store.format.peft_fields import (
     Expression,
     Names,
     invalid,
+    read_base_model,
     read_exclude,
     read_flag,
     read_layers,
@@ -45,6 +46,8 @@ class PeftConfig:
     exclude: Names | Expression
     layers: frozenset[int] | None
     layers_pattern: frozenset[str]
+    base_model: str
+    """The base model that it was trained for, as the trainer called it; empty if unknown."""
 
     @classmethod
     def parse(cls, data: bytes) -> "PeftConfig":
@@ -67,6 +70,7 @@ class PeftConfig:
             exclude=read_exclude(fields.get("exclude_modules")),
             layers=read_layers(fields),
             layers_pattern=read_layers_pattern(fields),
+            base_model=read_base_model(fields),
         )
 
     def modules(self, base: BaseModel) -> dict[tuple[int, str], ModuleSpec]:

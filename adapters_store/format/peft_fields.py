@@ -18,6 +18,7 @@ _MAX_ALPHA = 1e30  # scales are applied in float32
 _MAX_RANK = 1 << 20
 """Above any limit that a server may set."""
 _MAX_LAYERS_PATTERNS = 64
+_MAX_BASE_MODEL = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,19 @@ def read_layers_pattern(fields: Mapping[str, Any]) -> frozenset[str]:
             "layers_pattern must be the name of the list of layers, such as 'layers', or a few"
         )
     return frozenset(patterns)
+
+
+def read_base_model(fields: Mapping[str, Any]) -> str:
+    """`base_model_name_or_path`, with `@revision` if the file names one; empty if it is unknown.
+
+    Of a long path the last 256 characters are kept.
+    """
+    name, revision = (fields.get(f) or "" for f in ("base_model_name_or_path", "revision"))
+    for value, field in ((name, "base_model_name_or_path"), (revision, "revision")):
+        if not isinstance(value, str) or not value.isprintable():
+            raise invalid(f"{field} must be a text of printable characters: the model's name")
+    text = f"{name}@{revision}" if name and revision not in ("", "main") else name
+    return text[-_MAX_BASE_MODEL:]
 
 
 def _is_path(value: object) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from granatum.adapters_store.names import shown
 from granatum.v1.errors import InvalidAdapter
 
-_USED = frozenset(
+USED = frozenset(
     {
         "r",
         "lora_alpha",
@@ -21,40 +21,69 @@ _USED = frozenset(
         "peft_type",
         "task_type",
         "init_lora_weights",
-    }
-)
-_WITHOUT_EFFECT = frozenset(
-    {
-        "auto_mapping",
         "base_model_name_or_path",
-        "eva_config",
-        "inference_mode",
-        "lora_dropout",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
         "revision",
-        "runtime_config",
     }
 )
-"""Options that steer training or bookkeeping alone, or belong to an option that is refused."""
-_DEFAULTS: dict[str, object] = {"bias": "none", "loftq_config": {}}
-"""The neutral values that are not null, false, or an empty list or text."""
-_REASONS = {
+WITHOUT_EFFECT = frozenset(
+    {
+        # bookkeeping
+        "auto_mapping",
+        "inference_mode",
+        "peft_version",
+        "runtime_config",
+        # training alone: PEFT computes without them once the model is in evaluation
+        "lora_dropout",
+        "monteclora_config",
+        "velora_config",
+        # of an initialisation or an option that is refused, if it has an effect
+        "corda_config",
+        "eva_config",
+        "lora_ga_config",
+        "loftq_config",
+        "megatron_core",
+        "qalora_group_size",
+        # PEFT sets it to false for every linear of the models that can be served
+        "fan_in_fan_out",
+        # of embeddings alone, which are refused
+        "ensure_weight_tying",
+        # what trainers add: ms-swift's optimizer and dtype of training, Unsloth's notes
+        "lora_dtype",
+        "lorap_emb_lr",
+        "lorap_lr_ratio",
+        "swift_type",
+        "unsloth_fixed",
+        "unsloth_training_method",
+        "unsloth_version",
+    }
+)
+"""Options that change no answer of an adapter that is taken."""
+REASONS = {
     "alora_invocation_tokens": "it would apply to a part of the prompt only",
     "arrow_config": "it routes between adapters",
     "bias": "trained biases of the base model are not applied",
-    "fan_in_fan_out": "the projections of the base model are not transposed",
     "kasa_config": "it changes the base model's weights",
     "layer_replication": "it changes the base model's layers",
-    "loftq_config": "it changes the base model's weights",
     "lora_bias": "biases of LoRA's own matrices are not applied",
+    "megatron_config": "Megatron's layers are not those of Hugging Face: export the adapter to "
+    "Hugging Face's names, without this option",
     "modules_to_save": "whole modules are not replaced",
     "target_parameters": "only modules can be adapted",
     "trainable_token_indices": "embeddings are shared by all tenants",
+    "use_bdlora": "its matrices are cut into blocks",
     "use_dora": "DoRA rescales the base model's weights",
     "use_qalora": "it pools the inputs",
 }
+"""Why an option is refused unless it is neutral."""
+_TASKS = {
+    "SEQ_2_SEQ_LM": "this is the task of encoder-decoders such as T5, and a decoder is served here",
+    "SEQ_CLS": "a classifier has a head of its own, which is not applied",
+    "TOKEN_CLS": "a classifier has a head of its own, which is not applied",
+    "QUESTION_ANS": "span extraction has a head of its own, which is not applied",
+    "FEATURE_EXTRACTION": "embeddings of texts are not served",
+}
+_ACTIVE_IF_EMPTY = frozenset({"arrow_config", "kasa_config", "use_bdlora"})
+"""Options for which PEFT reads `{}` as the option with its defaults."""
 # These initialisations subtract the untrained adapter from the base model's weights. The trained
 # adapter then fits the changed base alone. PEFT can fold the change into the adapter.
 _CONVERTIBLE = ("corda", "lora_ga", "olora", "pissa")
@@ -62,15 +91,32 @@ _CONVERTIBLE = ("corda", "lora_ga", "olora", "pissa")
 
 def check_options(fields: Mapping[str, Any]) -> None:
     """Raise InvalidAdapter for an option that would change the answers and is not supported."""
+    _check_kind(fields)
+    _check_initialisation(fields.get("init_lora_weights", True))
+    for name in sorted(fields.keys() - USED - WITHOUT_EFFECT):
+        if not _is_neutral(name, fields[name]):
+            reason = REASONS.get(name, "this option is not supported")
+            raise _refused(name, fields[name], f"{reason}; train without it")
+
+
+def _check_kind(fields: Mapping[str, Any]) -> None:
+    if "lora_parameters" in fields and "peft_type" not in fields:
+        raise _refused(
+            "lora_parameters",
+            fields["lora_parameters"],
+            "MLX wrote this folder: make a PEFT adapter of it with granatum adapters convert",
+        )
     if fields.get("peft_type") != "LORA":
         raise _refused("peft_type", fields.get("peft_type"), 'only "LORA" can be served')
-    if fields.get("task_type") not in (None, "CAUSAL_LM"):
-        raise _refused("task_type", fields["task_type"], 'only "CAUSAL_LM" can be served')
-    _check_initialisation(fields.get("init_lora_weights", True))
-    for name in sorted(fields.keys() - _USED - _WITHOUT_EFFECT):
-        if not _is_neutral(name, fields[name]):
-            reason = _REASONS.get(name, "this option is not supported")
-            raise _refused(name, fields[name], f"{reason}; train without it")
+    task = fields.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        reason = _TASKS.get(str(task), "this task is not known")
+        raise _refused(
+            "task_type",
+            task,
+            f'{reason}; only "CAUSAL_LM" can be served: write that if the adapter was trained on '
+            "a decoder alone, without a head",
+        )
 
 
 def _check_initialisation(value: object) -> None:
@@ -83,12 +129,15 @@ def _check_initialisation(value: object) -> None:
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
     if kind == "loftq":
-        raise _refused("init_lora_weights", value, _REASONS["loftq_config"])
+        raise _refused("init_lora_weights", value, "it changes the base model's weights")
 
 
 def _is_neutral(name: str, value: object) -> bool:
-    default = name in _DEFAULTS and value == _DEFAULTS[name]
-    return default or value is None or value is False or value in ([], "")
+    if name == "bias" and value == "none":
+        return True
+    if value == {}:
+        return name not in _ACTIVE_IF_EMPTY
+    return value is None or value in (False, [], "")  # 0 and 0.0 equal False
 
 
 def _refused(name: str, value: object, reason: str) -> InvalidAdapter:

@@ -21,13 +21,17 @@ ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _LENGTH_BYTES = 8
 _PART_BYTES = 4 << 20
 _MAX_DIMENSIONS = 8
-_PICKLES = {
-    b"PK\x03\x04": "a zip archive as torch.save writes it",
-    b"\x80\x02": "a pickle",
-    b"\x80\x03": "a pickle",
-    b"\x80\x04": "a pickle",
-    b"\x80\x05": "a pickle",
+_CONVERT = "which could run code: make a safetensors file of it with granatum adapters convert"
+_OTHERS = {
+    b"PK\x03\x04": f"a zip archive as torch.save writes it, {_CONVERT}",
+    b"\x80\x02": f"a pickle, {_CONVERT}",
+    b"\x80\x03": f"a pickle, {_CONVERT}",
+    b"\x80\x04": f"a pickle, {_CONVERT}",
+    b"\x80\x05": f"a pickle, {_CONVERT}",
+    b"GGUF": "a GGUF file: upload the PEFT adapter that it was made from",
+    b"version ": "a Git LFS pointer to the file: run git lfs pull, and upload it again",
 }
+"""Other files by their first bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +74,13 @@ def read_header(path: Path, limits: UploadLimits) -> dict[str, TensorEntry]:
 
 def _header_length(file: BinaryIO, size: int, limits: UploadLimits) -> int:
     start = file.read(_LENGTH_BYTES)
-    for magic, kind in _PICKLES.items():
-        if start.startswith(magic):
-            raise invalid_weights(
-                f"is really {kind}, which could run code: "
-                "save with save_pretrained(..., safe_serialization=True)"
-            )
+    # The length itself may begin with any of the bytes by which others are known. But behind it
+    # stands the header, and none of the others has a brace there.
+    if file.read(1) != b"{":
+        for magic, kind in _OTHERS.items():
+            if start.startswith(magic):
+                raise invalid_weights(f"is really {kind}")
+    file.seek(_LENGTH_BYTES)
     if len(start) < _LENGTH_BYTES:
         raise invalid_weights("is shorter than the 8 bytes that a safetensors file begins with")
     length = int.from_bytes(start, "little")

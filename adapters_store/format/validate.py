@@ -1,6 +1,5 @@
 """Whether an adapter can be served on the base model. Blocks: run it in a thread."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,10 @@ from granatum.adapters_store.format.peft_config import PeftConfig
 from granatum.adapters_store.format.safetensors_file import (
     TensorEntry,
     invalid_weights,
-    read_header,
     read_parts,
 )
+from granatum.adapters_store.format.tensors import read_tensors, why_unknown
+from granatum.adapters_store.format.trained_for import check_trained_for
 from granatum.adapters_store.limits import FleetLimits, UploadLimits, padded_rank
 from granatum.adapters_store.names import shown
 from granatum.models.base_model import BaseModel
@@ -34,16 +34,6 @@ _EXPONENTS = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
 }
-_HINTS = (
-    (re.compile(r"[/\\]|\.\."), "its name looks like a path"),
-    (re.compile(r"lora_magnitude"), "it belongs to DoRA, which cannot be served"),
-    (re.compile(r"lora_embedding"), "embeddings cannot be adapted"),
-    (re.compile(r"lora_[AB]\.bias$"), "biases of LoRA's own matrices are not applied"),
-    (
-        re.compile(r"lora_[AB]\.[^.]+\.weight$"),
-        "its name contains that of the adapter: save it with PEFT's save_pretrained",
-    ),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +43,32 @@ class Summary:
     max_rank: int
     target_modules: tuple[str, ...]
     elements: int
+    base_model: str
 
 
 def validate(
-    config: Path, weights: Path, base: BaseModel, limits: UploadLimits, fleet: FleetLimits = ()
+    config: Path,
+    weights: Path,
+    base: BaseModel,
+    limits: UploadLimits,
+    fleet: FleetLimits = (),
+    asked_for: str = "",
 ) -> Summary:
     """Check both files against each other and the base model, down to the last number.
 
-    At least one runner of the fleet must be able to serve the adapter. Memory stays bounded,
-    however large the files are. Raises InvalidAdapter for the first fault.
+    At least one runner of the fleet must be able to serve the adapter. `asked_for`: the base model
+    that the upload names. Memory stays bounded, however large the files are. Raises InvalidAdapter
+    for the first fault.
     """
-    modules = PeftConfig.parse(config.read_bytes()).modules(base)
+    parsed = PeftConfig.parse(config.read_bytes())
+    check_trained_for(parsed.base_model, base, asked_for)
+    modules = parsed.modules(base)
     _check_ranks(modules, base, limits)
     elements = _elements(modules, base)
     _check_fleet(modules, elements, base, fleet)
-    entries = read_header(weights, limits)
-    _check_pairs(entries, modules, base)
+    entries = read_tensors(weights, limits)
     _check_nothing_else(entries, modules, base)
+    _check_pairs(entries, modules, base)
     _check_shapes(entries, modules, base)
     _check_finite(weights, entries)
     check_magnitudes(weights, entries, modules, base)
@@ -77,6 +76,7 @@ def validate(
         max_rank=max(spec.rank for spec in modules.values()),
         target_modules=tuple(sorted({module for _, module in modules})),
         elements=elements,
+        base_model=parsed.base_model,
     )
 
 
@@ -133,10 +133,14 @@ def _check_pairs(entries: Mapping[str, TensorEntry], modules: Modules, base: Bas
 def _check_nothing_else(
     entries: Mapping[str, TensorEntry], modules: Modules, base: BaseModel
 ) -> None:
-    known = set(_tensor_names(modules, base))
-    for name in entries:
+    known = dict.fromkeys(_tensor_names(modules, base))
+    for name, entry in entries.items():
         if name not in known:
-            raise invalid_weights(f"tensor {shown(name)} would not be applied: {_why(name, base)}")
+            expected = next((name for name in known if name not in entries), next(iter(known)))
+            raise invalid_weights(
+                f"tensor {shown(entry.name)} would not be applied: {why_unknown(name, base)}; "
+                f"a name that is expected: {expected}"
+            )
 
 
 def _tensor_names(modules: Modules, base: BaseModel) -> Iterator[str]:
@@ -144,20 +148,6 @@ def _tensor_names(modules: Modules, base: BaseModel) -> Iterator[str]:
         module = base.module_name(*place)
         yield tensor_name(module, "A")
         yield tensor_name(module, "B")
-
-
-def _why(name: str, base: BaseModel) -> str:
-    for pattern, hint in _HINTS:
-        if pattern.search(name):
-            return hint
-    at = re.fullmatch(r"base_model\.model\.model\.layers\.(\d{1,6})\.(.+)\.lora_[AB]\.weight", name)
-    if at is None:
-        return "PEFT names an adapter's tensors " + tensor_name("model.layers.<n>...", "A")
-    if int(at[1]) >= base.num_layers:
-        return f"the base model {base.name} has {base.num_layers} layers"
-    if at[2] not in {module.path for module in base.modules.values()}:
-        return f"only {', '.join(base.modules)} can be adapted"
-    return f"{CONFIG_FILE} does not target its module"
 
 
 def _check_shapes(entries: Mapping[str, TensorEntry], modules: Modules, base: BaseModel) -> None:

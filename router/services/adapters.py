@@ -136,7 +136,7 @@ async def _header(requests: AsyncIterator[pb.UploadAdapterRequest]) -> UploadHea
                 FileDeclaration(file.name, file.size_bytes, file.sha256)
                 for file in request.header.files
             )
-            return UploadHeader(request.header.name, files)
+            return UploadHeader(request.header.name, files, request.header.base_model)
         break
     raise InvalidRequest("an upload begins with its header: send that first", field="header")
 
@@ -168,6 +168,7 @@ def _adapter(manifest: Manifest) -> pb.Adapter:
         target_modules=manifest.target_modules,
         visibility=_VISIBILITY[manifest.visibility],
         aliases=manifest.aliases,
+        base_model=manifest.base_model,
     )
     adapter.create_time.FromMicroseconds(round(manifest.create_time * 1e6))
     return adapter

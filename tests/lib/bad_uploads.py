@@ -155,7 +155,7 @@ def _twice(header: dict[str, Any]) -> bytes:
 
 LARGEST_F32 = b"\xff\xff\x7f\x7f"
 NAN_F32, INFINITY_F16, NAN_BF16 = b"\x00\x00\xc0\x7f", b"\x00\x7c", b"\xc1\xff"
-SAVE_SAFE = "safe_serialization=True"
+CONVERT = "granatum adapters convert"
 A_PATTERN_WITHOUT_END = "(.*a?)" * 150 + "x"
 
 BAD_UPLOADS: dict[str, BadUpload] = {
@@ -175,7 +175,7 @@ BAD_UPLOADS: dict[str, BadUpload] = {
         "a file's name must not be a path",
     ),
     "adapter_model.bin": BadUpload(
-        _declared(lambda files: (files[0], replace(files[1], name="adapter_model.bin"))), SAVE_SAFE
+        _declared(lambda files: (files[0], replace(files[1], name="adapter_model.bin"))), CONVERT
     ),
     "another file": BadUpload(
         _declared(lambda files: (*files, replace(files[0], name="tokenizer.json"))),
@@ -267,8 +267,8 @@ BAD_UPLOADS: dict[str, BadUpload] = {
     "malformed pattern": BadUpload(_configured(targets="(q_proj"), "no regular expression"),
     "pattern without end": BadUpload(_configured(targets=A_PATTERN_WITHOUT_END), "target_modules"),
     # the file of weights
-    "zip archive": BadUpload(_weights_bytes(lambda data: b"PK\x03\x04" + data), SAVE_SAFE),
-    "pickle": BadUpload(_weights_bytes(lambda _: b"\x80\x02}q\x00X\x01\x00\x00\x00a."), SAVE_SAFE),
+    "zip archive": BadUpload(_weights_bytes(lambda data: b"PK\x03\x04" + data), CONVERT),
+    "pickle": BadUpload(_weights_bytes(lambda _: b"\x80\x02}q\x00X\x01\x00\x00\x00a."), CONVERT),
     "cut off": BadUpload(_weights_bytes(lambda data: data[:-4]), "cut off"),
     "cut off in the header": BadUpload(_weights_bytes(lambda data: data[:40]), "cut off"),
     "cut off at once": BadUpload(_weights_bytes(lambda data: data[:5]), "shorter than"),
@@ -318,8 +318,8 @@ BAD_UPLOADS: dict[str, BadUpload] = {
     "path in a tensor's name": BadUpload(
         _tensors(_add("../../" + _first("A"))), "its name looks like a path"
     ),
-    "name of the adapter in tensors": BadUpload(
-        _tensors(_add(_first("A").replace("lora_A", "lora_A.default"))), "that of the adapter"
+    "two names of one tensor": BadUpload(
+        _tensors(_add(_first("A").replace("lora_A", "lora_A.default"))), "are the same one"
     ),
     "magnitudes of DoRA": BadUpload(
         _tensors(_add(_first("A").replace("lora_A", "lora_magnitude_vector"))), "DoRA"

@@ -25,49 +25,49 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1agranatum/v1/adapters.proto\x12\x0bgranatum.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf5\x01\n\x07\x41\x64\x61pter\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x10\n\x08max_rank\x18\x06 \x01(\r\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\nvisibility\x18\t \x01(\x0e\x32\x17.granatum.v1.Visibility\x12\x0f\n\x07\x61liases\x18\n \x03(\t\"\\\n\x14UploadAdapterRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.granatum.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"I\n\x0cUploadHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x1c.granatum.v1.FileDeclaration\"C\n\x0f\x46ileDeclaration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"O\n\x15UploadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.granatum.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"$\n\x11GetAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.granatum.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.granatum.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x14\x44\x65leteAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"1\n\x15\x44\x65leteAdapterResponse\x12\x18\n\x10versions_deleted\x18\x01 \x01(\r\"1\n\x0fSetAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\"9\n\x10SetAliasResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.granatum.v1.Adapter\"#\n\x12\x44\x65leteAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteAliasResponse\"Q\n\x14SetVisibilityRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\nvisibility\x18\x02 \x01(\x0e\x32\x17.granatum.v1.Visibility\"\x17\n\x15SetVisibilityResponse*Z\n\nVisibility\x12\x1a\n\x16VISIBILITY_UNSPECIFIED\x10\x00\x12\x16\n\x12VISIBILITY_PRIVATE\x10\x01\x12\x18\n\x14VISIBILITY_PUBLISHED\x10\x02\x32\xd9\x04\n\x0e\x41\x64\x61pterService\x12X\n\rUploadAdapter\x12!.granatum.v1.UploadAdapterRequest\x1a\".granatum.v1.UploadAdapterResponse(\x01\x12M\n\nGetAdapter\x12\x1e.granatum.v1.GetAdapterRequest\x1a\x1f.granatum.v1.GetAdapterResponse\x12S\n\x0cListAdapters\x12 .granatum.v1.ListAdaptersRequest\x1a!.granatum.v1.ListAdaptersResponse\x12V\n\rDeleteAdapter\x12!.granatum.v1.DeleteAdapterRequest\x1a\".granatum.v1.DeleteAdapterResponse\x12G\n\x08SetAlias\x12\x1c.granatum.v1.SetAliasRequest\x1a\x1d.granatum.v1.SetAliasResponse\x12P\n\x0b\x44\x65leteAlias\x12\x1f.granatum.v1.DeleteAliasRequest\x1a .granatum.v1.DeleteAliasResponse\x12V\n\rSetVisibility\x12!.granatum.v1.SetVisibilityRequest\x1a\".granatum.v1.SetVisibilityResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1agranatum/v1/adapters.proto\x12\x0bgranatum.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x89\x02\n\x07\x41\x64\x61pter\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x10\n\x08max_rank\x18\x06 \x01(\r\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\nvisibility\x18\t \x01(\x0e\x32\x17.granatum.v1.Visibility\x12\x0f\n\x07\x61liases\x18\n \x03(\t\x12\x12\n\nbase_model\x18\x0b \x01(\t\"\\\n\x14UploadAdapterRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.granatum.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"]\n\x0cUploadHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x1c.granatum.v1.FileDeclaration\x12\x12\n\nbase_model\x18\x03 \x01(\t\"C\n\x0f\x46ileDeclaration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"O\n\x15UploadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.granatum.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"$\n\x11GetAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.granatum.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.granatum.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x14\x44\x65leteAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"1\n\x15\x44\x65leteAdapterResponse\x12\x18\n\x10versions_deleted\x18\x01 \x01(\r\"1\n\x0fSetAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\"9\n\x10SetAliasResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.granatum.v1.Adapter\"#\n\x12\x44\x65leteAliasRequest\x12\r\n\x05\x61lias\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteAliasResponse\"Q\n\x14SetVisibilityRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\nvisibility\x18\x02 \x01(\x0e\x32\x17.granatum.v1.Visibility\"\x17\n\x15SetVisibilityResponse*Z\n\nVisibility\x12\x1a\n\x16VISIBILITY_UNSPECIFIED\x10\x00\x12\x16\n\x12VISIBILITY_PRIVATE\x10\x01\x12\x18\n\x14VISIBILITY_PUBLISHED\x10\x02\x32\xd9\x04\n\x0e\x41\x64\x61pterService\x12X\n\rUploadAdapter\x12!.granatum.v1.UploadAdapterRequest\x1a\".granatum.v1.UploadAdapterResponse(\x01\x12M\n\nGetAdapter\x12\x1e.granatum.v1.GetAdapterRequest\x1a\x1f.granatum.v1.GetAdapterResponse\x12S\n\x0cListAdapters\x12 .granatum.v1.ListAdaptersRequest\x1a!.granatum.v1.ListAdaptersResponse\x12V\n\rDeleteAdapter\x12!.granatum.v1.DeleteAdapterRequest\x1a\".granatum.v1.DeleteAdapterResponse\x12G\n\x08SetAlias\x12\x1c.granatum.v1.SetAliasRequest\x1a\x1d.granatum.v1.SetAliasResponse\x12P\n\x0b\x44\x65leteAlias\x12\x1f.granatum.v1.DeleteAliasRequest\x1a .granatum.v1.DeleteAliasResponse\x12V\n\rSetVisibility\x12!.granatum.v1.SetVisibilityRequest\x1a\".granatum.v1.SetVisibilityResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'granatum.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VISIBILITY']._serialized_start=1263
-  _globals['_VISIBILITY']._serialized_end=1353
+  _globals['_VISIBILITY']._serialized_start=1303
+  _globals['_VISIBILITY']._serialized_end=1393
   _globals['_ADAPTER']._serialized_start=77
-  _globals['_ADAPTER']._serialized_end=322
-  _globals['_UPLOADADAPTERREQUEST']._serialized_start=324
-  _globals['_UPLOADADAPTERREQUEST']._serialized_end=416
-  _globals['_UPLOADHEADER']._serialized_start=418
-  _globals['_UPLOADHEADER']._serialized_end=491
-  _globals['_FILEDECLARATION']._serialized_start=493
-  _globals['_FILEDECLARATION']._serialized_end=560
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=562
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=641
-  _globals['_GETADAPTERREQUEST']._serialized_start=643
-  _globals['_GETADAPTERREQUEST']._serialized_end=679
-  _globals['_GETADAPTERRESPONSE']._serialized_start=681
-  _globals['_GETADAPTERRESPONSE']._serialized_end=740
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=742
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=802
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=804
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=891
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=893
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=932
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=934
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=983
-  _globals['_SETALIASREQUEST']._serialized_start=985
-  _globals['_SETALIASREQUEST']._serialized_end=1034
-  _globals['_SETALIASRESPONSE']._serialized_start=1036
-  _globals['_SETALIASRESPONSE']._serialized_end=1093
-  _globals['_DELETEALIASREQUEST']._serialized_start=1095
-  _globals['_DELETEALIASREQUEST']._serialized_end=1130
-  _globals['_DELETEALIASRESPONSE']._serialized_start=1132
-  _globals['_DELETEALIASRESPONSE']._serialized_end=1153
-  _globals['_SETVISIBILITYREQUEST']._serialized_start=1155
-  _globals['_SETVISIBILITYREQUEST']._serialized_end=1236
-  _globals['_SETVISIBILITYRESPONSE']._serialized_start=1238
-  _globals['_SETVISIBILITYRESPONSE']._serialized_end=1261
-  _globals['_ADAPTERSERVICE']._serialized_start=1356
-  _globals['_ADAPTERSERVICE']._serialized_end=1957
+  _globals['_ADAPTER']._serialized_end=342
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=344
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=436
+  _globals['_UPLOADHEADER']._serialized_start=438
+  _globals['_UPLOADHEADER']._serialized_end=531
+  _globals['_FILEDECLARATION']._serialized_start=533
+  _globals['_FILEDECLARATION']._serialized_end=600
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=602
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=681
+  _globals['_GETADAPTERREQUEST']._serialized_start=683
+  _globals['_GETADAPTERREQUEST']._serialized_end=719
+  _globals['_GETADAPTERRESPONSE']._serialized_start=721
+  _globals['_GETADAPTERRESPONSE']._serialized_end=780
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=782
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=842
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=844
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=931
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=933
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=972
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=974
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=1023
+  _globals['_SETALIASREQUEST']._serialized_start=1025
+  _globals['_SETALIASREQUEST']._serialized_end=1074
+  _globals['_SETALIASRESPONSE']._serialized_start=1076
+  _globals['_SETALIASRESPONSE']._serialized_end=1133
+  _globals['_DELETEALIASREQUEST']._serialized_start=1135
+  _globals['_DELETEALIASREQUEST']._serialized_end=1170
+  _globals['_DELETEALIASRESPONSE']._serialized_start=1172
+  _globals['_DELETEALIASRESPONSE']._serialized_end=1193
+  _globals['_SETVISIBILITYREQUEST']._serialized_start=1195
+  _globals['_SETVISIBILITYREQUEST']._serialized_end=1276
+  _globals['_SETVISIBILITYRESPONSE']._serialized_start=1278
+  _globals['_SETVISIBILITYRESPONSE']._serialized_end=1301
+  _globals['_ADAPTERSERVICE']._serialized_start=1396
+  _globals['_ADAPTERSERVICE']._serialized_end=1997
 # @@protoc_insertion_point(module_scope)

@@ -60,6 +60,7 @@ class Adapter(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     VISIBILITY_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """The tenant that uploaded it."""
     name: _builtins.str
@@ -74,6 +75,10 @@ class Adapter(_message.Message):
     """The largest rank among its modules."""
     visibility: Global___Visibility.ValueType
     """Who may use it."""
+    base_model: _builtins.str
+    """The base model that it was trained for, as `adapter_config.json` calls it, with `@` and the
+    revision if it names one; empty if unknown. Other tenants see the last part of a path.
+    """
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The projections it adapts, such as `q_proj`, sorted."""
@@ -99,10 +104,11 @@ class Adapter(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         visibility: Global___Visibility.ValueType = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
+        base_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "create_time", b"create_time", "digest", b"digest", "max_rank", b"max_rank", "name", b"name", "size_bytes", b"size_bytes", "target_modules", b"target_modules", "tenant", b"tenant", "version", b"version", "visibility", b"visibility"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_model", b"base_model", "create_time", b"create_time", "digest", b"digest", "max_rank", b"max_rank", "name", b"name", "size_bytes", b"size_bytes", "target_modules", b"target_modules", "tenant", b"tenant", "version", b"version", "visibility", b"visibility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -146,8 +152,13 @@ class UploadHeader(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The adapter's name."""
+    base_model: _builtins.str
+    """Usually empty. An adapter whose base model clearly has another name than the one served is
+    refused, unless this repeats the adapter's own name for it (as Adapter.base_model).
+    """
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileDeclaration]:
         """`adapter_config.json`, then `adapter_model.safetensors`; their bytes follow in this order."""
@@ -157,10 +168,11 @@ class UploadHeader(_message.Message):
         *,
         name: _builtins.str = ...,
         files: _abc.Iterable[Global___FileDeclaration] | None = ...,
+        base_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "files", b"files", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

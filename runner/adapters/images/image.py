@@ -22,7 +22,8 @@ from granatum.adapters_store.format.modules import (
     tensor_name,
 )
 from granatum.adapters_store.format.peft_config import PeftConfig
-from granatum.adapters_store.format.safetensors_file import WEIGHTS_FILE, TensorEntry, read_header
+from granatum.adapters_store.format.safetensors_file import WEIGHTS_FILE, TensorEntry
+from granatum.adapters_store.format.tensors import read_tensors
 from granatum.adapters_store.limits import DEFAULT_LIMITS, padded_rank
 from granatum.models.base_model import BaseModel
 from granatum.models.families import Module
@@ -134,7 +135,7 @@ class _Weights:
         self.base = shape.base
         self._path = path
         self._dtype = shape.dtype
-        self.entries = read_header(path, DEFAULT_LIMITS)
+        self.entries = read_tensors(path, DEFAULT_LIMITS)
 
     def a(self, layer: int, projection: str, rank: int) -> Numbers:
         """The A `[rank, in_features]` of the projection's module. Raises InvalidAdapter."""

@@ -241,13 +241,12 @@ GOOD = json.loads(_json(LoraConfig(r=4, target_modules=["q_proj"], task_type="CA
 REFUSED: dict[str, dict[str, Any]] = {
     "peft_type": {"peft_type": "IA3"},
     "task_type": {"task_type": "SEQ_CLS"},
+    "task_type ": {"task_type": ["CAUSAL_LM"]},
     "use_dora": {"use_dora": True},
     "bias": {"bias": "lora_only"},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
-    "fan_in_fan_out": {"fan_in_fan_out": True},
     "lora_bias": {"lora_bias": True},
     "megatron_config": {"megatron_config": {"a": 1}},
-    "loftq_config": {"loftq_config": {"loftq_bits": 4}},
     "layer_replication": {"layer_replication": [[0, 1]]},
     "trainable_token_indices": {"trainable_token_indices": [1]},
     "target_parameters": {"target_parameters": ["x"]},
@@ -256,8 +255,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "arrow_config": {"arrow_config": {"top_k": 1}},
     "kasa_config": {"kasa_config": {}},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1]},
-    "velora_config": {"velora_config": {"num_groups": 1}},
-    "option_of_tomorrow": {"option_of_tomorrow": 0},
+    "use_bdlora ": {"use_bdlora": {}},
+    "option_of_tomorrow": {"option_of_tomorrow": 1},
     "init_lora_weights is .*pissa_niter_4.*path_initial_model": {
         "init_lora_weights": "pissa_niter_4"
     },
