@@ -1,6 +1,6 @@
 """What everyone else sees of an adapter."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from granatum.adapters_store.catalog.catalog import Catalog, Version, Visibility
 
@@ -18,7 +18,7 @@ class Manifest(Version):
     def of(cls, catalog: Catalog, tenant: str, name: str, version: Version) -> "Manifest":
         """The manifest of a version in its tenant's catalog."""
         return cls(
-            **asdict(version),
+            **{field.name: getattr(version, field.name) for field in fields(Version)},
             tenant=tenant,
             name=name,
             visibility=catalog.adapters[name].visibility,
