@@ -24,7 +24,7 @@ class Bed:
         self.reference = make_adapters(model, dict.fromkeys(NAMES, CONFIG), self.adapters)
 
     def engine(self, **changes: int) -> TinyEngine:
-        return TinyEngine(self.base, self.adapters, NAMES, max_rank=8, **changes)
+        return TinyEngine(self.base, self.adapters, NAMES, (), max_rank=8, **changes)
 
     def expected(self, submit: Submit) -> torch.Tensor:
         """PEFT's log probabilities of the given tokens."""
