@@ -29,4 +29,5 @@ def read_proof(path: Path) -> Proof:
     try:
         return json_format.Parse(data, Proof())
     except (json_format.ParseError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"{path} is no proof ({error}): {_HOW}") from None
+        why = str(error).partition("\n")[0]
+        raise InvalidRequest(f"{path} is no proof ({why}): {_HOW}") from None

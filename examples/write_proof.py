@@ -54,9 +54,13 @@ def proof(model: PeftModel, prompts: list[tuple[str, list[int]]]) -> dict[str, A
 
 def tokenized(tokenizer: Any, texts: Path) -> Iterator[tuple[str, list[int]]]:
     """Each line's text and token ids, cut to what a proof may hold."""
-    for line in filter(str.strip, texts.read_text().splitlines()):
-        fields = json.loads(line)
-        prompt, answer = fields["prompt"], fields.get("answer", "")
+    for number, line in enumerate(texts.read_text().splitlines(), 1):
+        try:
+            fields = json.loads(line)
+            prompt, answer = fields["prompt"], fields["answer"]
+        except (ValueError, LookupError, TypeError) as error:
+            example = '{"prompt": "...", "answer": "..."}'
+            raise SystemExit(f"{texts}, line {number}: it is not {example} ({error!r})") from None
         ids = tokenizer(prompt).input_ids + tokenizer(answer, add_special_tokens=False).input_ids
         yield prompt + answer, ids[:MAX_TOKENS]
 

@@ -140,7 +140,8 @@ def _adapter(
     next_version, visibility, emptied, rows = row
     versions = tuple(_version(row, kinds) for row in rows)
     if proofs:
-        versions = tuple(replace(v, proof=proofs.get(f"{name}@{v.version}")) for v in versions)
+        found = ((version, proofs.get(f"{name}@{version.version}")) for version in versions)
+        versions = tuple(v if proof is None else replace(v, proof=proof) for v, proof in found)
     return AdapterHistory(next_version, Visibility(visibility), versions, emptied)
 
 
