@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -24,6 +25,7 @@ from granatum.adapters_store.limits import DEFAULT_LIMITS, FleetLimits, UploadLi
 from granatum.adapters_store.names import AdapterRef, check_name, shown
 from granatum.adapters_store.objects.location import open_objects
 from granatum.adapters_store.objects.objects import Objects
+from granatum.adapters_store.proof import ProofResult
 from granatum.adapters_store.threads import until_done
 from granatum.models.base_model import BaseModel
 from granatum.models.identity import differences
@@ -33,6 +35,9 @@ MAX_PAGE = 1000
 """The most adapters of a page."""
 _UPLOAD_WITHIN_S = 86_400.0
 _VALIDATIONS = 2
+
+Prove = Callable[[Version], Awaitable[ProofResult]]
+"""Has a version computed whose bytes are stored; raises if it must not become visible."""
 
 log = structlog.get_logger(__name__)
 
@@ -75,12 +80,17 @@ class AdapterStore:
         header: UploadHeader,
         chunks: AsyncIterator[bytes],
         fleet: FleetLimits = (),
+        prove: Prove | None = None,
     ) -> tuple[Manifest, bool]:
         """Store the files as the next version of `header.name`; return it, and whether it is new.
 
         An upload that equals the newest version, for the same base model, returns that version.
         Nothing is visible before everything is checked, including whether a runner of `fleet` can
         serve the adapter. A failed upload leaves nothing behind.
+
+        `prove` is asked once the bytes are stored, before anything is visible, and raises if the
+        adapter must not become so. The bytes of a refused adapter count against the tenant until
+        garbage is collected.
         """
         header.check(self._limits)
         catalog = await self._tenants.read(tenant)
@@ -90,7 +100,7 @@ class AdapterStore:
         with self._scratch.room(header.size_bytes) as directory:
             files = await receive(header, chunks, directory)
             summary = await self._validate(tenant, files, fleet, header.base_model)
-            manifest, created = await self._commit(tenant, header, summary, files)
+            manifest, created = await self._commit(tenant, header, summary, files, prove)
         log.info("adapter uploaded", adapter=manifest.full_name, created=created)
         return manifest, created
 
@@ -103,7 +113,12 @@ class AdapterStore:
             return await until_done(validate, *files, self._base, self._limits, fleet, asked_for)
 
     async def _commit(
-        self, tenant: str, header: UploadHeader, summary: Summary, files: tuple[Path, Path]
+        self,
+        tenant: str,
+        header: UploadHeader,
+        summary: Summary,
+        files: tuple[Path, Path],
+        prove: Prove | None,
     ) -> tuple[Manifest, bool]:
         begun = self._now()
         version = Version(
@@ -118,6 +133,9 @@ class AdapterStore:
             base_model=summary.base_model,
         )
         await self._blobs.put(header.digest, files, epoch_of(begun))
+        if prove is not None:
+            await self._hold(tenant, header.name, version)
+            version = replace(version, proof=await prove(version))
 
         def add(catalog: Catalog) -> tuple[Catalog, tuple[Manifest, bool]]:
             if self._now() - begun > COMMIT_WITHIN_S:
@@ -130,9 +148,17 @@ class AdapterStore:
                 catalog = catalog.add_version(header.name, version, self._limits)
                 newest = catalog.newest(header.name)
             assert newest is not None
+            if not created and version.proof is not None:
+                catalog = catalog.set_proof(header.name, newest.version, version.proof)
+                newest = replace(newest, proof=version.proof)
             return catalog, (Manifest.of(catalog, tenant, header.name, newest), created)
 
         return await self._tenants.change(tenant, add)
+
+    async def _hold(self, tenant: str, name: str, version: Version) -> None:
+        await self._tenants.change(
+            tenant, lambda catalog: (catalog.hold(name, version, self._limits), None)
+        )
 
     async def get(self, tenant: str, ref: str) -> Manifest:
         """The version that `ref` stands for; see `AdapterRef.parse`."""

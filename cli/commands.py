@@ -13,8 +13,9 @@ from typer.core import TyperGroup
 from granatum.cli.connection import connected
 from granatum.cli.convert import convert_adapter
 from granatum.client.client import Client
-from granatum.client.records import Adapter, RunnerStatus
+from granatum.client.records import Adapter, ProofResult, RunnerStatus
 from granatum.client.requests import Message, Options, Prompt
+from granatum.v1.errors import PreconditionFailed
 
 console = Console(markup=False, width=10_000)
 """A console that cuts and wraps nothing, so that names can be copied from a narrow terminal."""
@@ -103,11 +104,31 @@ async def upload_adapter(
         str,
         typer.Option(help="The adapter's name for its base model, if it is the one served."),
     ] = "",
+    proof: Annotated[
+        Path | None,
+        typer.Option(help="What the trainer saw; refused unless the fleet computes the same."),
+    ] = None,
 ) -> None:
     """Store a PEFT adapter as the next version of NAME."""
-    upload = await client.upload(name, directory, for_base=for_base)
+    upload = await client.upload(name, directory, for_base=for_base, proof=proof)
     news = "uploaded" if upload.created else "unchanged, the newest version holds these bytes:"
     console.print(f"{news} {upload.adapter.full_name}  {upload.adapter.digest}")
+    if proof is not None and upload.adapter.proof is not None:
+        console.print(f"proven: {_distance(upload.adapter.proof)}")
+
+
+@adapters.command("verify")
+@connected
+async def verify_adapter(
+    client: Client,
+    adapter: AdapterName,
+    against: Annotated[Path, typer.Option(help="The proof file.", show_default=False)],
+) -> None:
+    """Exit with 0 if the fleet computes what the adapter's trainer saw, with 1 if not."""
+    found = await client.verify(adapter, against)
+    console.print(f"{'proven' if found.passed else 'not proven'}: {_distance(found.result)}")
+    if not found.passed:
+        raise PreconditionFailed(found.reason)
 
 
 adapters.command("convert")(convert_adapter)
@@ -151,6 +172,7 @@ async def show_adapter(client: Client, adapter: AdapterName) -> None:
         ("trained for", found.base_model),
         ("size", _size(found.size_bytes)),
         ("uploaded", found.created.isoformat(" ", "seconds")),
+        ("proof", _distance(found.proof) if found.proof else "none"),
         ("visible to", "every tenant" if found.published else f"{found.tenant} alone"),
     ):
         table.add_row(field, value)
@@ -241,6 +263,14 @@ async def resume_runner(client: Client, runner: RunnerId) -> None:
     """Place on a drained runner again."""
     await client.resume(runner)
     console.print(f"{runner} is in use")
+
+
+def _distance(proof: ProofResult) -> str:
+    return (
+        f"off by {proof.mean:.2g} nats on average and {proof.max:.2g} at most over {proof.tokens} "
+        f"tokens; the base model alone {proof.base_mean:.2g} and {proof.base_max:.2g}; allowed "
+        f"{proof.bound:.2g}, the adapter's effect {proof.effect:.2g}"
+    )
 
 
 def _state(runner: RunnerStatus) -> str:

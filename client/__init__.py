@@ -1,7 +1,17 @@
 """The async client of granatum: `Client` and the records that it takes and gives."""
 
 from granatum.client.client import Client, Generation
-from granatum.client.records import Adapter, Completion, End, RunnerStatus, Start, Token, Upload
+from granatum.client.records import (
+    Adapter,
+    Completion,
+    End,
+    ProofResult,
+    RunnerStatus,
+    Start,
+    Token,
+    Upload,
+    Verification,
+)
 from granatum.client.requests import Message, Options
 
 __all__ = [
@@ -12,8 +22,10 @@ __all__ = [
     "Generation",
     "Message",
     "Options",
+    "ProofResult",
     "RunnerStatus",
     "Start",
     "Token",
     "Upload",
+    "Verification",
 ]

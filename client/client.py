@@ -8,6 +8,7 @@ Every call raises the classes of `granatum.v1.errors`. `timeout` is a deadline i
 travels with each call. So the service gives up when the caller does.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,18 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from granatum.client.records import Adapter, Completion, End, RunnerStatus, Start, Token, Upload
+from granatum.client.proofs import read_proof
+from granatum.client.records import (
+    Adapter,
+    Completion,
+    End,
+    ProofResult,
+    RunnerStatus,
+    Start,
+    Token,
+    Upload,
+    Verification,
+)
 from granatum.client.requests import Options, Prompt, generate_request
 from granatum.client.uploads import declare, send
 from granatum.v1 import (
@@ -123,18 +135,35 @@ class Client:
             raise Internal("the stream ended without its start or end: try again")
         return Completion(tokens, generation.start, generation.end)
 
-    async def upload(self, name: str, directory: Path | str, *, for_base: str = "") -> Upload:
+    async def upload(
+        self,
+        name: str,
+        directory: Path | str,
+        *,
+        for_base: str = "",
+        proof: Path | str | None = None,
+    ) -> Upload:
         """Store the PEFT adapter in `directory` as the next version of `name`.
 
         An adapter whose base model clearly has another name than the one served is refused, unless
-        `for_base` repeats the adapter's own name for it.
+        `for_base` repeats the adapter's own name for it. With the file `proof`, the adapter is
+        refused (PROOF_FAILED) unless the fleet computes what the file says.
         """
         header = await declare(name, Path(directory), for_base)
+        if proof is not None:
+            header.proof.CopyFrom(await asyncio.to_thread(read_proof, Path(proof)))
         with _errors_translated():
             response = await self._adapters.UploadAdapter(
                 send(header, Path(directory)), timeout=self._timeout, metadata=self._metadata
             )
         return Upload(Adapter.of(response.adapter), response.created)
+
+    async def verify(self, adapter: str, proof: Path | str) -> Verification:
+        """Have the fleet compute what the file `proof` says of an adapter."""
+        given = await asyncio.to_thread(read_proof, Path(proof))
+        request = adapters_pb2.VerifyAdapterRequest(adapter=adapter, proof=given)
+        response = await self._ask(self._adapters.VerifyAdapter, request)
+        return Verification(ProofResult.of(response.result), response.passed, response.reason)
 
     async def get(self, adapter: str) -> Adapter:
         """Describe the version that `adapter` names."""

@@ -87,6 +87,47 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class ProofResult:
+    """How far the fleet's log probabilities are from the trainer's, in nats."""
+
+    tokens: int
+    mean: float
+    """Under the adapter."""
+    max: float
+    base_mean: float
+    """Under the base model alone: the noise."""
+    base_max: float
+    effect: float
+    """The mean difference that the adapter makes, by the trainer."""
+    bound: float
+    """The most that `mean` may be."""
+    time: datetime
+
+    @classmethod
+    def of(cls, result: adapters_pb2.ProofResult) -> "ProofResult":
+        """From the wire."""
+        return cls(
+            tokens=result.tokens,
+            mean=result.mean,
+            max=result.max,
+            base_mean=result.base_mean,
+            base_max=result.base_max,
+            effect=result.effect,
+            bound=result.bound,
+            time=result.time.ToDatetime(UTC),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Whether an adapter is what its trainer saw; `reason` says why not."""
+
+    result: ProofResult
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """One version of an adapter."""
 
@@ -102,6 +143,8 @@ class Adapter:
     aliases: tuple[str, ...]
     base_model: str = ""
     """The base model that it was trained for, as its trainer called it; empty: unknown."""
+    proof: ProofResult | None = None
+    """What its last proof found; None: no upload of it brought one."""
 
     @classmethod
     def of(cls, adapter: adapters_pb2.Adapter) -> "Adapter":
@@ -118,6 +161,7 @@ class Adapter:
             published=adapter.visibility == adapters_pb2.VISIBILITY_PUBLISHED,
             aliases=tuple(adapter.aliases),
             base_model=adapter.base_model,
+            proof=ProofResult.of(adapter.proof) if adapter.HasField("proof") else None,
         )
 
     @property

@@ -21,6 +21,7 @@ from granatum.router.services.cluster import ClusterServicer, RegistryServicer
 from granatum.router.services.health import RegistryHealth
 from granatum.router.services.inference import InferenceServicer
 from granatum.router.services.keys import Keys
+from granatum.router.services.proofs import Proofs
 from granatum.router.services.quotas import Quotas
 from granatum.router.services.resolver import Resolver
 from granatum.router.settings import RouterSettings
@@ -56,7 +57,8 @@ class RouterApp:
         if (tls := settings.runner_tls) is not None:
             tls.check_channel()
         self._sessions = RunnerSessions(self._connect, self._cluster_key, settings.silence_s)
-        self._calls = Calls(Quotas(settings.bounds), settings.unread_s)
+        self._quotas = Quotas(settings.bounds)
+        self._calls = Calls(self._quotas, settings.unread_s)
         self._leases = Leases(self._registry)
         self._admission = Admission(self._registry, self._leases, self._sessions.unreachable)
         self._health = RegistryHealth(self._registry)
@@ -114,7 +116,8 @@ class RouterApp:
         resolver = Resolver(self._store, patience.placement_s)
         runners = RegistryServicer(self._registry, self._base_model, self._settings.heartbeat_s)
         inference = InferenceServicer(resolver, streams, self._calls)
-        adapters = AdapterServicer(self._store, self._registry.runners)
+        proofs = Proofs(streams, self._quotas)
+        adapters = AdapterServicer(self._store, self._registry.runners, proofs)
         add_InferenceServiceServicer_to_server(inference, server)
         add_AdapterServiceServicer_to_server(adapters, server)
         add_ClusterServiceServicer_to_server(ClusterServicer(self._registry), server)

@@ -90,6 +90,8 @@ class Submit:
     priority: int = 0
     suspicion: int = 0
     """How often an engine failed in a step with the sequence; above 0: it gets its own steps."""
+    forced: tuple[int, ...] = ()
+    """The first tokens that are taken in place of drawn ones, those in `generated` included."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,12 +39,8 @@ COMPUTING = (
 )
 """The rooms that may import torch, and the process that wires them."""
 LATE = {
-<<<<<<< HEAD
-    "runner/text/tokenizer_files.py": {"transformers"},
-=======
     "cli/convert.py": {"torch"},
-    "runner/text/tokenizer.py": {"transformers"},
->>>>>>> h/adapters
+    "runner/text/tokenizer_files.py": {"transformers"},
     "runner/text/torchless.py": {"transformers"},
     "runner/engine/child.py": {"torch"},
 }

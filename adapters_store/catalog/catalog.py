@@ -14,6 +14,7 @@ from enum import Enum
 from functools import cached_property
 
 from granatum.adapters_store.limits import UploadLimits
+from granatum.adapters_store.proof import ProofResult
 from granatum.v1.errors import AlreadyExists, NotFound, Overloaded
 
 MAX_EMPTIED = 1_000
@@ -48,6 +49,8 @@ class Version:
     """Elements that it takes in a runner's arena; 0: an old upload, without this number."""
     base_model: str = ""
     """The base model that it was trained for, as its trainer called it; empty: unknown."""
+    proof: ProofResult | None = None
+    """What its last proof found; None: no upload of it brought one."""
 
     def is_the_same_as(self, upload: "Version") -> bool:
         """Whether `upload` adds nothing: its bytes and its base model are the same."""
@@ -219,6 +222,26 @@ class Catalog:
             versions=(*adapter.versions, replace(version, version=adapter.next_version)),
         )
         return replace(self, adapters={**self.adapters, name: added})
+
+    def hold(self, name: str, version: Version, limits: UploadLimits) -> "Catalog":
+        """This catalog with the version's bytes, which nothing refers to yet.
+
+        They count against the tenant, and garbage collection knows them, as if the version had been
+        added and deleted.
+        """
+        if version.digest in self._by_digest:
+            return self
+        self.check_room(name, version.digest, version.size_bytes, limits)
+        held = Retired(version.create_time, version.size_bytes)
+        return replace(self, retired={**self.retired, version.digest: held})
+
+    def set_proof(self, name: str, version: int, proof: ProofResult) -> "Catalog":
+        """This catalog with what a proof of a version found."""
+        adapter = self.adapters[name]
+        versions = tuple(
+            replace(v, proof=proof) if v.version == version else v for v in adapter.versions
+        )
+        return replace(self, adapters={**self.adapters, name: replace(adapter, versions=versions)})
 
     def delete(self, name: str, version: int | None, now: float) -> tuple["Catalog", int]:
         """This catalog without a version, or with None all, and their aliases; how many went."""

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,7 @@ from granatum.adapters_store.catalog.catalog import (
     Version,
     Visibility,
 )
+from granatum.adapters_store.proof import ProofResult
 from granatum.v1.errors import Internal
 
 _FORMAT = 2
@@ -84,6 +86,7 @@ def _parts(catalog: Catalog, revision: str) -> Iterator[str]:
     yield f'}},"kinds":{_json([kind[:2] for kind in kinds])},'
     yield f'"base_models":{_json([kind[2] for kind in kinds])},"aliases":{_json(aliases)},'
     yield f'"retired":{_json(retired)},"floors":{_json(catalog.floors)}'
+    yield f',"proofs":{_json(_proofs(catalog))}'
 
 
 def _rows(adapter: AdapterHistory, kinds: dict[_Kind, int]) -> Iterator[str]:
@@ -107,6 +110,16 @@ def _row(version: Version, kinds: dict[_Kind, int]) -> list[object]:
     ]
 
 
+def _proofs(catalog: Catalog) -> dict[str, dict[str, float]]:
+    """By `name@version`. They stand apart, so that routers before them read the versions."""
+    return {
+        f"{name}@{version.version}": asdict(version.proof)
+        for name, adapter in catalog.adapters.items()
+        for version in adapter.versions
+        if version.proof is not None
+    }
+
+
 def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
@@ -117,17 +130,25 @@ def _catalog(fields: dict[str, Any]) -> Catalog:
         (tuple(targets), base, name)
         for (targets, base), name in zip(fields["kinds"], names, strict=True)
     ]
+    proofs = {at: ProofResult(**proof) for at, proof in fields.get("proofs", {}).items()}
     return Catalog(
-        adapters={name: _adapter(row, kinds) for name, row in fields["adapters"].items()},
+        adapters={
+            name: _adapter(row, kinds, name, proofs) for name, row in fields["adapters"].items()
+        },
         aliases={alias: Alias(*at) for alias, at in fields["aliases"].items()},
         retired={digest: Retired(*gone) for digest, gone in fields["retired"].items()},
         floors=fields["floors"],
     )
 
 
-def _adapter(row: list[Any], kinds: list[_Kind]) -> AdapterHistory:
+def _adapter(
+    row: list[Any], kinds: list[_Kind], name: str, proofs: dict[str, ProofResult]
+) -> AdapterHistory:
     next_version, visibility, emptied, rows = row
     versions = tuple(_version(row, kinds) for row in rows)
+    if proofs:
+        found = ((version, proofs.get(f"{name}@{version.version}")) for version in versions)
+        versions = tuple(v if proof is None else replace(v, proof=proof) for v, proof in found)
     return AdapterHistory(next_version, Visibility(visibility), versions, emptied)
 
 

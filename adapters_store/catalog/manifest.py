@@ -1,7 +1,7 @@
 """What everyone else sees of an adapter."""
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from granatum.adapters_store.catalog.catalog import Catalog, Version, Visibility
 
@@ -19,7 +19,7 @@ class Manifest(Version):
     def of(cls, catalog: Catalog, tenant: str, name: str, version: Version) -> "Manifest":
         """The manifest of a version in its tenant's catalog."""
         return cls(
-            **asdict(version),
+            **{field.name: getattr(version, field.name) for field in fields(Version)},
             tenant=tenant,
             name=name,
             visibility=catalog.adapters[name].visibility,

@@ -10,15 +10,25 @@ import grpc
 
 from granatum.adapters_store.batches import Batches
 from granatum.adapters_store.blobs.incoming import FileDeclaration, UploadHeader
-from granatum.adapters_store.catalog.catalog import Visibility
+from granatum.adapters_store.catalog.catalog import Version, Visibility
 from granatum.adapters_store.catalog.manifest import Manifest
-from granatum.adapters_store.store import MAX_PAGE, AdapterStore
-from granatum.router.services.access import current_tenant
+from granatum.adapters_store.limits import FleetLimits
+from granatum.adapters_store.proof import ProofResult
+from granatum.adapters_store.store import MAX_PAGE, AdapterStore, Prove
+from granatum.router.services.access import current_max_priority, current_tenant
+from granatum.router.services.proofs import Proofs, check_proof, result_message
 from granatum.router.services.uploads import Fleet, Pace, Seats, discard, paced
 from granatum.v1 import adapters_pb2 as pb
 from granatum.v1.adapters_pb2_grpc import AdapterServiceServicer
 from granatum.v1.cluster_pb2 import RunnerStatus
-from granatum.v1.errors import GranatumError, InvalidRequest, Overloaded
+from granatum.v1.errors import (
+    RETRY_AFTER_S,
+    GranatumError,
+    InvalidAdapter,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 
 MAX_CHUNK_BYTES = 1 << 20
 USUAL_PACE = Pace()
@@ -39,9 +49,11 @@ class AdapterServicer(AdapterServiceServicer):
         self,
         store: AdapterStore,
         runners: Callable[[], Awaitable[list[RunnerStatus]]],
+        proofs: Proofs,
         pace: Pace = USUAL_PACE,
     ) -> None:
         self._store = store
+        self._proofs = proofs
         self._fleet = Fleet(runners)
         self._seats = Seats()
         self._hearings = Seats()
@@ -49,12 +61,12 @@ class AdapterServicer(AdapterServiceServicer):
         self._pace = pace
 
     async def UploadAdapter(
-        self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], _: Context
+        self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
     ) -> pb.UploadAdapterResponse:
         """Store an adapter as the next version of its name."""
         arriving, tenant = aiter(request_iterator), current_tenant()
         try:
-            manifest, created = await self._upload(tenant, arriving)
+            manifest, created = await self._upload(tenant, arriving, context)
         except GranatumError:
             with suppress(Overloaded), self._hearings.taken(tenant):
                 await discard(arriving)
@@ -62,13 +74,38 @@ class AdapterServicer(AdapterServiceServicer):
         return pb.UploadAdapterResponse(adapter=_adapter(manifest), created=created)
 
     async def _upload(
-        self, tenant: str, arriving: AsyncIterator[pb.UploadAdapterRequest]
+        self, tenant: str, arriving: AsyncIterator[pb.UploadAdapterRequest], context: Context
     ) -> tuple[Manifest, bool]:
         with self._seats.taken(tenant):
             requests = paced(arriving, self._pace)
-            header, chunks = await _header(requests), _chunks(requests)
+            message = await _header(requests)
+            header, chunks = _declared(message), _chunks(requests)
             fleet = await self._fleet.limits()
-            return await self._store.upload(tenant, header, chunks, fleet)
+            prove = self._prover(tenant, message, context)
+            if prove is not None:
+                _alive(fleet)  # or all the bytes would come in vain
+            return await self._store.upload(tenant, header, chunks, fleet, prove)
+
+    def _prover(self, tenant: str, header: pb.UploadHeader, context: Context) -> Prove | None:
+        """What the store asks before an upload becomes visible; None without a proof."""
+        if not header.HasField("proof"):
+            return None
+        check_proof(header.proof)
+
+        async def prove(version: Version) -> ProofResult:
+            result = await self._computed(tenant, header.proof, version, context)
+            if result.fault:
+                raise InvalidAdapter(result.fault, reason="PROOF_FAILED", field="header.proof")
+            return result
+
+        return prove
+
+    async def _computed(
+        self, tenant: str, proof: pb.Proof, version: Version, context: Context
+    ) -> ProofResult:
+        _alive(await self._fleet.limits())
+        remaining_s = context.time_remaining()
+        return await self._proofs.run(tenant, current_max_priority(), proof, version, remaining_s)
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, _: Context) -> pb.GetAdapterResponse:
         """Describe one version."""
@@ -122,23 +159,37 @@ class AdapterServicer(AdapterServiceServicer):
         await self._store.set_visibility(current_tenant(), request.name, visibility)
         return pb.SetVisibilityResponse()
 
+    async def VerifyAdapter(
+        self, request: pb.VerifyAdapterRequest, context: Context
+    ) -> pb.VerifyAdapterResponse:
+        """Say how far an adapter is from what its trainer saw."""
+        _given(request.adapter, "adapter")
+        check_proof(request.proof)
+        tenant = current_tenant()
+        adapter = await self._store.resolve(tenant, request.adapter)
+        result = await self._computed(tenant, request.proof, adapter, context)
+        return pb.VerifyAdapterResponse(
+            result=result_message(result), passed=not result.fault, reason=result.fault
+        )
 
-async def _header(requests: AsyncIterator[pb.UploadAdapterRequest]) -> UploadHeader:
+
+async def _header(requests: AsyncIterator[pb.UploadAdapterRequest]) -> pb.UploadHeader:
     async for request in requests:
         if request.HasField("header"):
-            if len(request.header.files) > _MAX_FILES:
-                raise InvalidRequest(
-                    f"header.files: {len(request.header.files):,} files are declared: declare the "
-                    "two of an adapter",
-                    field="header.files",
-                )
-            files = tuple(
-                FileDeclaration(file.name, file.size_bytes, file.sha256)
-                for file in request.header.files
-            )
-            return UploadHeader(request.header.name, files, request.header.base_model)
+            return request.header
         break
     raise InvalidRequest("an upload begins with its header: send that first", field="header")
+
+
+def _declared(header: pb.UploadHeader) -> UploadHeader:
+    if len(header.files) > _MAX_FILES:
+        raise InvalidRequest(
+            f"header.files: {len(header.files):,} files are declared: declare the two of an "
+            "adapter",
+            field="header.files",
+        )
+    files = (FileDeclaration(file.name, file.size_bytes, file.sha256) for file in header.files)
+    return UploadHeader(header.name, tuple(files), header.base_model)
 
 
 async def _chunks(requests: AsyncIterator[pb.UploadAdapterRequest]) -> AsyncIterator[bytes]:
@@ -150,6 +201,17 @@ async def _chunks(requests: AsyncIterator[pb.UploadAdapterRequest]) -> AsyncIter
                 f"chunk: send at most {MAX_CHUNK_BYTES:,} bytes at a time", field="chunk"
             )
         yield request.chunk
+
+
+def _alive(fleet: FleetLimits) -> None:
+    """Raise Unavailable if no runner lives: a proof would wait until its deadline."""
+    if not fleet:
+        raise Unavailable(
+            "no runner is alive that could compute the proof: try again when one is, or upload "
+            "without a proof",
+            reason="NO_RUNNER",
+            retry_after_s=RETRY_AFTER_S,
+        )
 
 
 def _given(value: str, field: str) -> None:
@@ -170,5 +232,7 @@ def _adapter(manifest: Manifest) -> pb.Adapter:
         aliases=manifest.aliases,
         base_model=manifest.base_model,
     )
+    if manifest.proof is not None:
+        adapter.proof.CopyFrom(result_message(manifest.proof))
     adapter.create_time.FromMicroseconds(round(manifest.create_time * 1e6))
     return adapter

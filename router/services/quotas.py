@@ -1,5 +1,7 @@
 """What one router carries at a time, in all and for each tenant."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from granatum.v1.errors import RETRY_AFTER_S, Overloaded
@@ -46,6 +48,15 @@ class Quotas:
         use.bytes -= size
         if not use.streams:
             del self._uses[tenant]
+
+    @contextmanager
+    def held(self, tenant: str, size: int) -> Iterator[None]:
+        """The same, for as long as the block runs."""
+        self.acquire(tenant, size)
+        try:
+            yield
+        finally:
+            self.release(tenant, size)
 
     def _check(self, use: _Use, size: int) -> None:
         bounds = self.bounds

@@ -50,6 +50,7 @@ class Progress:
             generated=self.tokens,
             text_delivered=self.characters,
             suspicion=suspicion,
+            forced=self.request.forced,
         )
 
     def absorb(

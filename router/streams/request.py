@@ -26,6 +26,8 @@ class AcceptedRequest:
     rank: int = 0
     elements: int = 0
     """Elements of the adapter; 0: not known."""
+    forced: tuple[int, ...] = ()
+    """Tokens of the output that are given; empty for whatever clients ask."""
 
     @property
     def estimated_tokens(self) -> int:

@@ -65,6 +65,7 @@ def prepare(
         top_logprobs=request.logprobs.top if request.HasField("logprobs") else None,
         priority=request.priority,
         suspicion=message.suspicion,
+        forced=_forced(message, room, bounds.vocabulary),
     )
     strings = tuple(stop.strings)
     return Prepared(submit, SequenceText(tokenizer, submit, strings, message.text_delivered))
@@ -107,6 +108,18 @@ def _ids(request: GenerateRequest, tokenizer: Tokenizer, most: int) -> list[int]
             if number > most:
                 raise TooManyTokens(str(number))
             return list(request.token_ids.ids)
+
+
+def _forced(message: SubmitSequence, room: int, vocabulary: int) -> tuple[int, ...]:
+    """The given output. It must fit whole: half of its log probabilities would answer nothing."""
+    check_ids(message.forced, "forced", vocabulary)
+    if len(message.forced) > room:
+        raise _wrong(
+            "forced",
+            f"prompt and output have {len(message.forced) - room} tokens more than this runner "
+            "holds: send shorter ones",
+        )
+    return tuple(message.forced)
 
 
 def _check_tokenized(ids: list[int], field: str, vocabulary: int) -> None:

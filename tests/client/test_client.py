@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -136,6 +137,64 @@ async def test_an_upload_declares_and_sends_both_files(
     }
     assert b"".join(chunks) == b"".join(files.values())
     assert max(map(len, chunks)) == CHUNK_BYTES
+
+
+GOOD_PROOF = {
+    "format": "granatum-proof/1",
+    "dtype": "float32",
+    "prompts": [
+        {"text": "ab", "token_ids": [1, 2], "first": 1, "logprobs": [-0.25], "base_logprobs": [-3]}
+    ],
+}
+
+
+async def test_a_proof_travels_with_an_upload_and_with_its_check(
+    client: Client, service: Service, tmp_path: Path
+) -> None:
+    for file in ("adapter_config.json", "adapter_model.safetensors", "proof.json"):
+        (tmp_path / file).write_text(json.dumps(GOOD_PROOF))
+    await client.upload("style", tmp_path, proof=tmp_path / "proof.json")
+    proof = service.uploads[0][0].proof
+    assert proof.format == "granatum-proof/1"
+    assert list(proof.prompts[0].token_ids) == [1, 2]
+    assert proof.prompts[0].base_logprobs == [-3.0]
+    right = await client.verify("right", tmp_path / "proof.json")
+    assert (right.passed, right.reason, right.result.mean) == (True, "", 0.25)
+    wrong = await client.verify("wrong", tmp_path / "proof.json")
+    assert (wrong.passed, wrong.reason) == (False, "the adapter is another one")
+    assert (await client.get("a0")).proof is None
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "no proof"),
+        ("5", "no proof"),
+        ('{"prompts": [5]}', "prompts"),
+        ("[" * 100_000, "no proof"),
+        (b"\xff\xfe", "no proof"),
+        ('{"surprise": 1}', "surprise"),
+        ('{"format": "a", "format": "b"}', "duplicate"),
+        ('{"prompts": [{"token_ids": [-1]}]}', "-1"),
+        ('{"prompts": [{"token_ids": [4294967296]}]}', "4294967296"),
+        ('{"prompts": [{"logprobs": [1e308]}]}', "logprobs"),
+        ('{"prompts": [{"logprobs": ["x"]}]}', "logprobs"),
+        ('{"prompts": 5}', "prompts"),
+        (" " * ((1 << 20) + 1), "1,048,576 bytes"),
+        (None, "cannot read"),
+    ],
+)
+async def test_a_file_that_is_no_proof_is_one_clear_line(
+    client: Client, service: Service, tmp_path: Path, text: str | bytes | None, word: str
+) -> None:
+    file = tmp_path / "proof.json"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InvalidRequest) as refused:
+        await client.verify("style", file)
+    assert word in refused.value.message
+    assert str(file) in refused.value.message
+    assert "\n" not in refused.value.message
 
 
 async def test_an_upload_of_something_else_says_what_it_needs(

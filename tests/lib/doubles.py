@@ -150,6 +150,18 @@ class Service(
                 found.visibility = request.visibility
         return adapters_pb2.SetVisibilityResponse()
 
+    async def VerifyAdapter(  # noqa: N802
+        self, request: adapters_pb2.VerifyAdapterRequest, context: Context
+    ) -> adapters_pb2.VerifyAdapterResponse:
+        _authenticate(context)
+        off = request.proof.prompts[0].logprobs[0]
+        passed = request.adapter == "right"
+        return adapters_pb2.VerifyAdapterResponse(
+            result=adapters_pb2.ProofResult(tokens=1, mean=-off, max=-off, bound=0.5),
+            passed=passed,
+            reason="" if passed else "the adapter is another one",
+        )
+
 
 def token(text: str) -> inference_pb2.Token:
     return inference_pb2.Token(id=ord(text), text=text)

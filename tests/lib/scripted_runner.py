@@ -46,6 +46,11 @@ def expected_ids(prompt: str, number: int) -> list[int]:
     return [token_id(prompt, i) for i in range(number)]
 
 
+def logprob_of(id_: int, adapter: bool) -> float:
+    """The log probability that any runner computes for a given token."""
+    return -(id_ % 7) / 4 - (1.0 if adapter else 3.0)
+
+
 def text_of(ids: list[int]) -> str:
     return "".join(PIECES[i % len(PIECES)] for i in ids)
 
@@ -57,6 +62,8 @@ class Active:
     submission: SubmitSequence
     ids: list[int]
     delivered: int
+    off: float = 0.0
+    """Added to the log probabilities under an adapter."""
     made_here: int = 0
 
     def __post_init__(self) -> None:
@@ -72,12 +79,17 @@ class Active:
 
     def step(self) -> SequenceOutput:
         """One token; every third holds its text back for the next."""
-        self.ids.append(token_id(self.prompt, len(self.ids)))
+        forced = self.submission.forced
+        place = len(self.ids)
+        self.ids.append(forced[place] if forced else token_id(self.prompt, place))
         self.made_here += 1
         self.text += text_of(self.ids[-1:])
         hold = len(self.ids) % 3 == 1 and not self.complete
         upto = self.delivered if hold else len(self.text)
         token = Token(id=self.ids[-1], text=self.text[self.delivered : upto])
+        if self.submission.request.HasField("logprobs"):
+            adapter = bool(self.submission.adapter_digest)
+            token.logprob.value = logprob_of(token.id, adapter) + self.off * adapter
         self.delivered = max(self.delivered, upto)
         output = SequenceOutput(sequence_id=self.submission.sequence_id, tokens=[token])
         if self.made_here == 1:
@@ -106,6 +118,10 @@ class Script:
     mute: bool = False
     """Sessions hear no word, not even a sign of life."""
     step_s: float = 0.001
+    off: float = 0.0
+    """The log probabilities under adapters are off by this much."""
+    outdated: bool = False
+    """Given tokens are not heeded."""
     burst: int = 1
     """So many steps come up in one message."""
 
@@ -237,9 +253,11 @@ class ScriptedRunner(RunnerServiceServicer):
 
     def _admit(self, session: int, submission: SubmitSequence) -> SequenceOutput | None:
         self.submissions.append(submission)
+        if self.script.outdated:
+            submission.ClearField("forced")
         ids = list(submission.generated)
         prompt = submission.request.prompt
-        if ids != expected_ids(prompt, len(ids)):
+        if ids != (list(submission.forced[: len(ids)]) or expected_ids(prompt, len(ids))):
             self.wrong.append(f"{prompt}: generated {ids}")
         number = submission.sequence_id
         if self.script.depart is not None:
@@ -251,7 +269,9 @@ class ScriptedRunner(RunnerServiceServicer):
         if self.script.refuse or self.draining or len(self.active) >= self.max_batch:
             self.script.refuse = max(0, self.script.refuse - 1)
             return SequenceOutput(sequence_id=number, departed=DEPARTURE_REFUSED)
-        self.active[session, number] = Active(submission, ids, submission.text_delivered)
+        self.active[session, number] = Active(
+            submission, ids, submission.text_delivered, self.script.off
+        )
         self.peak = max(self.peak, len(self.active))
         return None
 

@@ -35,13 +35,15 @@ def adapter_files(seed: int = 1, rank: int = 2) -> dict[str, bytes]:
 
 
 def upload_requests(
-    name: str, files: dict[str, bytes], chunk: int = 100
+    name: str, files: dict[str, bytes], chunk: int = 100, proof: pb.Proof | None = None
 ) -> Iterator[pb.UploadAdapterRequest]:
     declarations = [
         pb.FileDeclaration(name=file, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         for file, data in files.items()
     ]
-    yield pb.UploadAdapterRequest(header=pb.UploadHeader(name=name, files=declarations))
+    yield pb.UploadAdapterRequest(
+        header=pb.UploadHeader(name=name, files=declarations, proof=proof)
+    )
     stream = b"".join(files.values())
     for i in range(0, len(stream), chunk):
         yield pb.UploadAdapterRequest(chunk=stream[i : i + chunk])

@@ -61,6 +61,7 @@ class Adapter(_message.Message):
     VISIBILITY_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """The tenant that uploaded it."""
     name: _builtins.str
@@ -91,6 +92,10 @@ class Adapter(_message.Message):
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The aliases that point at this version, sorted; other tenants see none."""
 
+    @_builtins.property
+    def proof(self) -> Global___ProofResult:
+        """What its last proof found; absent if no upload of this version brought one."""
+
     def __init__(
         self,
         *,
@@ -105,10 +110,11 @@ class Adapter(_message.Message):
         visibility: Global___Visibility.ValueType = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         base_model: _builtins.str = ...,
+        proof: Global___ProofResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "proof", b"proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_model", b"base_model", "create_time", b"create_time", "digest", b"digest", "max_rank", b"max_rank", "name", b"name", "size_bytes", b"size_bytes", "target_modules", b"target_modules", "tenant", b"tenant", "version", b"version", "visibility", b"visibility"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_model", b"base_model", "create_time", b"create_time", "digest", b"digest", "max_rank", b"max_rank", "name", b"name", "proof", b"proof", "size_bytes", b"size_bytes", "target_modules", b"target_modules", "tenant", b"tenant", "version", b"version", "visibility", b"visibility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -153,6 +159,7 @@ class UploadHeader(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The adapter's name."""
     base_model: _builtins.str
@@ -163,16 +170,23 @@ class UploadHeader(_message.Message):
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileDeclaration]:
         """`adapter_config.json`, then `adapter_model.safetensors`; their bytes follow in this order."""
 
+    @_builtins.property
+    def proof(self) -> Global___Proof:
+        """What the trainer saw. The upload is refused unless the fleet sees the same; the adapter becomes
+        visible only then.
+        """
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         files: _abc.Iterable[Global___FileDeclaration] | None = ...,
         base_model: _builtins.str = ...,
+        proof: Global___Proof | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "files", b"files", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "files", b"files", "name", b"name", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -511,3 +525,195 @@ class SetVisibilityResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetVisibilityResponse: _TypeAlias = SetVisibilityResponse  # noqa: Y015
+
+@_typing.final
+class Proof(_message.Message):
+    """What an adapter's trainer saw: log probabilities of given tokens, under the adapter and under the
+    base model alone. A proof file is this message as JSON, with the names of the fields here.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    format: _builtins.str
+    """`granatum-proof/1`."""
+    dtype: _builtins.str
+    """The dtype in which the trainer computed, such as `float32`; for readers."""
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProofPrompt]:
+        """1 to 16 prompts, each with its answer."""
+
+    def __init__(
+        self,
+        *,
+        format: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        prompts: _abc.Iterable[Global___ProofPrompt] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "format", b"format", "prompts", b"prompts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Proof: _TypeAlias = Proof  # noqa: Y015
+
+@_typing.final
+class ProofPrompt(_message.Message):
+    """A prompt and its answer as tokens, with the answer's log probabilities."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    BASE_LOGPROBS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """Where the answer begins: an index of `token_ids`, at least 1."""
+    text: _builtins.str
+    """Prompt and answer as text; for readers."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Prompt and answer; 2 to 2,048 ids, each below the model's vocabulary size."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of each token of the answer under the adapter: natural logarithms, each finite and at most 0."""
+
+    @_builtins.property
+    def base_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of the same tokens under the base model alone."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        first: _builtins.int = ...,
+        logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        base_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_logprobs", b"base_logprobs", "first", b"first", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProofPrompt: _TypeAlias = ProofPrompt  # noqa: Y015
+
+@_typing.final
+class ProofResult(_message.Message):
+    """How far the fleet's log probabilities are from the trainer's, in nats: the mean and the largest
+    absolute difference over all tokens of the answers.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    MAX_FIELD_NUMBER: _builtins.int
+    BASE_MEAN_FIELD_NUMBER: _builtins.int
+    BASE_MAX_FIELD_NUMBER: _builtins.int
+    EFFECT_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    """Tokens of all answers."""
+    mean: _builtins.float
+    """Under the adapter."""
+    max: _builtins.float
+    """Under the adapter, the largest."""
+    base_mean: _builtins.float
+    """Under the base model alone: the noise of dtypes and kernels."""
+    base_max: _builtins.float
+    """Under the base model alone, the largest."""
+    effect: _builtins.float
+    """The mean difference that the adapter makes, by the trainer: that of an adapter which is ignored."""
+    bound: _builtins.float
+    """The most that `mean` may be."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was computed."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+        mean: _builtins.float = ...,
+        max: _builtins.float = ...,
+        base_mean: _builtins.float = ...,
+        base_max: _builtins.float = ...,
+        effect: _builtins.float = ...,
+        bound: _builtins.float = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_max", b"base_max", "base_mean", b"base_mean", "bound", b"bound", "effect", b"effect", "max", b"max", "mean", b"mean", "time", b"time", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProofResult: _TypeAlias = ProofResult  # noqa: Y015
+
+@_typing.final
+class VerifyAdapterRequest(_message.Message):
+    """Asks for the check of one version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """As in GenerateRequest.adapter; not empty."""
+    @_builtins.property
+    def proof(self) -> Global___Proof:
+        """What the trainer saw."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        proof: Global___Proof | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyAdapterRequest: _TypeAlias = VerifyAdapterRequest  # noqa: Y015
+
+@_typing.final
+class VerifyAdapterResponse(_message.Message):
+    """What the check found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULT_FIELD_NUMBER: _builtins.int
+    PASSED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    passed: _builtins.bool
+    """Whether the version is what the trainer saw."""
+    reason: _builtins.str
+    """Why it is not; empty if it is."""
+    @_builtins.property
+    def result(self) -> Global___ProofResult:
+        """The figures."""
+
+    def __init__(
+        self,
+        *,
+        result: Global___ProofResult | None = ...,
+        passed: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["passed", b"passed", "reason", b"reason", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyAdapterResponse: _TypeAlias = VerifyAdapterResponse  # noqa: Y015

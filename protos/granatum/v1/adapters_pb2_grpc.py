@@ -74,6 +74,11 @@ class AdapterServiceStub:
                 request_serializer=granatum_dot_v1_dot_adapters__pb2.SetVisibilityRequest.SerializeToString,
                 response_deserializer=granatum_dot_v1_dot_adapters__pb2.SetVisibilityResponse.FromString,
                 _registered_method=True)
+        self.VerifyAdapter = channel.unary_unary(
+                '/granatum.v1.AdapterService/VerifyAdapter',
+                request_serializer=granatum_dot_v1_dot_adapters__pb2.VerifyAdapterRequest.SerializeToString,
+                response_deserializer=granatum_dot_v1_dot_adapters__pb2.VerifyAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -137,6 +142,14 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def VerifyAdapter(self, request, context):
+        """VerifyAdapter computes a proof's log probabilities on a version, and says how far off they are.
+        A version beyond the bound is no error: the response says so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -174,6 +187,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.SetVisibility,
                     request_deserializer=granatum_dot_v1_dot_adapters__pb2.SetVisibilityRequest.FromString,
                     response_serializer=granatum_dot_v1_dot_adapters__pb2.SetVisibilityResponse.SerializeToString,
+            ),
+            'VerifyAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyAdapter,
+                    request_deserializer=granatum_dot_v1_dot_adapters__pb2.VerifyAdapterRequest.FromString,
+                    response_serializer=granatum_dot_v1_dot_adapters__pb2.VerifyAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -370,6 +388,33 @@ class AdapterService:
             '/granatum.v1.AdapterService/SetVisibility',
             granatum_dot_v1_dot_adapters__pb2.SetVisibilityRequest.SerializeToString,
             granatum_dot_v1_dot_adapters__pb2.SetVisibilityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/granatum.v1.AdapterService/VerifyAdapter',
+            granatum_dot_v1_dot_adapters__pb2.VerifyAdapterRequest.SerializeToString,
+            granatum_dot_v1_dot_adapters__pb2.VerifyAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,10 @@ class AdapterServiceStub:
     """DeleteAlias removes an alias."""
     SetVisibility: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetVisibilityRequest, _adapters_pb2.SetVisibilityResponse]
     """SetVisibility publishes an adapter to every tenant, or makes it private again."""
+    VerifyAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.VerifyAdapterRequest, _adapters_pb2.VerifyAdapterResponse]
+    """VerifyAdapter computes a proof's log probabilities on a version, and says how far off they are.
+    A version beyond the bound is no error: the response says so.
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -87,6 +91,10 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """DeleteAlias removes an alias."""
     SetVisibility: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetVisibilityRequest, _adapters_pb2.SetVisibilityResponse]  # type: ignore[assignment]
     """SetVisibility publishes an adapter to every tenant, or makes it private again."""
+    VerifyAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.VerifyAdapterRequest, _adapters_pb2.VerifyAdapterResponse]  # type: ignore[assignment]
+    """VerifyAdapter computes a proof's log probabilities on a version, and says how far off they are.
+    A version beyond the bound is no error: the response says so.
+    """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """The tenants' LoRA adapters: content-addressed, versioned, private unless published.
@@ -156,5 +164,15 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.SetVisibilityResponse, _abc.Awaitable[_adapters_pb2.SetVisibilityResponse]]:
         """SetVisibility publishes an adapter to every tenant, or makes it private again."""
+
+    @_abc_1.abstractmethod
+    def VerifyAdapter(
+        self,
+        request: _adapters_pb2.VerifyAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.VerifyAdapterResponse, _abc.Awaitable[_adapters_pb2.VerifyAdapterResponse]]:
+        """VerifyAdapter computes a proof's log probabilities on a version, and says how far off they are.
+        A version beyond the bound is no error: the response says so.
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

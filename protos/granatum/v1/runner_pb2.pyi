@@ -131,6 +131,7 @@ class SubmitSequence(_message.Message):
     GENERATED_FIELD_NUMBER: _builtins.int
     TEXT_DELIVERED_FIELD_NUMBER: _builtins.int
     SUSPICION_FIELD_NUMBER: _builtins.int
+    FORCED_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """Chosen by the router, unique in the session."""
     adapter_digest: _builtins.str
@@ -149,6 +150,12 @@ class SubmitSequence(_message.Message):
     def generated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens already generated elsewhere, which the client has or will have."""
 
+    @_builtins.property
+    def forced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The sequence's output, given: each token is computed as usual, then this one is taken in place
+        of the drawn one. Empty: every token is drawn. Beyond the last of them, tokens are drawn.
+        """
+
     def __init__(
         self,
         *,
@@ -158,10 +165,11 @@ class SubmitSequence(_message.Message):
         generated: _abc.Iterable[_builtins.int] | None = ...,
         text_delivered: _builtins.int = ...,
         suspicion: _builtins.int = ...,
+        forced: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "generated", b"generated", "request", b"request", "sequence_id", b"sequence_id", "suspicion", b"suspicion", "text_delivered", b"text_delivered"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "forced", b"forced", "generated", b"generated", "request", b"request", "sequence_id", b"sequence_id", "suspicion", b"suspicion", "text_delivered", b"text_delivered"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Choosing tokens where the most likely one will not do."""
+"""Choosing tokens where the most likely one will not do: drawn ones, and given ones."""
 
 from dataclasses import dataclass
 
@@ -79,6 +79,7 @@ class Sampler:
             self._start_counts(spans)
         _mask_stops(spans, adjusted)
         self._draw(adjusted, step, tokens, sound, penalized=penalized)
+        _force(spans, tokens)
         return _logprobs(spans, logits, tokens)
 
     def forget(self, plan: Plan) -> None:
@@ -121,14 +122,14 @@ class Sampler:
 def _needs_sampler(span: Span) -> bool:
     submit = span.sequence.submit
     greedy = submit.sampling.greedy and not submit.sampling.penalized
-    return not greedy or submit.top_logprobs is not None or _stops_masked(span)
+    wanted = submit.top_logprobs is not None or span.forced is not None
+    return not greedy or wanted or _stops_masked(span)
 
 
 def _stops_masked(span: Span) -> bool:
     """Whether the token it makes must not end it."""
     submit = span.sequence.submit
-    made = span.start + span.rows - len(submit.prompt)
-    return bool(submit.stop_ids) and made < submit.min_tokens
+    return bool(submit.stop_ids) and span.made < submit.min_tokens
 
 
 def _mask_stops(spans: tuple[Span, ...], logits: torch.Tensor) -> None:
@@ -146,6 +147,17 @@ def _mask_stops(spans: tuple[Span, ...], logits: torch.Tensor) -> None:
     if pairs:
         rows, stops = torch.tensor(pairs).to(logits.device, non_blocking=True).unbind(1)
         logits[rows, stops] = -torch.inf
+
+
+def _force(spans: tuple[Span, ...], tokens: torch.Tensor) -> None:
+    """Put given tokens in place of drawn ones.
+
+    The next step is fed from `tokens`, so the host need not know which were drawn.
+    """
+    pairs = [(row, token) for row, s in enumerate(spans) if (token := s.forced) is not None]
+    if pairs:
+        given = torch.tensor(pairs, dtype=tokens.dtype).to(tokens.device, non_blocking=True)
+        tokens[given[:, 0].long()] = given[:, 1]
 
 
 def _logprobs(

@@ -38,6 +38,17 @@ class Span:
     fed: bool
     """Whether the step before sampled its token, so that only the device knows the token yet."""
 
+    @property
+    def made(self) -> int:
+        """Of a span that makes a token: how many tokens the sequence made before."""
+        return self.start + self.rows - len(self.sequence.submit.prompt)
+
+    @property
+    def forced(self) -> int | None:
+        """The token that is taken whatever is drawn; None if the drawn one is."""
+        given = self.sequence.submit.forced
+        return given[self.made] if self.made < len(given) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

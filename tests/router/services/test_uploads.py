@@ -217,7 +217,8 @@ async def test_refused_uploads_are_heard_out_a_few_at_a_time(
 
     monkeypatch.setattr(uploads, "_DISCARD_S", 0.1)
     access._tenant.set("acme")
-    adapters = AdapterServicer(AdapterStore.open("memory://", BASE), none)
+    no_proofs: Any = None
+    adapters = AdapterServicer(AdapterStore.open("memory://", BASE), none, no_proofs)
     context: Any = None
     calls = [adapters.UploadAdapter(sender(), context) for _ in range(3 * uploads.MAX_OF_TENANT)]
     errors = await asyncio.gather(*calls, return_exceptions=True)

@@ -1,7 +1,9 @@
 """The engine on a GPU, in CUDA graphs, against the torch twins on the CPU, in float32."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from granatum.runner.model.arena import Arena, allocate_arena, allocate_table, p
 from granatum.runner.model.decoder import Model
 from granatum.runner.model.weights import Weights, empty_weights, random_weights, targets
 from granatum.runner.pages import PagePool
-from granatum.runner.records import Sampling, Submit
+from granatum.runner.records import Sampling, SequenceNews, Submit
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from random_adapters import RandomAdapters
@@ -111,6 +113,13 @@ def build(device: str, like: Built | None = None) -> Built:
 def run(engine: Engine, submits: list[Submit], gap: int) -> dict[int, list[int]]:
     """Tokens of each; one is submitted every `gap` steps, beside those that run already."""
     tokens: dict[int, list[int]] = {s.sequence_id: [] for s in submits}
+    for news in news_of(engine, submits, gap):
+        tokens[news.sequence_id] += news.tokens
+    return tokens
+
+
+def news_of(engine: Engine, submits: list[Submit], gap: int) -> Iterator[SequenceNews]:
+    """All that is told of the same run."""
     left = list(submits)
     steps = 0
     while left or engine.busy:
@@ -118,10 +127,8 @@ def run(engine: Engine, submits: list[Submit], gap: int) -> dict[int, list[int]]
             engine.submit(left.pop(0))
             if gap:
                 break
-        for news in engine.step():
-            tokens[news.sequence_id] += news.tokens
+        yield from engine.step()
         steps += 1
-    return tokens
 
 
 def crowd(sampled: bool) -> list[Submit]:
@@ -150,6 +157,38 @@ def test_graphs_give_the_tokens_of_the_twins(
     submits = crowd(sampled)
     on_cpu, on_gpu = (run(built.engine, submits, gap) for built in pair)
     assert on_gpu == on_cpu
+
+
+@pytest.mark.parametrize("gap", [0, 3])
+def test_given_tokens_take_the_place_of_drawn_ones(pair: tuple[Built, Built], gap: int) -> None:
+    """Every other sequence is given random tokens; the others draw as if nobody were."""
+    generator = torch.Generator().manual_seed(4)
+    drawn = crowd(sampled=True)
+    given = [
+        replace(
+            submit,
+            sampling=Sampling(),
+            top_logprobs=0,
+            forced=tuple(
+                torch.randint(0, CONFIG.vocab, (submit.max_tokens,), generator=generator).tolist()
+            ),
+        )
+        for submit in drawn[::2]
+    ]
+    scores = []
+    for built in pair:
+        undisturbed = run(built.engine, drawn[1::2], gap)
+        tokens = {submit.sequence_id: list[int]() for submit in drawn}
+        values: list[tuple[int, float]] = []
+        for news in news_of(built.engine, [*given, *drawn[1::2]], gap):
+            tokens[news.sequence_id] += news.tokens
+            values += [(news.sequence_id, entry.chosen) for entry in news.logprobs]
+        assert all(tuple(tokens[s.sequence_id]) == s.forced for s in given)
+        assert all(tokens[id_] == told for id_, told in undisturbed.items())
+        values.sort(key=itemgetter(0))  # stable: a sequence's tokens stay in order
+        scores.append(torch.tensor([value for _, value in values]))
+    assert len(scores[0]) == sum(len(submit.forced) for submit in given)
+    torch.testing.assert_close(scores[1], scores[0], atol=1e-3, rtol=0)
 
 
 def test_alone_and_in_a_crowd(pair: tuple[Built, Built]) -> None:

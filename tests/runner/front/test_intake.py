@@ -235,3 +235,20 @@ async def test_streams_that_come_from_elsewhere_are_prepared_beside_the_loop(
     message = SubmitSequence(request=GenerateRequest(prompt="a"), generated=generated)
     await intake.prepare(1, message, WIDE)
     assert (threads == [threading.main_thread().name]) == (more == 0)
+
+
+async def test_given_tokens_are_those_of_the_model_and_fit_whole(intake: Intake) -> None:
+    request = GenerateRequest(
+        token_ids=TokenIds(ids=[1, 2, 3]), stop=StopConditions(max_tokens=5, ignore_eos=True)
+    )
+    bounds = SequenceBounds(259, 8)
+    message = SubmitSequence(request=request, forced=[4, 258, 5, 6, 7], generated=[4, 258])
+    submit = (await intake.prepare(1, message, bounds)).submit
+    assert submit.forced == (4, 258, 5, 6, 7)
+    assert (submit.max_tokens, submit.stop_ids) == (5, frozenset())
+    for forced, word in (([4, 259], "259"), ([4] * 6, "1 tokens more")):
+        wrong = SubmitSequence(request=request, forced=forced)
+        with pytest.raises(InvalidRequest) as refused:
+            await intake.prepare(1, wrong, bounds)
+        assert refused.value.field == "forced"
+        assert word in refused.value.message
