@@ -22,7 +22,7 @@ from granatum.v1.errors import PreconditionFailed
 _FILE = "tokenizer.json"
 _SETTINGS = "tokenizer_config.json"
 _BESIDE = (_SETTINGS, "special_tokens_map.json", "added_tokens.json")
-_ORIGINS = ("tokenizer.model", "vocab.json")
+_SENTENCEPIECE = "tokenizer.model"
 _POINTER = b"version https://git-lfs"
 _PUBLISHED = "take the file that was published with the model"
 
@@ -68,21 +68,24 @@ def read_tokenizer(directory: Path) -> tuple[Tokenizer, Any]:
 def _fast(file: Path) -> Tokenizer:
     if not file.is_file():
         raise PreconditionFailed(f"{file.parent} holds no {_FILE}: {_remedy(file.parent)}")
-    with file.open("rb") as opened:
-        if opened.read(len(_POINTER)) == _POINTER:
-            raise PreconditionFailed(f"{file} is a pointer of Git LFS: fetch it with git lfs pull")
     try:
-        return without_panic(Tokenizer.from_file)(str(file))
+        with file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise ValueError("it is a pointer of Git LFS, which git lfs pull replaces")
+        fast = without_panic(Tokenizer.from_file)(str(file))
+        without_panic(fast.encode)("")  # a bad post-processor is found by the first text alone
     except Exception as error:  # the library raises nothing more exact
         raise PreconditionFailed(
             f"{file} cannot be read as a tokenizer ({error}): {_PUBLISHED}"
         ) from error
+    return fast
 
 
 def _remedy(directory: Path) -> str:
     """How `directory` gets the tokenizer.json that it lacks."""
-    if not any((directory / name).is_file() for name in _ORIGINS):
+    if not (directory / _SENTENCEPIECE).is_file():
         return _PUBLISHED
+    # transformers 5 reads tokenizer.model otherwise than SentencePiece does.
     return (
         "make one with \"pip install 'transformers<5' sentencepiece protobuf\" and python -c "
         f'"from transformers import AutoTokenizer as A; A.from_pretrained({str(directory)!r})'

@@ -203,12 +203,28 @@ async def test_stream_resumed_with_its_tokens_goes_on_as_it_would_have(
     assert "".join(t.text for t in (*head, *rest.tokens)) == text(whole)
 
 
-@pytest.mark.parametrize("end", ["stop string", "stop token", "end of text", "length"])
+@pytest.mark.parametrize(("string", "expected"), [("</s>", "granite\n"), ("\n</s>", "granite")])
+async def test_stop_string_of_special_tokens_ends_the_stream(
+    session: Session, string: str, expected: str
+) -> None:
+    stop = StopConditions(strings=[string], ignore_eos=True, max_tokens=40)
+    request = GenerateRequest(prompt="granite>", stop=stop, logprobs=LogprobOptions(top=1))
+    output = await session.run(request)
+    assert (text(output), output.finished) == (expected, inference_pb2.FINISH_REASON_STOP)
+    assert bytes(token.id for token in output.tokens[:-1]) == b"granite\n"
+    assert output.tokens[-1].logprob.top[0].text == "</s>"
+
+
+ENDS = ["stop string", "special stop string", "stop token", "end of text", "length"]
+
+
+@pytest.mark.parametrize("end", ENDS)
 async def test_stream_resumed_after_its_last_token_ends_as_it_did(
     session: Session, end: str
 ) -> None:
     stops = {
         "stop string": StopConditions(strings=["\n"]),
+        "special stop string": StopConditions(strings=["</s>"], ignore_eos=True),
         "stop token": StopConditions(token_ids=[ord("n")]),
         "end of text": StopConditions(),
         "length": StopConditions(max_tokens=3),

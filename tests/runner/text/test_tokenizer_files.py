@@ -1,6 +1,7 @@
 """What a model folder's files say of its tokenizer, and what is said of damaged ones."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def test_settings_of_cutting_and_filling_mean_nothing_here(folder: Path) -> None
         (b'{"version": "1.0", "model": {"type": "BPE"', "cannot be read as a tokenizer"),
         (b"\xff\xfe\x00", "cannot be read as a tokenizer"),
         (b"[]", "cannot be read as a tokenizer"),
-        (POINTER, "pointer of Git LFS: fetch it with git lfs pull"),
+        (POINTER, "pointer of Git LFS, which git lfs pull replaces"),
     ],
 )
 def test_damaged_file_is_named(folder: Path, content: bytes, said: str) -> None:
@@ -133,6 +134,26 @@ def test_file_that_is_cut_short_is_named(folder: Path) -> None:
         (folder / "tokenizer.json").write_bytes(whole[:part])
         with pytest.raises(PreconditionFailed, match=r"tokenizer\.json cannot be read"):
             Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+    ],
+)
+def test_file_at_which_the_library_panics_is_named(folder: Path, broken: dict[str, Any]) -> None:
+    change(folder / "tokenizer.json", **broken)
+    with pytest.raises(PreconditionFailed, match=r"tokenizer\.json cannot be read.*panicked"):
+        Tokenizer(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "added_tokens"])
@@ -157,18 +178,23 @@ def test_settings_that_mean_nothing_are_refused(folder: Path, settings: dict[str
         Tokenizer(folder)
 
 
-def test_folder_without_the_file_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [[], ["vocab.json", "merges.txt"]])
+def test_folder_without_the_file_says_so(tmp_path: Path, others: list[str]) -> None:
+    """Vocabulary and merges do not say how texts are split."""
+    for name in others:
+        (tmp_path / name).write_text("{}")
     with pytest.raises(PreconditionFailed, match=r"holds no tokenizer\.json: take the file"):
         Tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("origin", ["tokenizer.model", "vocab.json"])
-def test_folder_with_what_the_file_is_made_of_says_how(tmp_path: Path, origin: str) -> None:
-    (tmp_path / origin).write_bytes(b"{}")
+def test_folder_of_sentencepiece_says_how_to_make_the_file(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(PreconditionFailed, match=r"holds no tokenizer\.json: make one") as refused:
         Tokenizer(tmp_path)
     assert "tiktoken" not in refused.value.message
-    assert f"from_pretrained({str(tmp_path)!r}).save_pretrained" in refused.value.message
+    command = refused.value.message.split("python -c ")[1]
+    compile(shlex.split(command)[0], "", "exec")
+    assert f"from_pretrained({str(tmp_path)!r}).save_pretrained({str(tmp_path)!r})" in command
 
 
 @pytest.mark.parametrize(
