@@ -14,6 +14,7 @@ from granatum.models.config_fields import Fields
 from granatum.models.identity import end_tokens
 from granatum.runner.text.chat_template import ChatTemplate
 from granatum.v1.errors import PreconditionFailed
+from granatum.v1.inference_pb2 import Chat
 
 _PIECE_CHARACTERS = 1 << 14
 """The smallest piece into which a long text is cut to count its tokens."""
@@ -84,15 +85,13 @@ class Tokenizer:
         """
         return self._ids(text, most, special=True)
 
-    def encode_chat(
-        self, messages: Sequence[tuple[str, str]], most: int | None = None
-    ) -> list[int]:
-        """Ids of (role, content) messages in the model's chat template, up to the answer.
+    def encode_chat(self, chat: Chat, most: int | None = None) -> list[int]:
+        """Ids of a conversation in the model's chat template, up to where the model goes on.
 
-        Raises InvalidRequest if the model has no template or the template refuses the messages, and
+        Raises InvalidRequest if the model has no template or the template refuses the chat, and
         TooManyTokens if there are more than `most` ids.
         """
-        return self._ids(self._chat.render(messages), most, special=False)
+        return self._ids(self._chat.render(chat), most, special=False)
 
     @_without_panic
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:

@@ -143,7 +143,9 @@ class SubmitSequence(_message.Message):
     """
     @_builtins.property
     def request(self) -> _inference_pb2.GenerateRequest:
-        """The request, with `sampling.seed` always set; its `adapter` and `request_id` are not used."""
+        """The request, with `sampling.seed` always set; its `adapter` and `request_id` are not used. A
+        prompt that a runner has tokenized comes as token ids.
+        """
 
     @_builtins.property
     def generated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -226,6 +228,7 @@ class SequenceOutput(_message.Message):
     DEPARTED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """The sequence."""
     prompt_tokens: _builtins.int
@@ -246,6 +249,12 @@ class SequenceOutput(_message.Message):
     def cause(self) -> Global___SequenceFailure:
         """With DEPARTURE_LOAD_FAILED: the error for the client if no other runner can load the adapter."""
 
+    @_builtins.property
+    def prompt(self) -> _inference_pb2.TokenIds:
+        """Set with `prompt_tokens` if the request had a text or a chat: the ids that the runner made of
+        it. The next runner gets these ids, so that a template that tells the time is rendered once.
+        """
+
     def __init__(
         self,
         *,
@@ -256,10 +265,11 @@ class SequenceOutput(_message.Message):
         departed: Global___Departure.ValueType = ...,
         failed: Global___SequenceFailure | None = ...,
         cause: Global___SequenceFailure | None = ...,
+        prompt: _inference_pb2.TokenIds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "departed", b"departed", "failed", b"failed", "finished", b"finished", "outcome", b"outcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "departed", b"departed", "failed", b"failed", "finished", b"finished", "outcome", b"outcome", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "departed", b"departed", "failed", b"failed", "finished", b"finished", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "sequence_id", b"sequence_id", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "departed", b"departed", "failed", b"failed", "finished", b"finished", "outcome", b"outcome", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "sequence_id", b"sequence_id", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["finished", "departed", "failed"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015

@@ -7,19 +7,24 @@ import pytest
 from granatum.examples.tokenizer import byte_tokenizer
 from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1.errors import InvalidRequest, PreconditionFailed
+from granatum.v1.inference_pb2 import Chat, ChatMessage
+
+
+def chat(*messages: tuple[str, str]) -> Chat:
+    return Chat(messages=[ChatMessage(role=role, content=said) for role, said in messages])
 
 
 def test_prompt_gets_its_special_tokens_once(byte_level: Tokenizer) -> None:
     bos = byte_level.encode("")
     assert len(bos) == 1
     assert byte_level.encode("hi") == [*bos, *b"hi"]
-    chat = byte_level.encode_chat([("system", "no"), ("user", "hi")])
-    assert chat == [*bos, *b"hi>"]
+    ids = byte_level.encode_chat(chat(("system", "no"), ("user", "hi")))
+    assert ids == [*bos, *b"hi>"]
 
 
 def test_chat_without_template_says_so(merges: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match="no chat template"):
-        merges.encode_chat([("user", "hi")])
+        merges.encode_chat(chat(("user", "hi")))
 
 
 def test_template_that_refuses_is_the_callers_error(tmp_path: Path) -> None:
@@ -27,7 +32,7 @@ def test_template_that_refuses_is_the_callers_error(tmp_path: Path) -> None:
     made.chat_template = "{{ raise_exception('roles must alternate') }}"
     made.save_pretrained(tmp_path)
     with pytest.raises(InvalidRequest, match="roles must alternate"):
-        Tokenizer(tmp_path).encode_chat([("user", "hi")])
+        Tokenizer(tmp_path).encode_chat(chat(("user", "hi")))
 
 
 @pytest.mark.parametrize(
@@ -44,11 +49,12 @@ def test_what_fails_within_a_template_stays_there(tmp_path: Path, template: str)
     made.chat_template = template
     made.save_pretrained(tmp_path)
     with pytest.raises(InvalidRequest) as refused:
-        Tokenizer(tmp_path).encode_chat([("user", "hi")])
+        Tokenizer(tmp_path).encode_chat(chat(("user", "hi")))
     assert refused.value.field == "chat.messages"
     assert refused.value.message == (
         "chat.messages: the model's chat template cannot write them: "
-        "check their roles and their order"
+        "check their roles, their order, and what the template expects of tools, documents and "
+        "template_arguments"
     )
 
 
@@ -57,7 +63,7 @@ def test_template_may_not_make_a_flood(tmp_path: Path) -> None:
     made.chat_template = "{{ messages[0]['content'] * 100 }}"
     made.save_pretrained(tmp_path)
     with pytest.raises(InvalidRequest, match="characters"):
-        Tokenizer(tmp_path).encode_chat([("user", "x" * 1_000_000)])
+        Tokenizer(tmp_path).encode_chat(chat(("user", "x" * 1_000_000)))
 
 
 def test_panic_of_the_library_is_an_ordinary_error(
