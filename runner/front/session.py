@@ -14,7 +14,7 @@ from granatum.runner.front.submission import Prepared
 from granatum.runner.records import Departure, Failure, Finish, SequenceNews, Submit
 from granatum.runner.text.sequence_text import SequenceText
 from granatum.v1.errors import GranatumError, Internal
-from granatum.v1.inference_pb2 import Token
+from granatum.v1.inference_pb2 import Token, TokenIds
 from granatum.v1.runner_pb2 import (
     SequenceOutput,
     SessionRequest,
@@ -62,8 +62,11 @@ class _Running:
     id: int
     """The router's."""
     prompt_tokens: int
+    """0: the router was told."""
     text: SequenceText
     submit: Submit
+    prompt: TokenIds | None
+    """The prompt's ids, until the router was told."""
 
 
 @dataclass(slots=True)
@@ -203,7 +206,9 @@ class RouterSession:
             set_outcome(self._output(sequence_id, (), prompt_tokens), Finish.STOP)
             return
         self._engine.submit(prepared, self)
-        sequence = _Running(sequence_id, prompt_tokens, prepared.text, prepared.submit)
+        sequence = _Running(
+            sequence_id, prompt_tokens, prepared.text, prepared.submit, prepared.prompt
+        )
         self._running[prepared.submit.sequence_id] = sequence
 
     def _cancel(self, sequence_id: int) -> None:
@@ -223,8 +228,8 @@ class RouterSession:
         if sequence.text.stopped:
             self._stop(news, sequence, tokens)
             return
-        output = self._output(sequence.id, tokens, sequence.prompt_tokens)
-        sequence.prompt_tokens = 0  # the router was told
+        output = self._output(sequence.id, tokens, sequence.prompt_tokens, sequence.prompt)
+        sequence.prompt_tokens, sequence.prompt = 0, None
         if news.outcome is not None:
             del self._running[news.sequence_id]
             set_outcome(output, news.outcome, news.cause)
@@ -242,11 +247,15 @@ class RouterSession:
         set_outcome(self._output(sequence_id), Failure.of(error))
 
     def _output(
-        self, sequence_id: int, tokens: Sequence[Token] = (), prompt_tokens: int = 0
+        self,
+        sequence_id: int,
+        tokens: Sequence[Token] = (),
+        prompt_tokens: int = 0,
+        prompt: TokenIds | None = None,
     ) -> SequenceOutput:
         """The sequence's part of the next message, with `tokens` added."""
         self._news.set()
-        return self._outbox.add(sequence_id, tokens, prompt_tokens)
+        return self._outbox.add(sequence_id, tokens, prompt_tokens, prompt)
 
 
 def _log_suspect(sequence: _Running, verdict: Departure | Finish | Failure) -> None:

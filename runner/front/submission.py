@@ -6,9 +6,9 @@ from granatum.runner.records import Ready, Sampling, Submit
 from granatum.runner.text.sequence_text import SequenceText
 from granatum.runner.text.tokenizer import Tokenizer, TooManyTokens
 from granatum.v1.errors import InvalidRequest
-from granatum.v1.inference_pb2 import GenerateRequest, SamplingParams
+from granatum.v1.inference_pb2 import GenerateRequest, SamplingParams, TokenIds
 from granatum.v1.runner_pb2 import SubmitSequence
-from granatum.v1.validation import check, check_ids
+from granatum.v1.validation import MAX_PROMPT_TOKENS, check, check_ids
 
 _DIGEST = "sha256:"
 
@@ -34,6 +34,11 @@ class Prepared:
 
     submit: Submit
     text: SequenceText
+    prompt: TokenIds | None
+    """The ids that were made of a text here, for the router.
+
+    None: the router has them, or they are more than a request may bring.
+    """
 
 
 def prepare(
@@ -64,8 +69,9 @@ def prepare(
         priority=request.priority,
         suspicion=message.suspicion,
     )
-    strings = tuple(stop.strings)
-    return Prepared(submit, SequenceText(tokenizer, submit, strings, message.text_delivered))
+    text = SequenceText(tokenizer, submit, tuple(stop.strings), message.text_delivered)
+    untold = request.WhichOneof("input") != "token_ids" and len(prompt) <= MAX_PROMPT_TOKENS
+    return Prepared(submit, text, TokenIds(ids=prompt) if untold else None)
 
 
 def _prompt(
@@ -98,8 +104,7 @@ def _ids(request: GenerateRequest, tokenizer: Tokenizer, most: int) -> list[int]
         case "prompt":
             return tokenizer.encode(request.prompt, most)
         case "chat":
-            messages = [(message.role, message.content) for message in request.chat.messages]
-            return tokenizer.encode_chat(messages, most)
+            return tokenizer.encode_chat(request.chat, most)
         case _:
             number = len(request.token_ids.ids)
             if number > most:
