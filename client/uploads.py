@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from granatum.client.fields import filled
 from granatum.v1 import adapters_pb2
 from granatum.v1.errors import InvalidRequest
 
@@ -15,7 +16,7 @@ CHUNK_BYTES = 256 << 10
 async def declare(name: str, directory: Path) -> adapters_pb2.UploadHeader:
     """The declaration of the files in `directory`. They are hashed off the event loop."""
     files = [await asyncio.to_thread(_declaration, directory / file) for file in FILES]
-    return adapters_pb2.UploadHeader(name=name, files=files)
+    return filled(adapters_pb2.UploadHeader(files=files), name=name)
 
 
 async def send(
