@@ -39,7 +39,7 @@ COMPUTING = (
 )
 """The rooms that may import torch, and the process that wires them."""
 LATE = {
-    "runner/text/tokenizer.py": {"transformers"},
+    "runner/text/tokenizer_files.py": {"transformers"},
     "runner/text/torchless.py": {"transformers"},
     "runner/engine/child.py": {"torch"},
 }

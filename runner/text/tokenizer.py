@@ -1,41 +1,21 @@
 """The model's own tokenizer: texts and chats to ids, and ids to text."""
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, wraps
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
 
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import AutoTokenizer
 
 from granatum.models.config import CONFIG_FILE
 from granatum.models.config_fields import Fields
 from granatum.models.identity import end_tokens
 from granatum.runner.text.chat_template import ChatTemplate
-from granatum.v1.errors import PreconditionFailed
+from granatum.runner.text.tokenizer_files import read_tokenizer, without_panic
 from granatum.v1.inference_pb2 import Chat
 
 _PIECE_CHARACTERS = 1 << 14
 """The smallest piece into which a long text is cut to count its tokens."""
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
-
-def _without_panic(call: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Turn a panic of the tokenizers library, which is no Exception, into a RuntimeError."""
-
-    @wraps(call)
-    def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        try:
-            return call(*args, **kwargs)
-        except BaseException as error:
-            if type(error).__module__ != "pyo3_runtime":
-                raise
-            raise RuntimeError("the tokenizers library panicked") from error
-
-    return guarded
 
 
 class TooManyTokens(Exception):
@@ -50,27 +30,13 @@ class Tokenizer:
     """A model directory's tokenizer. Safe to use from several threads."""
 
     def __init__(self, directory: Path) -> None:
-        try:
-            loaded: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise PreconditionFailed(
-                f"{directory} holds no tokenizer that can be read ({error}): "
-                "the model's tokenizer.json belongs beside its weights"
-            ) from error
-        backend = getattr(loaded, "backend_tokenizer", None)
-        if not isinstance(backend, FastTokenizer):
-            raise PreconditionFailed(
-                f"{directory} holds a tokenizer without tokenizer.json: convert it to one"
-            )
-        backend.no_truncation()
-        backend.no_padding()
-        self._chat = ChatTemplate(loaded)
-        self._fast = backend
-        self.size: int = backend.get_vocab_size()
+        self._fast, settings = read_tokenizer(directory)
+        self._chat = ChatTemplate(settings)
+        self.size: int = self._fast.get_vocab_size()
         self.special_ids = frozenset(
-            token for token, added in backend.get_added_tokens_decoder().items() if added.special
+            token for token, added in self._fast.get_added_tokens_decoder().items() if added.special
         )
-        self.end_ids = _end_ids(directory, loaded.eos_token_id)
+        self.end_ids = _end_ids(directory, self._fast, settings.eos_token)
         self._anchor: list[int] = self._encoded("a", special=False).ids
         self.token_text = lru_cache(1 << 16)(self._token_text)
 
@@ -93,7 +59,7 @@ class Tokenizer:
         """
         return self._ids(self._chat.render(chat), most, special=False)
 
-    @_without_panic
+    @without_panic
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of `ids`; special tokens are left out unless `special`."""
         text: str = self._fast.decode(ids, skip_special_tokens=not special)
@@ -122,7 +88,7 @@ class Tokenizer:
             if count > 2 * most:
                 raise TooManyTokens(f"over {2 * most}")
 
-    @_without_panic
+    @without_panic
     def _encoded(self, text: str, *, special: bool) -> Encoding:
         """Encode as a batch: the library lets go of the interpreter's lock for batches alone."""
         (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=special)
@@ -135,9 +101,10 @@ class Tokenizer:
         return after[len(before) :]
 
 
-def _end_ids(directory: Path, own: int | None) -> frozenset[int]:
+def _end_ids(directory: Path, fast: FastTokenizer, own: str | None) -> frozenset[int]:
     """The tokens that end a sequence, as tokenizer, model and generation settings name them."""
     file = directory / CONFIG_FILE
     config = Fields.read(file).values if file.is_file() else {}
-    named = (own, *end_tokens(config, directory))
+    ends = fast.token_to_id(own) if own else None
+    named = (ends, *end_tokens(config, directory))
     return frozenset(token for token in named if token is not None)

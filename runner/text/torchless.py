@@ -21,6 +21,9 @@ def import_transformers() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread for each text
     sys.modules["torch"] = None  # type: ignore[assignment]
     try:
-        from transformers import AutoConfig, AutoTokenizer  # noqa: F401 - they ask for torch once
+        from transformers import (  # noqa: F401 - they ask for torch once
+            AutoConfig,
+            PreTrainedTokenizerFast,
+        )
     finally:
         del sys.modules["torch"]

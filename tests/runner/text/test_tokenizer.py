@@ -6,7 +6,7 @@ import pytest
 
 from granatum.examples.tokenizer import byte_tokenizer
 from granatum.runner.text.tokenizer import Tokenizer
-from granatum.v1.errors import InvalidRequest, PreconditionFailed
+from granatum.v1.errors import InvalidRequest
 from granatum.v1.inference_pb2 import Chat, ChatMessage
 
 
@@ -78,11 +78,6 @@ def test_panic_of_the_library_is_an_ordinary_error(
     monkeypatch.setattr(byte_level, "_fast", Panics())
     with pytest.raises(RuntimeError):
         byte_level.decode([1])
-
-
-def test_directory_without_tokenizer_says_so(tmp_path: Path) -> None:
-    with pytest.raises(PreconditionFailed, match="tokenizer"):
-        Tokenizer(tmp_path)
 
 
 def test_end_tokens_of_model_and_generation_settings_count(tmp_path: Path) -> None:
