@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from granatum.adapters_store.catalog.catalog import Catalog, Version, Visibility
 from granatum.adapters_store.catalog.catalog_json import CatalogDamaged
 from granatum.adapters_store.catalog.manifest import Manifest, Page
 from granatum.adapters_store.catalog.tenants import Tenants
+from granatum.adapters_store.chat import check_chat
 from granatum.adapters_store.format.validate import Summary, validate
 from granatum.adapters_store.limits import DEFAULT_LIMITS, FleetLimits, UploadLimits
 from granatum.adapters_store.names import AdapterRef, check_name, shown
@@ -94,14 +95,17 @@ class AdapterStore:
         log.info("adapter uploaded", adapter=manifest.full_name, created=created)
         return manifest, created
 
-    async def _validate(self, tenant: str, files: tuple[Path, Path], fleet: FleetLimits) -> Summary:
+    async def _validate(self, tenant: str, files: Sequence[Path], fleet: FleetLimits) -> Summary:
         """Validate one upload of a tenant at a time, and few in all: validation takes a core."""
         turn = self._turns.setdefault(tenant, asyncio.Lock())
         async with turn, self._validations:
-            return await until_done(validate, *files, self._base, self._limits, fleet)
+            config, weights, *chat = files
+            for file in chat:
+                await until_done(check_chat, file, self._base.folder)
+            return await until_done(validate, config, weights, self._base, self._limits, fleet)
 
     async def _commit(
-        self, tenant: str, header: UploadHeader, summary: Summary, files: tuple[Path, Path]
+        self, tenant: str, header: UploadHeader, summary: Summary, files: Sequence[Path]
     ) -> tuple[Manifest, bool]:
         begun = self._now()
         version = Version(
@@ -113,6 +117,7 @@ class AdapterStore:
             create_time=begun,
             base_fingerprint=self._base.fingerprint,
             elements=summary.elements,
+            chat=header.chat_sha256,
         )
         await self._blobs.put(header.digest, files, epoch_of(begun))
 

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from granatum.client.chat_files import CHAT_FILE, chat_settings
 from granatum.client.fields import filled
 from granatum.v1 import adapters_pb2
 from granatum.v1.errors import InvalidRequest
@@ -16,6 +17,12 @@ CHUNK_BYTES = 256 << 10
 async def declare(name: str, directory: Path) -> adapters_pb2.UploadHeader:
     """The declaration of the files in `directory`. They are hashed off the event loop."""
     files = [await asyncio.to_thread(_declaration, directory / file) for file in FILES]
+    chat = await asyncio.to_thread(chat_settings, directory)
+    if chat is not None:
+        digest = hashlib.sha256(chat).hexdigest()
+        files.append(
+            adapters_pb2.FileDeclaration(name=CHAT_FILE, size_bytes=len(chat), sha256=digest)
+        )
     return filled(adapters_pb2.UploadHeader(files=files), name=name)
 
 
@@ -25,6 +32,10 @@ async def send(
     """The messages of an upload. Files are read off the event loop."""
     yield adapters_pb2.UploadAdapterRequest(header=header)
     for file in header.files:
+        if file.name == CHAT_FILE:
+            chat = await asyncio.to_thread(chat_settings, directory)
+            yield adapters_pb2.UploadAdapterRequest(chunk=chat or b"")
+            continue
         async for chunk in _chunks(directory / file.name):
             yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
 

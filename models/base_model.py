@@ -24,6 +24,8 @@ class BaseModel:
     features: dict[str, tuple[int, int]]
     fingerprint: str
     family: Family = LLAMA
+    folder: Path = Path()
+    """Where its files lie."""
 
     @classmethod
     def from_config(cls, path: Path | str, name: str | None = None) -> "BaseModel":
@@ -42,6 +44,7 @@ class BaseModel:
             features=config.features,
             fingerprint=fingerprint(_shape(config), fields.values, file.parent),
             family=config.family,
+            folder=file.parent,
         )
 
     @property

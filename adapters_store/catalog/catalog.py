@@ -46,6 +46,8 @@ class Version:
     base_fingerprint: str
     elements: int = 0
     """Elements that it takes in a runner's arena; 0: an old upload, without this number."""
+    chat: str = ""
+    """SHA-256 of its chat settings, 64 hexadecimal digits; empty: it has none."""
 
     def is_the_same_as(self, upload: "Version") -> bool:
         """Whether `upload` adds nothing: its bytes and its base model are the same."""

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -80,7 +81,10 @@ def _parts(catalog: Catalog, revision: str) -> Iterator[str]:
     aliases = {alias: [at.name, at.version] for alias, at in catalog.aliases.items()}
     retired = {digest: [gone.at, gone.size_bytes] for digest, gone in catalog.retired.items()}
     yield f'}},"kinds":{_json(list(kinds))},"aliases":{_json(aliases)},'
-    yield f'"retired":{_json(retired)},"floors":{_json(catalog.floors)}'
+    yield f'"retired":{_json(retired)},"floors":{_json(catalog.floors)},'
+    # They stand apart, so that routers before them read the versions.
+    chats = {version.digest: version.chat for _, version in catalog.versions() if version.chat}
+    yield f'"chats":{_json(chats)}'
 
 
 def _rows(adapter: AdapterHistory, kinds: dict[_Kind, int]) -> Iterator[str]:
@@ -110,17 +114,20 @@ def _json(value: object) -> str:
 
 def _catalog(fields: dict[str, Any]) -> Catalog:
     kinds = [(tuple(targets), base) for targets, base in fields["kinds"]]
+    chats = fields.get("chats", {})
     return Catalog(
-        adapters={name: _adapter(row, kinds) for name, row in fields["adapters"].items()},
+        adapters={name: _adapter(row, kinds, chats) for name, row in fields["adapters"].items()},
         aliases={alias: Alias(*at) for alias, at in fields["aliases"].items()},
         retired={digest: Retired(*gone) for digest, gone in fields["retired"].items()},
         floors=fields["floors"],
     )
 
 
-def _adapter(row: list[Any], kinds: list[_Kind]) -> AdapterHistory:
+def _adapter(row: list[Any], kinds: list[_Kind], chats: dict[str, str]) -> AdapterHistory:
     next_version, visibility, emptied, rows = row
     versions = tuple(_version(row, kinds) for row in rows)
+    if chats:
+        versions = tuple(replace(v, chat=chats.get(v.digest, "")) for v in versions)
     return AdapterHistory(next_version, Visibility(visibility), versions, emptied)
 
 

@@ -26,6 +26,8 @@ class AcceptedRequest:
     rank: int = 0
     elements: int = 0
     """Elements of the adapter; 0: not known."""
+    adapter_chat: str = ""
+    """SHA-256 of the adapter's chat settings; empty: it has none."""
 
     @property
     def estimated_tokens(self) -> int:

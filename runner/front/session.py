@@ -8,6 +8,7 @@ from typing import Protocol
 
 import structlog
 
+from granatum.runner.front.adapter_chats import ChatAway
 from granatum.runner.front.outbox import Outbox
 from granatum.runner.front.outcomes import set_outcome
 from granatum.runner.front.submission import Prepared
@@ -43,7 +44,7 @@ class EngineAccess(Protocol):
     """What a session needs of the engine, which has sequence ids of its own."""
 
     async def prepare(self, message: SubmitSequence) -> Prepared:
-        """Tokenize and check; raises GranatumError or EngineAway."""
+        """Tokenize and check; raises GranatumError, EngineAway or ChatAway."""
         ...
 
     def submit(self, prepared: Prepared, session: "RouterSession") -> None:
@@ -193,6 +194,9 @@ class RouterSession:
             self._fail(number, error)
         except EngineAway:
             set_outcome(self._output(number), Departure.REFUSED)
+        except ChatAway as error:
+            cause = Failure.of(error.cause)
+            set_outcome(self._output(number), Departure.LOAD_FAILED, cause)
         except Exception as error:
             log.error("beginning a sequence", sequence=number, exc_info=error)
             self._fail(number, Internal(_OUR_FAULT))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from granatum.adapters_store.chat import ChatSettings
 from granatum.runner.records import Ready, Sampling, Submit
 from granatum.runner.text.sequence_text import SequenceText
 from granatum.runner.text.tokenizer import Tokenizer, TooManyTokens
@@ -11,6 +12,7 @@ from granatum.v1.runner_pb2 import SubmitSequence
 from granatum.v1.validation import MAX_PROMPT_TOKENS, check, check_ids
 
 _DIGEST = "sha256:"
+_NO_OWN = ChatSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +44,27 @@ class Prepared:
 
 
 def prepare(
-    sequence_id: int, message: SubmitSequence, tokenizer: Tokenizer, bounds: SequenceBounds
+    sequence_id: int,
+    message: SubmitSequence,
+    tokenizer: Tokenizer,
+    bounds: SequenceBounds,
+    own: ChatSettings = _NO_OWN,
 ) -> Prepared:
     """Tokenize and check a submission; `sequence_id` is the engine's id for it.
 
-    The time grows with the text. Raises InvalidRequest if this runner cannot serve it.
+    `own` is what the adapter's folder says of chats. The time grows with the text. Raises
+    InvalidRequest if this runner cannot serve it.
     """
     request = message.request
     check(request)
     stop = request.stop
     check_ids(stop.token_ids, "stop.token_ids", bounds.vocabulary)
-    prompt = _prompt(request, tokenizer, bounds)
+    prompt = _prompt(request, tokenizer, bounds, own)
     check_ids(message.generated, "generated", bounds.vocabulary)
     room = bounds.context - len(prompt)
-    ends = frozenset() if stop.ignore_eos else tokenizer.ends_within(bounds.vocabulary)
+    ends: frozenset[int] = frozenset()
+    if not stop.ignore_eos:
+        ends = tokenizer.ends_within(bounds.vocabulary) | tokenizer.ends_of(own)
     submit = Submit(
         sequence_id,
         prompt,
@@ -75,7 +84,7 @@ def prepare(
 
 
 def _prompt(
-    request: GenerateRequest, tokenizer: Tokenizer, bounds: SequenceBounds
+    request: GenerateRequest, tokenizer: Tokenizer, bounds: SequenceBounds, own: ChatSettings
 ) -> tuple[int, ...]:
     """The prompt's ids. A prompt that fills the context is refused; not all its ids are made."""
     most = bounds.context - 1
@@ -83,7 +92,7 @@ def _prompt(
         request.WhichOneof("input") or "", "prompt"
     )
     try:
-        ids = _ids(request, tokenizer, most)
+        ids = _ids(request, tokenizer, most, own)
     except TooManyTokens as error:
         raise _wrong(
             field,
@@ -99,12 +108,12 @@ def _prompt(
     return tuple(ids)
 
 
-def _ids(request: GenerateRequest, tokenizer: Tokenizer, most: int) -> list[int]:
+def _ids(request: GenerateRequest, tokenizer: Tokenizer, most: int, own: ChatSettings) -> list[int]:
     match request.WhichOneof("input"):
         case "prompt":
             return tokenizer.encode(request.prompt, most)
         case "chat":
-            return tokenizer.encode_chat(request.chat, most)
+            return tokenizer.encode_chat(request.chat, most, own)
         case _:
             number = len(request.token_ids.ids)
             if number > most:

@@ -82,7 +82,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def chat(self) -> Global___Chat:
-        """A conversation, rendered by the model's own chat template. At most 4 MiB in all."""
+        """A conversation, rendered by the model's own chat template. Its messages say at most 4 MiB."""
 
     @_builtins.property
     def sampling(self) -> Global___SamplingParams:
@@ -162,7 +162,8 @@ class Chat(_message.Message):
     template_arguments: _builtins.str
     """A JSON object: variables for the template, such as {"enable_thinking": false}. A template
     ignores variables that it does not know. At most 64, with names of 1 to 64 letters, digits and
-    `_`, a letter first. Names that the service or the template language uses are refused.
+    `_`, a letter first. Names that the service or the template language uses are refused, and names
+    that end in `_token`.
     """
     tools: _builtins.str
     """A JSON array of objects: the tools that the model may call, as JSON schemas in the form that

@@ -128,6 +128,7 @@ class SubmitSequence(_message.Message):
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
+    ADAPTER_CHAT_FIELD_NUMBER: _builtins.int
     GENERATED_FIELD_NUMBER: _builtins.int
     TEXT_DELIVERED_FIELD_NUMBER: _builtins.int
     SUSPICION_FIELD_NUMBER: _builtins.int
@@ -135,6 +136,8 @@ class SubmitSequence(_message.Message):
     """Chosen by the router, unique in the session."""
     adapter_digest: _builtins.str
     """`sha256:<digest>` of the adapter; empty for the base model."""
+    adapter_chat: _builtins.str
+    """SHA-256 of the adapter's `chat.json`, 64 hexadecimal digits; empty if it has none."""
     text_delivered: _builtins.int
     """Characters (Unicode code points) of their text that the client already has."""
     suspicion: _builtins.int
@@ -157,13 +160,14 @@ class SubmitSequence(_message.Message):
         sequence_id: _builtins.int = ...,
         adapter_digest: _builtins.str = ...,
         request: _inference_pb2.GenerateRequest | None = ...,
+        adapter_chat: _builtins.str = ...,
         generated: _abc.Iterable[_builtins.int] | None = ...,
         text_delivered: _builtins.int = ...,
         suspicion: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "generated", b"generated", "request", b"request", "sequence_id", b"sequence_id", "suspicion", b"suspicion", "text_delivered", b"text_delivered"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_chat", b"adapter_chat", "adapter_digest", b"adapter_digest", "generated", b"generated", "request", b"request", "sequence_id", b"sequence_id", "suspicion", b"suspicion", "text_delivered", b"text_delivered"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from granatum.runner.front.outbox import MESSAGE_BYTES, PART_BYTES, Outbox
 from granatum.v1.inference_pb2 import FINISH_REASON_STOP, Token, TokenIds
+from granatum.v1.runner_pb2 import SequenceOutput
 from granatum.v1.transport import MAX_MESSAGE_BYTES
 
 
@@ -71,7 +72,7 @@ def test_a_prompt_counts_by_its_bytes_and_goes_out_once() -> None:
     assert outbox.size > 2 * prompt.ByteSize()
     outbox.discard(2)
     outbox.add(3, [Token(id=8)], 500_000, prompt)
-    told = []
+    told: list[SequenceOutput] = []
     while outbox:
         message = outbox.take()
         assert message.ByteSize() < MAX_MESSAGE_BYTES
