@@ -40,6 +40,7 @@ COMPUTING = (
 """The rooms that may import torch, and the process that wires them."""
 LATE = {
     "runner/text/tokenizer_files.py": {"transformers"},
+    "runner/text/templates/server.py": {"transformers"},
     "runner/text/torchless.py": {"transformers"},
     "runner/engine/child.py": {"torch"},
 }
