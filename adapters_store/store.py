@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -20,6 +20,7 @@ from granatum.adapters_store.catalog.catalog import Catalog, Version, Visibility
 from granatum.adapters_store.catalog.catalog_json import CatalogDamaged
 from granatum.adapters_store.catalog.manifest import Manifest, Page
 from granatum.adapters_store.catalog.tenants import Tenants
+from granatum.adapters_store.chat import check_chat
 from granatum.adapters_store.format.validate import Summary, validate
 from granatum.adapters_store.limits import DEFAULT_LIMITS, FleetLimits, UploadLimits
 from granatum.adapters_store.names import AdapterRef, check_name, shown
@@ -105,19 +106,24 @@ class AdapterStore:
         return manifest, created
 
     async def _validate(
-        self, tenant: str, files: tuple[Path, Path], fleet: FleetLimits, asked_for: str
+        self, tenant: str, files: Sequence[Path], fleet: FleetLimits, asked_for: str
     ) -> Summary:
         """Validate one upload of a tenant at a time, and few in all: validation takes a core."""
         turn = self._turns.setdefault(tenant, asyncio.Lock())
         async with turn, self._validations:
-            return await until_done(validate, *files, self._base, self._limits, fleet, asked_for)
+            config, weights, *chat = files
+            for file in chat:
+                await until_done(check_chat, file, self._base.folder)
+            return await until_done(
+                validate, config, weights, self._base, self._limits, fleet, asked_for
+            )
 
     async def _commit(
         self,
         tenant: str,
         header: UploadHeader,
         summary: Summary,
-        files: tuple[Path, Path],
+        files: Sequence[Path],
         prove: Prove | None,
     ) -> tuple[Manifest, bool]:
         begun = self._now()
@@ -131,6 +137,7 @@ class AdapterStore:
             base_fingerprint=self._base.fingerprint,
             elements=summary.elements,
             base_model=summary.base_model,
+            chat=header.chat_sha256,
         )
         await self._blobs.put(header.digest, files, epoch_of(begun))
         if prove is not None:

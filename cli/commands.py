@@ -1,5 +1,6 @@
 """Commands over the public services: generate, adapters, runners."""
 
+import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from granatum.cli.convert import convert_adapter
 from granatum.client.client import Client
 from granatum.client.records import Adapter, ProofResult, RunnerStatus
 from granatum.client.requests import Message, Options, Prompt
-from granatum.v1.errors import PreconditionFailed
+from granatum.v1.errors import InvalidRequest, PreconditionFailed
 
 console = Console(markup=False, width=10_000)
 """A console that cuts and wraps nothing, so that names can be copied from a narrow terminal."""
@@ -55,6 +56,13 @@ async def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Ends the text; repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     system: Annotated[str, typer.Option(help="A system message, with --chat.")] = "",
+    template_arguments: Annotated[
+        str, typer.Option(help='JSON for the template, with --chat: {"enable_thinking": false}.')
+    ] = "",
+    tools: Annotated[
+        Path | None, typer.Option(help="A JSON file of the tools' schemas, with --chat.")
+    ] = None,
+    prefill: Annotated[str, typer.Option(help="How the answer begins, with --chat.")] = "",
     priority: Annotated[
         int, typer.Option(help="Higher goes first; as high as the key allows.")
     ] = 0,
@@ -70,12 +78,16 @@ async def generate(
         stop=stop or (),
         priority=priority,
     )
-    if system and not chat:
-        raise typer.BadParameter("--system takes --chat")
+    if not chat and (system or template_arguments or tools or prefill):
+        raise typer.BadParameter(
+            "--system, --template-arguments, --tools and --prefill take --chat"
+        )
     if seed is not None:
         options["seed"] = seed
     text = sys.stdin.read() if prompt == "-" else prompt
-    generation = client.generate(_conversation(system, text) if chat else text, **options)
+    if chat:
+        options |= _chat_options(template_arguments, tools, prefill)
+    generation = client.generate(_conversation(system, text, prefill) if chat else text, **options)
     async for token in generation:
         sys.stdout.write(token.text)
         sys.stdout.flush()
@@ -89,9 +101,31 @@ async def generate(
         )
 
 
-def _conversation(system: str, text: str) -> Prompt:
+def _conversation(system: str, text: str, prefill: str) -> Prompt:
     opening = [Message("system", system)] if system else []
-    return [*opening, Message("user", text)]
+    answer = [Message("assistant", prefill)] if prefill else []
+    return [*opening, Message("user", text), *answer]
+
+
+def _chat_options(template_arguments: str, tools: Path | None, prefill: str) -> Options:
+    options = Options(continue_final_message=bool(prefill))
+    if template_arguments:
+        options["template_arguments"] = _json(template_arguments, "--template-arguments")
+    if tools is not None:
+        try:
+            options["tools"] = _json(tools.read_text(), "--tools")
+        except OSError as error:
+            raise InvalidRequest(
+                f"--tools: cannot read {tools} ({error.strerror}): give a JSON file"
+            ) from None
+    return options
+
+
+def _json(text: str, option: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f'{option}: no JSON ({error}): quote names with "') from None
 
 
 @adapters.command("upload")

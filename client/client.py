@@ -17,6 +17,7 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
+from granatum.client.fields import filled
 from granatum.client.proofs import read_proof
 from granatum.client.records import (
     Adapter,
@@ -167,7 +168,7 @@ class Client:
 
     async def get(self, adapter: str) -> Adapter:
         """Describe the version that `adapter` names."""
-        request = adapters_pb2.GetAdapterRequest(adapter=adapter)
+        request = filled(adapters_pb2.GetAdapterRequest(), adapter=adapter)
         return Adapter.of((await self._ask(self._adapters.GetAdapter, request)).adapter)
 
     async def list_adapters(self) -> tuple[Adapter, ...]:
@@ -183,17 +184,17 @@ class Client:
 
     async def delete(self, adapter: str) -> int:
         """Delete `name` or `name@version`; return the number of deleted versions."""
-        request = adapters_pb2.DeleteAdapterRequest(adapter=adapter)
+        request = filled(adapters_pb2.DeleteAdapterRequest(), adapter=adapter)
         return (await self._ask(self._adapters.DeleteAdapter, request)).versions_deleted
 
     async def set_alias(self, alias: str, adapter: str) -> Adapter:
         """Point `alias` at a version, atomically."""
-        request = adapters_pb2.SetAliasRequest(alias=alias, adapter=adapter)
+        request = filled(adapters_pb2.SetAliasRequest(), alias=alias, adapter=adapter)
         return Adapter.of((await self._ask(self._adapters.SetAlias, request)).adapter)
 
     async def delete_alias(self, alias: str) -> None:
         """Remove an alias."""
-        request = adapters_pb2.DeleteAliasRequest(alias=alias)
+        request = filled(adapters_pb2.DeleteAliasRequest(), alias=alias)
         await self._ask(self._adapters.DeleteAlias, request)
 
     async def publish(self, name: str) -> None:
@@ -211,18 +212,18 @@ class Client:
 
     async def drain(self, runner: str) -> None:
         """Place nothing more on a runner and move its streams; needs an admin key."""
-        request = cluster_pb2.DrainRunnerRequest(runner_id=runner)
+        request = filled(cluster_pb2.DrainRunnerRequest(), runner_id=runner)
         await self._ask(self._cluster.DrainRunner, request)
 
     async def resume(self, runner: str) -> None:
         """Place on a drained runner again; needs an admin key."""
-        request = cluster_pb2.ResumeRunnerRequest(runner_id=runner)
+        request = filled(cluster_pb2.ResumeRunnerRequest(), runner_id=runner)
         await self._ask(self._cluster.ResumeRunner, request)
 
     async def _set_visibility(
         self, name: str, visibility: adapters_pb2.Visibility.ValueType
     ) -> None:
-        request = adapters_pb2.SetVisibilityRequest(name=name, visibility=visibility)
+        request = filled(adapters_pb2.SetVisibilityRequest(visibility=visibility), name=name)
         await self._ask(self._adapters.SetVisibility, request)
 
     async def _ask(

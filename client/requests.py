@@ -1,19 +1,29 @@
 """A request to generate, from Python values to the wire."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
+from granatum.client.fields import extend, put, put_json
 from granatum.v1 import inference_pb2
 from granatum.v1.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a conversation: `system`, `user` or `assistant`, and what they say."""
+    """One message of a conversation: `system`, `user`, `assistant` or `tool`, and what they say."""
 
     role: str
-    content: str
+    content: str | None = None
+    """None beside `tool_calls`: the message says nothing. Otherwise None means empty."""
+    tool_calls: Sequence[Mapping[str, Any]] | None = None
+    """The calls that the assistant made, in the form that the model's template expects."""
+    tool_call_id: str = ""
+    """Of a tool's answer: the call that it answers."""
+    name: str = ""
+    """The name of the tool or the speaker."""
+    reasoning_content: str = ""
+    """What the assistant thought before it spoke."""
 
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -21,7 +31,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 
 class Options(TypedDict, total=False):
-    """The options of a request. The service has a default for each that is left out."""
+    """The options of a request. The service has a default for each that is left out or None."""
 
     adapter: str
     """`name`, `name@version`, an alias, `sha256:...` or `tenant/name`; absent: the base model."""
@@ -30,7 +40,7 @@ class Options(TypedDict, total=False):
     priority: int
     max_tokens: int
     min_tokens: int
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     temperature: float
@@ -44,69 +54,105 @@ class Options(TypedDict, total=False):
     seed: int
     logprobs: int
     """How many alternatives to list beside each chosen token; absent: no log probabilities."""
+    template_arguments: Mapping[str, Any]
+    """Of a conversation: variables for the model's template, such as {"enable_thinking": False}."""
+    tools: Sequence[Mapping[str, Any]]
+    """Of a conversation: the tools that the model may call, as JSON schemas."""
+    documents: Sequence[Mapping[str, Any]]
+    """Of a conversation: texts for templates that answer from documents."""
+    continue_final_message: bool
+    """Of a conversation: go on with the last message in place of an answer to it."""
+    add_generation_prompt: bool
+    """Of a conversation: begin the answer; absent: yes, unless the last message is continued."""
     timeout: float
     """Seconds; absent: the client's own."""
+
+
+_FIELDS = {
+    "adapter": "adapter",
+    "request_id": "request_id",
+    "priority": "priority",
+    "max_tokens": "stop.max_tokens",
+    "min_tokens": "stop.min_tokens",
+    "ignore_eos": "stop.ignore_eos",
+    "temperature": "sampling.temperature",
+    "top_p": "sampling.top_p",
+    "top_k": "sampling.top_k",
+    "min_p": "sampling.min_p",
+    "repetition_penalty": "sampling.repetition_penalty",
+    "presence_penalty": "sampling.presence_penalty",
+    "frequency_penalty": "sampling.frequency_penalty",
+    "seed": "sampling.seed",
+    "logprobs": "logprobs.top",
+    "continue_final_message": "chat.continue_final_message",
+    "add_generation_prompt": "chat.add_generation_prompt",
+}
+_LISTS = {"stop": "stop.strings", "stop_token_ids": "stop.token_ids"}
+_JSON = {name: f"chat.{name}" for name in ("template_arguments", "tools", "documents")}
+_LOCAL = {"timeout"}
 
 
 def generate_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
     """The message of one request.
 
-    Raises TypeError for an option that does not exist, and InvalidRequest for a value that no
-    message can carry.
+    Raises TypeError for an option that does not exist, and InvalidRequest, which names the field,
+    for a value that no message can carry.
     """
     if unknown := set(options) - Options.__optional_keys__:
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
-    try:
-        return _message(prompt, options)
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(f"a text of the request is not Unicode ({error.reason})") from None
-    except ValueError as error:  # protobuf's own error names the value, not the field
-        raise InvalidRequest(f"a number of the request cannot be sent: {error}") from None
-
-
-def _message(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
-    request = inference_pb2.GenerateRequest(
-        adapter=options.get("adapter", ""),
-        request_id=options.get("request_id", ""),
-        priority=options.get("priority", 0),
-        sampling=_sampling(options),
-        stop=_stop(options),
-    )
-    if "logprobs" in options:
-        request.logprobs.CopyFrom(inference_pb2.LogprobOptions(top=options["logprobs"]))
+    request = inference_pb2.GenerateRequest()
     _set_input(request, prompt)
+    for name, value in options.items():
+        if value is not None and name not in _LOCAL:
+            _set_option(request, name, value)
     return request
 
 
-def _sampling(options: Options) -> inference_pb2.SamplingParams:
-    return inference_pb2.SamplingParams(
-        temperature=options.get("temperature"),
-        top_p=options.get("top_p"),
-        top_k=options.get("top_k"),
-        min_p=options.get("min_p"),
-        repetition_penalty=options.get("repetition_penalty"),
-        presence_penalty=options.get("presence_penalty"),
-        frequency_penalty=options.get("frequency_penalty"),
-        seed=options.get("seed"),
-    )
-
-
-def _stop(options: Options) -> inference_pb2.StopConditions:
-    return inference_pb2.StopConditions(
-        max_tokens=options.get("max_tokens"),
-        min_tokens=options.get("min_tokens", 0),
-        strings=options.get("stop", ()),
-        token_ids=options.get("stop_token_ids", ()),
-        ignore_eos=options.get("ignore_eos", False),
-    )
+def _set_option(request: inference_pb2.GenerateRequest, name: str, value: Any) -> None:
+    path = _FIELDS.get(name) or _LISTS.get(name) or _JSON[name]
+    if path.startswith("chat.") and not request.HasField("chat"):
+        raise InvalidRequest(f"{path}: takes a conversation: give a list of Message", field=path)
+    if name in _LISTS:
+        extend(request, path, [value] if isinstance(value, str) else value)
+    else:
+        (put_json if name in _JSON else put)(request, path, value)
 
 
 def _set_input(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
-        request.prompt = prompt
+        put(request, "prompt", prompt)
         return
-    for part in prompt:
-        if isinstance(part, Message):
-            request.chat.messages.add(role=part.role, content=part.content)
-        else:
-            request.token_ids.ids.append(part)
+    parts = [] if isinstance(prompt, bytes | bytearray) else _parts(prompt)
+    kinds = {isinstance(part, Message) for part in parts}
+    if len(kinds) != 1:
+        raise InvalidRequest(
+            "prompt: give text (a str), or a list of token ids, or a list of Message; not an empty "
+            "list, not bytes, and not a mixture",
+            field="prompt",
+        )
+    if kinds == {False}:
+        extend(request, "token_ids.ids", parts)
+        return
+    for i, message in enumerate(parts):
+        _add_message(request, message, i)
+
+
+def _parts(prompt: Any) -> list[Any]:
+    try:
+        return list(prompt)
+    except TypeError:
+        return []
+
+
+def _add_message(request: inference_pb2.GenerateRequest, message: Message, index: int) -> None:
+    place = request.chat.messages.add()
+    try:
+        for name in ("role", "content", "tool_call_id", "name", "reasoning_content"):
+            if (value := getattr(message, name)) is not None:
+                put(place, name, value)
+        if message.tool_calls is not None:
+            put_json(place, "tool_calls", message.tool_calls)
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f"chat.messages[{index}].{error.message}", field=f"chat.messages[{index}].{error.field}"
+        ) from None

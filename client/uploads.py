@@ -5,6 +5,8 @@ import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from granatum.client.chat_files import CHAT_FILE, chat_settings
+from granatum.client.fields import filled
 from granatum.client.folder import CONFIG, WEIGHTS, check_folder
 from granatum.v1 import adapters_pb2
 from granatum.v1.errors import InvalidRequest
@@ -20,7 +22,13 @@ async def declare(name: str, directory: Path, for_base: str) -> adapters_pb2.Upl
     """
     await asyncio.to_thread(check_folder, directory)
     files = [await asyncio.to_thread(_declaration, directory / file) for file in FILES]
-    return adapters_pb2.UploadHeader(name=name, files=files, base_model=for_base)
+    chat = await asyncio.to_thread(chat_settings, directory)
+    if chat is not None:
+        digest = hashlib.sha256(chat).hexdigest()
+        files.append(
+            adapters_pb2.FileDeclaration(name=CHAT_FILE, size_bytes=len(chat), sha256=digest)
+        )
+    return filled(adapters_pb2.UploadHeader(files=files), name=name, base_model=for_base)
 
 
 async def send(
@@ -29,6 +37,10 @@ async def send(
     """The messages of an upload. Files are read off the event loop."""
     yield adapters_pb2.UploadAdapterRequest(header=header)
     for file in header.files:
+        if file.name == CHAT_FILE:
+            chat = await asyncio.to_thread(chat_settings, directory)
+            yield adapters_pb2.UploadAdapterRequest(chunk=chat or b"")
+            continue
         async for chunk in _chunks(directory / file.name):
             yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
 

@@ -26,6 +26,8 @@ class BaseModel:
     family: Family = LLAMA
     origin: str = ""
     """What config.json says that the model was loaded from, at times on another machine."""
+    folder: Path = Path()
+    """Where its files lie."""
 
     @classmethod
     def from_config(cls, path: Path | str, name: str | None = None) -> "BaseModel":
@@ -45,6 +47,7 @@ class BaseModel:
             fingerprint=fingerprint(_shape(config), fields.values, file.parent),
             family=config.family,
             origin=origin if isinstance(origin := fields.values.get("_name_or_path"), str) else "",
+            folder=file.parent,
         )
 
     @property

@@ -8,9 +8,12 @@ from typing import Self
 import grpc
 import structlog
 
+from granatum.adapters_store.blobs.blobs import Blobs
+from granatum.adapters_store.objects.location import open_objects
 from granatum.models.base_model import BaseModel
 from granatum.models.config import read_config
 from granatum.runner.engine.child import EngineChild
+from granatum.runner.front.adapter_chats import AdapterChats
 from granatum.runner.front.engine_keeper import EngineKeeper
 from granatum.runner.front.front import Front
 from granatum.runner.front.health import SERVICE, EngineHealth
@@ -50,7 +53,8 @@ class RunnerApp:
 
     async def __aenter__(self) -> Self:
         tokenizer = Tokenizer(self._settings.model)
-        self._front = Front(await self._child.connect(), tokenizer, self._vocabulary)
+        chats = AdapterChats(Blobs(open_objects(self._settings.store)))
+        self._front = Front(await self._child.connect(), tokenizer, self._vocabulary, chats)
         self._keeper = EngineKeeper(self._front, self._child, lambda: EngineChild(self._settings))
         self._health = EngineHealth(lambda: self._front.serving)
         self._server = self._build_server()

@@ -41,6 +41,7 @@ COMPUTING = (
 LATE = {
     "cli/convert.py": {"torch"},
     "runner/text/tokenizer_files.py": {"transformers"},
+    "runner/text/templates/server.py": {"transformers"},
     "runner/text/torchless.py": {"transformers"},
     "runner/engine/child.py": {"torch"},
 }

@@ -2,6 +2,7 @@
 
     blobs/<digest>/<epoch>/adapter_config.json
     blobs/<digest>/<epoch>/adapter_model.safetensors
+    blobs/<digest>/<epoch>/chat.json                    if the adapter brings one
 
 The epoch is the hour in which the bytes were stored. An upload refers only to bytes stored in the
 upload's own hour: bytes of an earlier hour are stored again. Garbage collection deletes only bytes
@@ -21,6 +22,7 @@ import structlog
 
 from granatum.adapters_store.blobs.incoming import FILES, adapter_digest
 from granatum.adapters_store.blobs.strays import Strays, epoch_in
+from granatum.adapters_store.chat import CHAT_FILE, MAX_CHAT_BYTES
 from granatum.adapters_store.format.modules import CONFIG_FILE
 from granatum.adapters_store.format.safetensors_file import WEIGHTS_FILE
 from granatum.adapters_store.names import check_digest, is_digest
@@ -64,7 +66,7 @@ class Blob:
     @property
     def is_complete(self) -> bool:
         """Whether every file is there."""
-        return self.files.keys() == set(FILES)
+        return self.files.keys() >= set(FILES)
 
 
 class Blobs:
@@ -108,6 +110,18 @@ class Blobs:
             await self._fetch_into(digest, directory, target)
         return AdapterFiles(target / CONFIG_FILE, target / WEIGHTS_FILE)
 
+    async def read_chat(self, digest: str, sha256: str) -> bytes:
+        """An adapter's `chat.json`, whose SHA-256 is given. Raises as `fetch`."""
+        stored = [blob.files.get(CHAT_FILE) for blob in await self.listing(check_digest(digest))]
+        for listed in stored:
+            if listed is not None and listed.size <= MAX_CHAT_BYTES:
+                data = await self._objects.read_range(listed.key, 0, listed.size)
+                if data is not None and hashlib.sha256(data).hexdigest() == sha256:
+                    return data
+        if any(stored):
+            raise _damaged(digest)
+        raise _missing(digest)
+
     async def _fetch_into(self, digest: str, directory: Path, target: Path) -> None:
         blobs = [blob for blob in await self.listing(digest) if blob.is_complete]
         for blob in blobs:
@@ -121,11 +135,8 @@ class Blobs:
                 shutil.rmtree(partial, ignore_errors=True)
             log.error("stored adapter is damaged", digest=digest, epoch=blob.epoch)
         if blobs:
-            raise Unavailable(
-                f"the stored bytes of adapter sha256:{digest} are damaged: upload it again",
-                reason="ADAPTER_CORRUPTED",
-            )
-        raise NotFound(f"the store has no adapter sha256:{digest}: upload it again")
+            raise _damaged(digest)
+        raise _missing(digest)
 
     async def _download(self, blob: Blob, directory: Path) -> bool:
         """Whether the bytes that came are those of the digest."""
@@ -136,7 +147,8 @@ class Blobs:
                 async for data in self._read(listed):
                     await asyncio.to_thread(_append, sink, sha256, data)
             sums[name] = sha256.digest()
-        return adapter_digest(sums[CONFIG_FILE], sums[WEIGHTS_FILE]) == blob.digest
+        chat = sums.get(CHAT_FILE, b"")
+        return adapter_digest(sums[CONFIG_FILE], sums[WEIGHTS_FILE], chat) == blob.digest
 
     async def _read(self, listed: Listed) -> AsyncIterator[bytes]:
         """An object's bytes in order. A few ranges are read ahead, each by a request of its own."""
@@ -150,10 +162,21 @@ class Blobs:
                 yield data or b""
 
 
+def _damaged(digest: str) -> Unavailable:
+    return Unavailable(
+        f"the stored bytes of adapter sha256:{digest} are damaged: upload it again",
+        reason="ADAPTER_CORRUPTED",
+    )
+
+
+def _missing(digest: str) -> NotFound:
+    return NotFound(f"the store has no adapter sha256:{digest}: upload it again")
+
+
 def _place(key: str) -> tuple[str, int, str] | None:
     """Digest, epoch and file name of a blob's object; None if the key is no blob's."""
     parts = key.split("/")
-    if len(parts) != 4 or not is_digest(parts[1]) or parts[3] not in FILES:
+    if len(parts) != 4 or not is_digest(parts[1]) or parts[3] not in (*FILES, CHAT_FILE):
         return None
     epoch = epoch_in(parts[2])
     return None if epoch is None else (parts[1], epoch, parts[3])

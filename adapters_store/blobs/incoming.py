@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from granatum.adapters_store.chat import CHAT_FILE, MAX_CHAT_BYTES
 from granatum.adapters_store.format.modules import CONFIG_FILE
 from granatum.adapters_store.format.safetensors_file import WEIGHTS_FILE
 from granatum.adapters_store.limits import UploadLimits
@@ -15,7 +16,7 @@ from granatum.adapters_store.threads import until_done
 from granatum.v1.errors import InvalidAdapter, Unavailable
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
-"""The files of an adapter, in the order of their bytes."""
+"""The files of an adapter, in the order of their bytes. CHAT_FILE may follow."""
 _PICKLE = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)")
 
 
@@ -40,18 +41,18 @@ class UploadHeader:
     def check(self, limits: UploadLimits) -> None:
         """Raise InvalidRequest or InvalidAdapter unless an adapter within `limits` is declared."""
         check_name(self.name, field="header.name")
-        for file in self.files[: len(FILES) + 1]:
+        for file in self.files[: len(FILES) + 2]:
             _check_file_name(file.name)
         names = tuple(file.name for file in self.files)
-        if names != FILES:
+        if names not in (FILES, (*FILES, CHAT_FILE)):
             many = len(names) > 2 * len(FILES)
             listed = f"{len(names):,} files" if many else ", ".join(names) or "no files"
             raise _undeclared(
                 f"the upload declares {listed}: declare {' and '.join(FILES)}, each once, in this "
-                "order"
+                f"order, and after them {CHAT_FILE} if there is one"
             )
-        maxima = (limits.max_config_bytes, limits.max_bytes)
-        for file, maximum in zip(self.files, maxima, strict=True):
+        maxima = (limits.max_config_bytes, limits.max_bytes, MAX_CHAT_BYTES)
+        for file, maximum in zip(self.files, maxima, strict=False):
             _check_declaration(file, maximum)
 
     @property
@@ -60,20 +61,25 @@ class UploadHeader:
         return adapter_digest(*(bytes.fromhex(file.sha256) for file in self.files))
 
     @property
+    def chat_sha256(self) -> str:
+        """SHA-256 of the chat settings; empty if there are none."""
+        return self.files[-1].sha256 if len(self.files) > len(FILES) else ""
+
+    @property
     def size_bytes(self) -> int:
         """The bytes of all files together."""
         return sum(file.size_bytes for file in self.files)
 
 
-def adapter_digest(config_sha256: bytes, weights_sha256: bytes) -> str:
+def adapter_digest(config_sha256: bytes, weights_sha256: bytes, chat_sha256: bytes = b"") -> str:
     """An adapter's identity, 64 hexadecimal digits, from its files' digests (32 bytes each)."""
-    return hashlib.sha256(config_sha256 + weights_sha256).hexdigest()
+    return hashlib.sha256(config_sha256 + weights_sha256 + chat_sha256).hexdigest()
 
 
 async def receive(
     header: UploadHeader, chunks: AsyncIterator[bytes], directory: Path
-) -> tuple[Path, Path]:
-    """Write the declared files into `directory`; return the configuration's and weights' paths.
+) -> tuple[Path, ...]:
+    """Write the declared files into `directory`; return their paths, in the declared order.
 
     Raises InvalidAdapter as soon as sizes or digests are not as declared.
     """
@@ -82,7 +88,7 @@ async def receive(
             # A cancelled upload must not leave a thread behind that still writes files.
             await until_done(receiver.write, chunk)
         receiver.finish()
-    return directory / CONFIG_FILE, directory / WEIGHTS_FILE
+    return tuple(directory / file.name for file in header.files)
 
 
 class _Receiver:
@@ -159,7 +165,7 @@ def _undeclared(text: str) -> InvalidAdapter:
 
 
 def _check_file_name(name: str) -> None:
-    if name in FILES:
+    if name in (*FILES, CHAT_FILE):
         return
     if "/" in name or "\\" in name or ".." in name:
         raise _undeclared(f"file {shown(name)}: a file's name must not be a path")

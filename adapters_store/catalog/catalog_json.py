@@ -86,7 +86,9 @@ def _parts(catalog: Catalog, revision: str) -> Iterator[str]:
     yield f'}},"kinds":{_json([kind[:2] for kind in kinds])},'
     yield f'"base_models":{_json([kind[2] for kind in kinds])},"aliases":{_json(aliases)},'
     yield f'"retired":{_json(retired)},"floors":{_json(catalog.floors)}'
-    yield f',"proofs":{_json(_proofs(catalog))}'
+    # These too stand apart, so that routers before them read the versions.
+    chats = {version.digest: version.chat for _, version in catalog.versions() if version.chat}
+    yield f',"proofs":{_json(_proofs(catalog))},"chats":{_json(chats)}'
 
 
 def _rows(adapter: AdapterHistory, kinds: dict[_Kind, int]) -> Iterator[str]:
@@ -131,9 +133,11 @@ def _catalog(fields: dict[str, Any]) -> Catalog:
         for (targets, base), name in zip(fields["kinds"], names, strict=True)
     ]
     proofs = {at: ProofResult(**proof) for at, proof in fields.get("proofs", {}).items()}
+    chats = fields.get("chats", {})
     return Catalog(
         adapters={
-            name: _adapter(row, kinds, name, proofs) for name, row in fields["adapters"].items()
+            name: _adapter(row, kinds, name, proofs, chats)
+            for name, row in fields["adapters"].items()
         },
         aliases={alias: Alias(*at) for alias, at in fields["aliases"].items()},
         retired={digest: Retired(*gone) for digest, gone in fields["retired"].items()},
@@ -142,13 +146,19 @@ def _catalog(fields: dict[str, Any]) -> Catalog:
 
 
 def _adapter(
-    row: list[Any], kinds: list[_Kind], name: str, proofs: dict[str, ProofResult]
+    row: list[Any],
+    kinds: list[_Kind],
+    name: str,
+    proofs: dict[str, ProofResult],
+    chats: dict[str, str],
 ) -> AdapterHistory:
     next_version, visibility, emptied, rows = row
     versions = tuple(_version(row, kinds) for row in rows)
-    if proofs:
-        found = ((version, proofs.get(f"{name}@{version.version}")) for version in versions)
-        versions = tuple(v if proof is None else replace(v, proof=proof) for v, proof in found)
+    if proofs or chats:
+        versions = tuple(
+            replace(v, proof=proofs.get(f"{name}@{v.version}"), chat=chats.get(v.digest, ""))
+            for v in versions
+        )
     return AdapterHistory(next_version, Visibility(visibility), versions, emptied)
 
 

@@ -46,6 +46,7 @@ class Progress:
             self.placed = now
         return SubmitSequence(
             adapter_digest=self.request.adapter_digest,
+            adapter_chat=self.request.adapter_chat,
             request=self.request.message,
             generated=self.tokens,
             text_delivered=self.characters,

@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from granatum.v1.inference_pb2 import TokenIds
 from granatum.v1.runner_pb2 import SequenceOutput
 
 MESSAGE_BYTES = 16 << 10
@@ -50,6 +51,8 @@ class RemoteSequence:
         self._waiter: asyncio.Future[None] | None = None
         self._waiting_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self.prompt: TokenIds | None = None
+        """The ids that the runner made of the prompt's text, once it has told them."""
 
     async def receive(self, within_s: float) -> list[SequenceOutput]:
         """The news since the last call: at least one, and about MESSAGE_BYTES at most.
@@ -74,6 +77,9 @@ class RemoteSequence:
 
     def deliver(self, output: SequenceOutput, *, over: bool) -> None:
         """Add news. With `over` they are the last."""
+        if output.HasField("prompt"):  # not for the client, so nothing that it has not read
+            self.prompt = TokenIds(ids=output.prompt.ids)
+            output.ClearField("prompt")
         size = output.ByteSize()
         if size <= MESSAGE_BYTES:
             self._pile(output, size)

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 
 from granatum.v1.errors import InvalidRequest
-from granatum.v1.inference_pb2 import GenerateRequest
+from granatum.v1.inference_pb2 import GenerateRequest, TokenIds
 
 _BYTES_PER_TOKEN = 3
 """A low guess for text, which only the runner can tokenize: rather too many tokens are reserved."""
@@ -28,6 +28,8 @@ class AcceptedRequest:
     """Elements of the adapter; 0: not known."""
     forced: tuple[int, ...] = ()
     """Tokens of the output that are given; empty for whatever clients ask."""
+    adapter_chat: str = ""
+    """SHA-256 of the adapter's chat settings; empty: it has none."""
 
     @property
     def estimated_tokens(self) -> int:
@@ -38,8 +40,16 @@ class AcceptedRequest:
             case "prompt":
                 size = len(self.message.prompt.encode())
             case _:
-                size = sum(len(m.content.encode()) for m in self.message.chat.messages)
+                size = self.message.chat.ByteSize()
         return 1 + size // _BYTES_PER_TOKEN
+
+    def fix_prompt(self, prompt: TokenIds) -> None:
+        """Put the ids that a runner made of the prompt in the prompt's place.
+
+        The next runner must not render the chat template again: a template that tells the time
+        would make another prompt.
+        """
+        self.message.token_ids.CopyFrom(prompt)
 
 
 def prepare(message: GenerateRequest, tenant: str, request_id: str) -> None:

@@ -162,6 +162,9 @@ class Stream:
             while not over:
                 news = await self._receive(sequence, runner_id)
                 over = news[-1].WhichOneof("outcome") is not None
+                if sequence.prompt is not None:
+                    self._request.fix_prompt(sequence.prompt)
+                    sequence.prompt = None
                 response = self._progress.absorb(news, runner_id, self._clock())
                 if response.tokens:
                     self._setbacks.progressed()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from granatum.runner.channel import AsyncChannel, ChannelClosed
+from granatum.runner.front.adapter_chats import AdapterChats
 from granatum.runner.front.intake import Intake
 from granatum.runner.front.session import EngineAway, RouterSession
 from granatum.runner.front.submission import Prepared, SequenceBounds
@@ -40,10 +41,14 @@ class Front:
     """
 
     def __init__(
-        self, channel: AsyncChannel[Command, Report], tokenizer: Tokenizer, vocabulary: int
+        self,
+        channel: AsyncChannel[Command, Report],
+        tokenizer: Tokenizer,
+        vocabulary: int,
+        chats: AdapterChats | None = None,
     ) -> None:
         self._channel = channel
-        self._intake = Intake(tokenizer, vocabulary)
+        self._intake = Intake(tokenizer, vocabulary, chats)
         self._sessions: dict[int, RouterSession] = {}  # by the engine's sequence id
         self._open: set[RouterSession] = set()
         self._last_id = 0

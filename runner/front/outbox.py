@@ -4,7 +4,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from granatum.v1.inference_pb2 import Token
+from granatum.v1.inference_pb2 import Token, TokenIds
 from granatum.v1.runner_pb2 import SequenceOutput, SessionResponse
 
 PART_BYTES = 256 << 10
@@ -17,7 +17,7 @@ _TOKEN_BYTES = 64
 
 @dataclass(slots=True)
 class _Part:
-    """An output of one sequence; `size` is about how many bytes its tokens take."""
+    """An output of one sequence; `size` is about how many bytes its tokens and prompt take."""
 
     output: SequenceOutput
     size: int = 0
@@ -35,18 +35,28 @@ class Outbox:
     def __bool__(self) -> bool:
         return bool(self._full or self._last)
 
-    def add(self, sequence_id: int, tokens: Iterable[Token], prompt_tokens: int) -> SequenceOutput:
-        """Add a sequence's tokens. Returns the output of the last one, for the caller's outcome."""
+    def add(
+        self,
+        sequence_id: int,
+        tokens: Iterable[Token],
+        prompt_tokens: int,
+        prompt: TokenIds | None = None,
+    ) -> SequenceOutput:
+        """Add a sequence's tokens, and its prompt if the router lacks it.
+
+        Returns the output of the last token, for the caller's outcome.
+        """
         part = self._last.get(sequence_id) or self._begin(sequence_id)
         part.output.prompt_tokens = part.output.prompt_tokens or prompt_tokens
+        if prompt is not None:
+            part.output.prompt.CopyFrom(prompt)
+            self._grow(part, prompt.ByteSize())
         for token in tokens:
             if part.size >= PART_BYTES:
                 self._full.append(self._last.pop(sequence_id))
                 part = self._begin(sequence_id)
-            size = token.ByteSize() + _TOKEN_BYTES
             part.output.tokens.append(token)
-            part.size += size
-            self.size += size
+            self._grow(part, token.ByteSize() + _TOKEN_BYTES)
         return part.output
 
     def take(self) -> SessionResponse:
@@ -65,6 +75,10 @@ class Outbox:
         gone = [part for part in self._full if part.output.sequence_id == sequence_id]
         self._full = deque(part for part in self._full if part.output.sequence_id != sequence_id)
         self.size -= sum(part.size for part in (gone if last is None else [*gone, last]))
+
+    def _grow(self, part: _Part, size: int) -> None:
+        part.size += size
+        self.size += size
 
     def _begin(self, sequence_id: int) -> _Part:
         part = self._last[sequence_id] = _Part(SequenceOutput(sequence_id=sequence_id))

@@ -8,13 +8,14 @@ from typing import Protocol
 
 import structlog
 
+from granatum.runner.front.adapter_chats import ChatAway
 from granatum.runner.front.outbox import Outbox
 from granatum.runner.front.outcomes import set_outcome
 from granatum.runner.front.submission import Prepared
 from granatum.runner.records import Departure, Failure, Finish, SequenceNews, Submit
 from granatum.runner.text.sequence_text import SequenceText
 from granatum.v1.errors import GranatumError, Internal
-from granatum.v1.inference_pb2 import Token
+from granatum.v1.inference_pb2 import Token, TokenIds
 from granatum.v1.runner_pb2 import (
     SequenceOutput,
     SessionRequest,
@@ -43,7 +44,7 @@ class EngineAccess(Protocol):
     """What a session needs of the engine, which has sequence ids of its own."""
 
     async def prepare(self, message: SubmitSequence) -> Prepared:
-        """Tokenize and check; raises GranatumError or EngineAway."""
+        """Tokenize and check; raises GranatumError, EngineAway or ChatAway."""
         ...
 
     def submit(self, prepared: Prepared, session: "RouterSession") -> None:
@@ -62,8 +63,11 @@ class _Running:
     id: int
     """The router's."""
     prompt_tokens: int
+    """0: the router was told."""
     text: SequenceText
     submit: Submit
+    prompt: TokenIds | None
+    """The prompt's ids, until the router was told."""
 
 
 @dataclass(slots=True)
@@ -190,6 +194,9 @@ class RouterSession:
             self._fail(number, error)
         except EngineAway:
             set_outcome(self._output(number), Departure.REFUSED)
+        except ChatAway as error:
+            cause = Failure.of(error.cause)
+            set_outcome(self._output(number), Departure.LOAD_FAILED, cause)
         except Exception as error:
             log.error("beginning a sequence", sequence=number, exc_info=error)
             self._fail(number, Internal(_OUR_FAULT))
@@ -203,7 +210,9 @@ class RouterSession:
             set_outcome(self._output(sequence_id, (), prompt_tokens), Finish.STOP)
             return
         self._engine.submit(prepared, self)
-        sequence = _Running(sequence_id, prompt_tokens, prepared.text, prepared.submit)
+        sequence = _Running(
+            sequence_id, prompt_tokens, prepared.text, prepared.submit, prepared.prompt
+        )
         self._running[prepared.submit.sequence_id] = sequence
 
     def _cancel(self, sequence_id: int) -> None:
@@ -223,8 +232,8 @@ class RouterSession:
         if sequence.text.stopped:
             self._stop(news, sequence, tokens)
             return
-        output = self._output(sequence.id, tokens, sequence.prompt_tokens)
-        sequence.prompt_tokens = 0  # the router was told
+        output = self._output(sequence.id, tokens, sequence.prompt_tokens, sequence.prompt)
+        sequence.prompt_tokens, sequence.prompt = 0, None
         if news.outcome is not None:
             del self._running[news.sequence_id]
             set_outcome(output, news.outcome, news.cause)
@@ -242,11 +251,15 @@ class RouterSession:
         set_outcome(self._output(sequence_id), Failure.of(error))
 
     def _output(
-        self, sequence_id: int, tokens: Sequence[Token] = (), prompt_tokens: int = 0
+        self,
+        sequence_id: int,
+        tokens: Sequence[Token] = (),
+        prompt_tokens: int = 0,
+        prompt: TokenIds | None = None,
     ) -> SequenceOutput:
         """The sequence's part of the next message, with `tokens` added."""
         self._news.set()
-        return self._outbox.add(sequence_id, tokens, prompt_tokens)
+        return self._outbox.add(sequence_id, tokens, prompt_tokens, prompt)
 
 
 def _log_suspect(sequence: _Running, verdict: Departure | Finish | Failure) -> None:

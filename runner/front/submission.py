@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 
+from granatum.adapters_store.chat import ChatSettings
 from granatum.runner.records import Ready, Sampling, Submit
 from granatum.runner.text.sequence_text import SequenceText
 from granatum.runner.text.tokenizer import Tokenizer, TooManyTokens
 from granatum.v1.errors import InvalidRequest
-from granatum.v1.inference_pb2 import GenerateRequest, SamplingParams
+from granatum.v1.inference_pb2 import GenerateRequest, SamplingParams, TokenIds
 from granatum.v1.runner_pb2 import SubmitSequence
-from granatum.v1.validation import check, check_ids
+from granatum.v1.validation import MAX_PROMPT_TOKENS, check, check_ids
 
 _DIGEST = "sha256:"
+_NO_OWN = ChatSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +36,35 @@ class Prepared:
 
     submit: Submit
     text: SequenceText
+    prompt: TokenIds | None
+    """The ids that were made of a text here, for the router.
+
+    None: the router has them, or they are more than a request may bring.
+    """
 
 
 def prepare(
-    sequence_id: int, message: SubmitSequence, tokenizer: Tokenizer, bounds: SequenceBounds
+    sequence_id: int,
+    message: SubmitSequence,
+    tokenizer: Tokenizer,
+    bounds: SequenceBounds,
+    own: ChatSettings = _NO_OWN,
 ) -> Prepared:
     """Tokenize and check a submission; `sequence_id` is the engine's id for it.
 
-    The time grows with the text. Raises InvalidRequest if this runner cannot serve it.
+    `own` is what the adapter's folder says of chats. The time grows with the text. Raises
+    InvalidRequest if this runner cannot serve it.
     """
     request = message.request
     check(request)
     stop = request.stop
     check_ids(stop.token_ids, "stop.token_ids", bounds.vocabulary)
-    prompt = _prompt(request, tokenizer, bounds)
+    prompt = _prompt(request, tokenizer, bounds, own)
     check_ids(message.generated, "generated", bounds.vocabulary)
     room = bounds.context - len(prompt)
-    ends = frozenset[int]() if stop.ignore_eos else tokenizer.ends_within(bounds.vocabulary)
+    ends: frozenset[int] = frozenset()
+    if not stop.ignore_eos:
+        ends = tokenizer.ends_within(bounds.vocabulary) | tokenizer.ends_of(own)
     special = [tokenizer.special_tokens.get(text, bounds.vocabulary) for text in stop.strings]
     named = {token for token in special if token < bounds.vocabulary}
     submit = Submit(
@@ -67,12 +81,13 @@ def prepare(
         suspicion=message.suspicion,
         forced=_forced(message, room, bounds.vocabulary),
     )
-    strings = tuple(stop.strings)
-    return Prepared(submit, SequenceText(tokenizer, submit, strings, message.text_delivered))
+    text = SequenceText(tokenizer, submit, tuple(stop.strings), message.text_delivered)
+    untold = request.WhichOneof("input") != "token_ids" and len(prompt) <= MAX_PROMPT_TOKENS
+    return Prepared(submit, text, TokenIds(ids=prompt) if untold else None)
 
 
 def _prompt(
-    request: GenerateRequest, tokenizer: Tokenizer, bounds: SequenceBounds
+    request: GenerateRequest, tokenizer: Tokenizer, bounds: SequenceBounds, own: ChatSettings
 ) -> tuple[int, ...]:
     """The prompt's ids. A prompt that fills the context is refused; not all its ids are made."""
     most = bounds.context - 1
@@ -80,7 +95,7 @@ def _prompt(
         request.WhichOneof("input") or "", "prompt"
     )
     try:
-        ids = _ids(request, tokenizer, most)
+        ids = _ids(request, tokenizer, most, own)
     except TooManyTokens as error:
         raise _wrong(
             field,
@@ -96,13 +111,12 @@ def _prompt(
     return tuple(ids)
 
 
-def _ids(request: GenerateRequest, tokenizer: Tokenizer, most: int) -> list[int]:
+def _ids(request: GenerateRequest, tokenizer: Tokenizer, most: int, own: ChatSettings) -> list[int]:
     match request.WhichOneof("input"):
         case "prompt":
             return tokenizer.encode(request.prompt, most)
         case "chat":
-            messages = [(message.role, message.content) for message in request.chat.messages]
-            return tokenizer.encode_chat(messages, most)
+            return tokenizer.encode_chat(request.chat, most, own)
         case _:
             number = len(request.token_ids.ids)
             if number > most:

@@ -1,64 +1,92 @@
 """A model's chat template: messages to the text that the tokenizer encodes."""
 
-from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import structlog
-from jinja2.exceptions import TemplateError
 
+from granatum.adapters_store.chat import ChatSettings
+from granatum.runner.text.templates.applied import MAX_RENDERED, TemplateFailed, applied
+from granatum.runner.text.templates.foreign import ForeignTemplates
+from granatum.v1.conversation import Conversation
 from granatum.v1.errors import InvalidRequest
-from granatum.v1.validation import MAX_PROMPT_BYTES
+from granatum.v1.inference_pb2 import Chat
 
-_MAX_RENDERED = 2 * MAX_PROMPT_BYTES
-"""The most characters that a chat template may make of messages."""
-_MAX_REFUSAL = 500
-"""The most characters of a chat template's own message that a client gets."""
+_NONE = ChatSettings()
 
 log = structlog.get_logger(__name__)
 
 
 class ChatTemplate:
-    """The chat template of `settings`, a tokenizer of transformers. Safe to use from threads."""
+    """The chat template of `settings`, a tokenizer of transformers. Safe to use from threads.
+
+    An adapter may bring a template of its own.
+    """
 
     def __init__(self, settings: Any) -> None:
         self._settings = settings
+        self._foreign = ForeignTemplates()
+        self._taken = signature(settings.apply_chat_template).parameters.keys()
+        """Names that would not reach the template; a later transformers may have more of them."""
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The text of (role, content) messages, up to where the answer begins.
+    def is_foreign(self, own: ChatSettings) -> bool:
+        """Whether the adapter's template is another one than the model's."""
+        return bool(own.template) and own.template != self._settings.chat_template
 
-        Raises InvalidRequest if there is no template or the template refuses the messages.
+    def render(self, chat: Chat, own: ChatSettings = _NONE) -> str:
+        """The text of a conversation, up to where the model goes on.
+
+        Raises InvalidRequest if there is no template or the template refuses the conversation.
         """
-        if not self._settings.chat_template:
+        if not self._settings.chat_template and not own.template:
             raise _refused("this model has no chat template: send a prompt instead")
-        conversation = [{"role": role, "content": content} for role, content in messages]
+        conversation = Conversation.of(chat)
+        for name in conversation.arguments.keys() & self._taken:
+            raise _refused(f"{name!r} is taken: leave it out", "chat.template_arguments")
+        special = {"eos_token": own.end_tokens[0]} if own.end_tokens else {}
         try:
-            text: str = self._settings.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template is a program and raises what it likes
-            raise _refusal_of(error) from error
-        if len(text) > _MAX_RENDERED:
+            if self.is_foreign(own):
+                special = self._settings.special_tokens_map | special
+                text = self._foreign.render(own.template, conversation, special)
+            else:
+                text = applied(self._settings, conversation, special)
+            text.encode()
+        except TemplateFailed as error:
+            raise _refusal_of(error, conversation) from error
+        except UnicodeEncodeError:
+            raise _refused("the chat template makes half characters of them") from None
+        if len(text) > MAX_RENDERED:
             raise _refused(
                 f"the model's chat template makes {len(text):,} characters of them: "
-                f"send less, {_MAX_RENDERED:,} at most"
+                f"send less, {MAX_RENDERED:,} at most"
             )
         return text
 
+    def close(self) -> None:
+        """End the process that renders adapters' templates."""
+        self._foreign.close()
 
-def _refused(message: str) -> InvalidRequest:
-    return InvalidRequest(f"chat.messages: {message}", field="chat.messages")
+
+def _refused(message: str, field: str = "chat.messages") -> InvalidRequest:
+    return InvalidRequest(f"{field}: {message}", field=field)
 
 
-def _refusal_of(error: Exception) -> InvalidRequest:
+def _refusal_of(error: TemplateFailed, conversation: Conversation) -> InvalidRequest:
     """What a client is told of a template's error: only what the template itself says.
 
-    A template's raise_exception raises TemplateError itself; jinja raises subclasses.
+    transformers raises ValueError where the text of the last message is not in what the template
+    made.
     """
-    if type(error) is TemplateError:
-        said = str(error)[:_MAX_REFUSAL]
-        return _refused(f"the model's chat template refuses them: {said}")
-    # The error's text is not logged: it may hold a tenant's messages.
-    log.warning("the chat template failed", error=type(error).__name__)
+    if error.said:
+        return _refused(f"the model's chat template refuses them: {error.said}")
+    if conversation.continue_final_message and error.kind == ValueError.__name__:
+        return _refused(
+            "the model's chat template does not write the last message as it is, so no answer can "
+            "go on from it: leave this out, or the message's last part",
+            "chat.continue_final_message",
+        )
+    log.warning("the chat template failed", error=error.kind)
     return _refused(
-        "the model's chat template cannot write them: check their roles and their order"
+        "the model's chat template cannot write them: check their roles, their order, and what the "
+        "template expects of tools, documents and template_arguments"
     )

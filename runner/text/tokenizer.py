@@ -7,12 +7,15 @@ from pathlib import Path
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
+from granatum.adapters_store.chat import ChatSettings
 from granatum.models.config import CONFIG_FILE
 from granatum.models.config_fields import Fields
 from granatum.models.identity import end_tokens
 from granatum.runner.text.chat_template import ChatTemplate
 from granatum.runner.text.tokenizer_files import read_tokenizer, without_panic
+from granatum.v1.inference_pb2 import Chat
 
+_NO_OWN = ChatSettings()
 _PIECE_CHARACTERS = 1 << 14
 """The smallest piece into which a long text is cut to count its tokens."""
 
@@ -30,7 +33,7 @@ class Tokenizer:
 
     def __init__(self, directory: Path) -> None:
         self._fast, settings = read_tokenizer(directory)
-        self._chat = ChatTemplate(settings)
+        self.chat = ChatTemplate(settings)
         self.size: int = self._fast.get_vocab_size()
         added = self._fast.get_added_tokens_decoder()
         self.special_tokens = {entry.content: id_ for id_, entry in added.items() if entry.special}
@@ -51,15 +54,22 @@ class Tokenizer:
         """
         return self._ids(text, most, special=True)
 
-    def encode_chat(
-        self, messages: Sequence[tuple[str, str]], most: int | None = None
-    ) -> list[int]:
-        """Ids of (role, content) messages in the model's chat template, up to the answer.
+    def ends_of(self, own: ChatSettings) -> frozenset[int]:
+        """The ids of an adapter's own end tokens. A token that the model lacks ends nothing."""
+        ids = map(self._fast.token_to_id, own.end_tokens)
+        return frozenset(token for token in ids if token is not None)
 
-        Raises InvalidRequest if the model has no template or the template refuses the messages, and
+    def encode_chat(
+        self, chat: Chat, most: int | None = None, own: ChatSettings = _NO_OWN
+    ) -> list[int]:
+        """Ids of a conversation in the chat template, up to where the model goes on.
+
+        `own` is what the adapter brings.
+
+        Raises InvalidRequest if the model has no template or the template refuses the chat, and
         TooManyTokens if there are more than `most` ids.
         """
-        return self._ids(self._chat.render(messages), most, special=False)
+        return self._ids(self.chat.render(chat, own), most, special=False)
 
     @without_panic
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:

@@ -1,5 +1,6 @@
 """The command line, as a user runs it: real processes against a server on a real port."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -30,6 +31,24 @@ async def test_generate_streams_the_text(service: Service) -> None:
     assert service.requests[0].adapter == "style"
 
 
+async def test_a_chat_has_what_its_template_takes(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text('[{"name": "weather"}]')
+    where = ("--address", service.address, "--key", KEY)
+    given = ("--template-arguments", '{"enable_thinking": false}', "--prefill", "Sure")
+    tools = ("--tools", str(tmp_path / "tools.json"))
+    status, _, errors = await granatum("generate", *where, "--chat", *given, *tools, "hi")
+    assert (status, errors) == (0, "")
+    (request,) = service.requests
+    said = [(message.role, message.content) for message in request.chat.messages]
+    assert said == [("user", "hi"), ("assistant", "Sure")]
+    assert request.chat.continue_final_message
+    assert json.loads(request.chat.template_arguments) == {"enable_thinking": False}
+    assert json.loads(request.chat.tools) == [{"name": "weather"}]
+    status, _, errors = await granatum("generate", *where, "--prefill", "Sure", "hi")
+    assert status == 2
+    assert "--chat" in errors
+
+
 async def test_address_and_key_come_from_the_environment(service: Service) -> None:
     env = {"GRANATUM_ADDRESS": service.address, "GRANATUM_KEY": KEY}
     status, output, _ = await granatum("adapters", "list", **env)
@@ -47,9 +66,26 @@ async def test_address_and_key_come_from_the_environment(service: Service) -> No
         (("generate", "--key", KEY, "busy"), "the queue is full: try again (retry in 2 s)"),
         (("generate", "x"), "with --key or GRANATUM_KEY"),
         (("generate", "--key", "another", "x"), "no such key"),
-        (("generate", "--key", KEY, "--max-tokens", "-1", "x"), "out of range: -1"),
-        (("generate", "--key", KEY, b"\xff"), "not Unicode"),
-        (("adapters", "show", "--key", KEY, b"\xff"), "not UTF-8"),
+        (
+            ("generate", "--key", KEY, "--max-tokens", "-1", "x"),
+            "stop.max_tokens: give a whole number",
+        ),
+        (
+            ("generate", "--key", KEY, "--seed", str(2**64), "x"),
+            "sampling.seed: give a whole number",
+        ),
+        (("generate", "--key", KEY, "--stop", b"\xff", "x"), "stop.strings[0]: character 0 is not"),
+        (
+            ("generate", "--key", KEY, "--chat", "--system", b"\xff", "x"),
+            "chat.messages[0].content: ",
+        ),
+        (("generate", "--key", KEY, b"\xff"), "prompt: character 0 is not Unicode"),
+        (("adapters", "show", "--key", KEY, b"\xff"), "adapter: character 0 is not Unicode"),
+        (("generate", "--key", KEY, "--tools", "/nowhere", "--chat", "x"), "cannot read /nowhere"),
+        (
+            ("generate", "--key", KEY, "--template-arguments", "{x}", "--chat", "x"),
+            "--template-arguments: no JSON",
+        ),
         (("generate", "--key", KEY, "--timeout", "0", "x"), "--timeout: give it longer"),
         (("generate", "--address", "127.0.0.1", "x"), "'127.0.0.1' is no host:port"),
         (("adapters", "show", "--key", KEY, "nobody"), "no adapter nobody"),

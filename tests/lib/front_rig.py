@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from granatum.runner.channel import AsyncChannel, socket_pair
+from granatum.runner.front.adapter_chats import AdapterChats
 from granatum.runner.front.front import Front
 from granatum.runner.front.servicer import RunnerServicer
 from granatum.runner.records import (
@@ -70,9 +71,9 @@ class Runner:
 
 
 @asynccontextmanager
-async def started(tokenizer: Tokenizer) -> AsyncIterator[Runner]:
+async def started(tokenizer: Tokenizer, chats: AdapterChats | None = None) -> AsyncIterator[Runner]:
     ours, theirs = socket_pair()
-    front = Front(await AsyncChannel.open(ours), tokenizer, vocabulary=259)
+    front = Front(await AsyncChannel.open(ours), tokenizer, 259, chats)
     server = build_server(["granatum.v1.RunnerService"])
     add_RunnerServiceServicer_to_server(RunnerServicer(front, KEY), server)
     port = listen(server, "127.0.0.1:0")

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 from wire_inputs import INF, NAN, Input
 
-from granatum.v1.inference_pb2 import GenerateRequest
+from granatum.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest
 
 VOCABULARY = 259
 """Of the tiny base model."""
@@ -37,6 +37,13 @@ def _chat(messages: list[tuple[str, str]]) -> Change:
         for role, content in messages:
             request.chat.messages.add(role=role, content=content)
         request.chat.SetInParent()
+
+    return change
+
+
+def _chat_with(**fields: Any) -> Change:
+    def change(request: GenerateRequest) -> None:
+        request.chat.CopyFrom(Chat(messages=[ChatMessage(role="user", content="x")], **fields))
 
     return change
 
@@ -92,9 +99,16 @@ WRONG: tuple[tuple[str, Change], ...] = (
     ("chat", _chat([])),
     ("chat", _chat([("", "x")])),
     ("chat", _chat([("r" * 1000, "x")])),
-    ("chat", _chat([("user", "")])),
     ("chat", _chat([("user", "x")] * 5000)),
     ("chat", _chat([("user", "x" * 3_000_000)])),
+    *(
+        ("chat", _chat_with(**{field: text}))
+        for field in ("template_arguments", "tools", "documents")
+        for text in ("{", "1", '{"a": NaN}', "[" * 100_000, '{"messages": 1}', '"\\ud800"')
+    ),
+    ("chat", _chat_with(template_arguments='{"raise_exception": 1, "__class__": 2}')),
+    ("chat", _chat_with(tools="[" + "{}," * 300_000 + "{}]")),
+    ("chat", _chat_with(continue_final_message=True, add_generation_prompt=True)),
 )
 """A field (or where it begins) and a change that makes it wrong for the tiny model, whose context
 is 256 tokens, and for a tenant's key without privileges."""

@@ -6,6 +6,7 @@ with exactly the tokens it should have.
 
 import asyncio
 import hashlib
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from granatum.service.server import build_server, listen
 from granatum.v1.cluster_pb2 import DeregisterRequest, HeartbeatRequest, HeartbeatResponse, Runner
 from granatum.v1.cluster_pb2_grpc import RegistryServiceStub
 from granatum.v1.errors import Unauthenticated
-from granatum.v1.inference_pb2 import FINISH_REASON_LENGTH, Token
+from granatum.v1.inference_pb2 import FINISH_REASON_LENGTH, GenerateRequest, Token
 from granatum.v1.runner_pb2 import (
     DEPARTURE_DRAINED,
     DEPARTURE_EVICTED,
@@ -33,6 +34,7 @@ from granatum.v1.runner_pb2_grpc import RunnerServiceServicer, add_RunnerService
 from granatum.v1.transport import Tls, bearer, bearer_of, open_channel
 
 _SIGN_OF_LIFE_S = 0.05
+_CHATS = itertools.count()
 PIECES = (" a", "é", "日本", "", "🌰x", "\n", "longer piece")
 
 
@@ -49,6 +51,13 @@ def expected_ids(prompt: str, number: int) -> list[int]:
 def logprob_of(id_: int, adapter: bool) -> float:
     """The log probability that any runner computes for a given token."""
     return -(id_ % 7) / 4 - (1.0 if adapter else 3.0)
+
+
+def prompt_of(request: GenerateRequest) -> str:
+    """The prompt; its tokens are bytes. A chat's is another one each time that it is asked for."""
+    if request.HasField("chat"):
+        return f"chat {next(_CHATS)}"
+    return bytes(request.token_ids.ids).decode() or request.prompt
 
 
 def text_of(ids: list[int]) -> str:
@@ -68,10 +77,7 @@ class Active:
 
     def __post_init__(self) -> None:
         self.text = text_of(self.ids)
-
-    @property
-    def prompt(self) -> str:
-        return self.submission.request.prompt
+        self.prompt = prompt_of(self.submission.request)
 
     @property
     def complete(self) -> bool:
@@ -93,7 +99,9 @@ class Active:
         self.delivered = max(self.delivered, upto)
         output = SequenceOutput(sequence_id=self.submission.sequence_id, tokens=[token])
         if self.made_here == 1:
-            output.prompt_tokens = len(self.prompt)
+            output.prompt_tokens = len(self.prompt.encode())
+            if not self.submission.request.HasField("token_ids"):
+                output.prompt.ids.extend(self.prompt.encode())
         if self.complete:
             output.finished = FINISH_REASON_LENGTH
         return output
@@ -256,9 +264,11 @@ class ScriptedRunner(RunnerServiceServicer):
         if self.script.outdated:
             submission.ClearField("forced")
         ids = list(submission.generated)
-        prompt = submission.request.prompt
+        prompt = prompt_of(submission.request)
         if ids != (list(submission.forced[: len(ids)]) or expected_ids(prompt, len(ids))):
             self.wrong.append(f"{prompt}: generated {ids}")
+        if ids and not submission.request.HasField("token_ids"):
+            self.wrong.append(f"{prompt}: came as text again")
         number = submission.sequence_id
         if self.script.depart is not None:
             return SequenceOutput(

@@ -168,7 +168,11 @@ class UploadHeader(_message.Message):
     """
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileDeclaration]:
-        """`adapter_config.json`, then `adapter_model.safetensors`; their bytes follow in this order."""
+        """`adapter_config.json`, then `adapter_model.safetensors`, then perhaps `chat.json`; their bytes
+        follow in this order. `chat.json` is a JSON object of at most 256 KiB: `chat_template`, which
+        serves the adapter's chats in place of the base model's, and `end_tokens`, a list of tokens
+        that end its answers as well. The base model's tokenizer has these tokens.
+        """
 
     @_builtins.property
     def proof(self) -> Global___Proof:

@@ -24,45 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgranatum/v1/inference.proto\x12\x0bgranatum.v1\"\xbb\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.granatum.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x11.granatum.v1.ChatH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.granatum.v1.SamplingParams\x12)\n\x04stop\x18\x07 \x01(\x0b\x32\x1b.granatum.v1.StopConditions\x12-\n\x08logprobs\x18\x08 \x01(\x0b\x32\x1b.granatum.v1.LogprobOptions\x12\x10\n\x08priority\x18\t \x01(\x05\x42\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.granatum.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xd2\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x84\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x0f\n\x07strings\x18\x03 \x03(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokens\"\x1d\n\x0eLogprobOptions\x12\x0b\n\x03top\x18\x01 \x01(\r\"\x8c\x01\n\x10GenerateResponse\x12\"\n\x06tokens\x18\x01 \x03(\x0b\x32\x12.granatum.v1.Token\x12+\n\x05start\x18\x02 \x01(\x0b\x32\x1c.granatum.v1.GenerationStart\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.granatum.v1.GenerationEnd\"a\n\x0fGenerationStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x11\n\trunner_id\x18\x04 \x01(\t\"H\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12%\n\x07logprob\x18\x03 \x01(\x0b\x32\x14.granatum.v1.Logprob\">\n\x07Logprob\x12\r\n\x05value\x18\x01 \x01(\x02\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.granatum.v1.TopLogprob\"5\n\nTopLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x97\x01\n\rGenerationEnd\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.granatum.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.granatum.v1.Usage\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.granatum.v1.Timings\x12\x11\n\trunner_id\x18\x04 \x01(\t\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"W\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\x12\x13\n\x0bresumptions\x18\x04 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32]\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.granatum.v1.GenerateRequest\x1a\x1d.granatum.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bgranatum/v1/inference.proto\x12\x0bgranatum.v1\"\xbb\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.granatum.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x11.granatum.v1.ChatH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.granatum.v1.SamplingParams\x12)\n\x04stop\x18\x07 \x01(\x0b\x32\x1b.granatum.v1.StopConditions\x12-\n\x08logprobs\x18\x08 \x01(\x0b\x32\x1b.granatum.v1.LogprobOptions\x12\x10\n\x08priority\x18\t \x01(\x05\x42\x07\n\x05input\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xce\x01\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.granatum.v1.ChatMessage\x12\x1a\n\x12template_arguments\x18\x02 \x01(\t\x12\r\n\x05tools\x18\x03 \x01(\t\x12\x11\n\tdocuments\x18\x04 \x01(\t\x12\x1e\n\x16\x63ontinue_final_message\x18\x05 \x01(\x08\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x06 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"\x90\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x12\n\ntool_calls\x18\x03 \x01(\t\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x19\n\x11reasoning_content\x18\x06 \x01(\tB\n\n\x08_content\"\xd2\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\x84\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x0f\n\x07strings\x18\x03 \x03(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokens\"\x1d\n\x0eLogprobOptions\x12\x0b\n\x03top\x18\x01 \x01(\r\"\x8c\x01\n\x10GenerateResponse\x12\"\n\x06tokens\x18\x01 \x03(\x0b\x32\x12.granatum.v1.Token\x12+\n\x05start\x18\x02 \x01(\x0b\x32\x1c.granatum.v1.GenerationStart\x12\'\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.granatum.v1.GenerationEnd\"a\n\x0fGenerationStart\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x11\n\trunner_id\x18\x04 \x01(\t\"H\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12%\n\x07logprob\x18\x03 \x01(\x0b\x32\x14.granatum.v1.Logprob\">\n\x07Logprob\x12\r\n\x05value\x18\x01 \x01(\x02\x12$\n\x03top\x18\x02 \x03(\x0b\x32\x17.granatum.v1.TopLogprob\"5\n\nTopLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x97\x01\n\rGenerationEnd\x12)\n\x06reason\x18\x01 \x01(\x0e\x32\x19.granatum.v1.FinishReason\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.granatum.v1.Usage\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.granatum.v1.Timings\x12\x11\n\trunner_id\x18\x04 \x01(\t\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"W\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\x12\x13\n\x0bresumptions\x18\x04 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32]\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.granatum.v1.GenerateRequest\x1a\x1d.granatum.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'granatum.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1729
-  _globals['_FINISHREASON']._serialized_end=1824
+  _globals['_FINISHREASON']._serialized_start=1987
+  _globals['_FINISHREASON']._serialized_end=2082
   _globals['_GENERATEREQUEST']._serialized_start=45
   _globals['_GENERATEREQUEST']._serialized_end=360
   _globals['_TOKENIDS']._serialized_start=362
   _globals['_TOKENIDS']._serialized_end=385
-  _globals['_CHAT']._serialized_start=387
-  _globals['_CHAT']._serialized_end=437
-  _globals['_CHATMESSAGE']._serialized_start=439
-  _globals['_CHATMESSAGE']._serialized_end=483
-  _globals['_SAMPLINGPARAMS']._serialized_start=486
-  _globals['_SAMPLINGPARAMS']._serialized_end=824
-  _globals['_STOPCONDITIONS']._serialized_start=827
-  _globals['_STOPCONDITIONS']._serialized_end=959
-  _globals['_LOGPROBOPTIONS']._serialized_start=961
-  _globals['_LOGPROBOPTIONS']._serialized_end=990
-  _globals['_GENERATERESPONSE']._serialized_start=993
-  _globals['_GENERATERESPONSE']._serialized_end=1133
-  _globals['_GENERATIONSTART']._serialized_start=1135
-  _globals['_GENERATIONSTART']._serialized_end=1232
-  _globals['_TOKEN']._serialized_start=1234
-  _globals['_TOKEN']._serialized_end=1306
-  _globals['_LOGPROB']._serialized_start=1308
-  _globals['_LOGPROB']._serialized_end=1370
-  _globals['_TOPLOGPROB']._serialized_start=1372
-  _globals['_TOPLOGPROB']._serialized_end=1425
-  _globals['_GENERATIONEND']._serialized_start=1428
-  _globals['_GENERATIONEND']._serialized_end=1579
-  _globals['_USAGE']._serialized_start=1581
-  _globals['_USAGE']._serialized_end=1638
-  _globals['_TIMINGS']._serialized_start=1640
-  _globals['_TIMINGS']._serialized_end=1727
-  _globals['_INFERENCESERVICE']._serialized_start=1826
-  _globals['_INFERENCESERVICE']._serialized_end=1919
+  _globals['_CHAT']._serialized_start=388
+  _globals['_CHAT']._serialized_end=594
+  _globals['_CHATMESSAGE']._serialized_start=597
+  _globals['_CHATMESSAGE']._serialized_end=741
+  _globals['_SAMPLINGPARAMS']._serialized_start=744
+  _globals['_SAMPLINGPARAMS']._serialized_end=1082
+  _globals['_STOPCONDITIONS']._serialized_start=1085
+  _globals['_STOPCONDITIONS']._serialized_end=1217
+  _globals['_LOGPROBOPTIONS']._serialized_start=1219
+  _globals['_LOGPROBOPTIONS']._serialized_end=1248
+  _globals['_GENERATERESPONSE']._serialized_start=1251
+  _globals['_GENERATERESPONSE']._serialized_end=1391
+  _globals['_GENERATIONSTART']._serialized_start=1393
+  _globals['_GENERATIONSTART']._serialized_end=1490
+  _globals['_TOKEN']._serialized_start=1492
+  _globals['_TOKEN']._serialized_end=1564
+  _globals['_LOGPROB']._serialized_start=1566
+  _globals['_LOGPROB']._serialized_end=1628
+  _globals['_TOPLOGPROB']._serialized_start=1630
+  _globals['_TOPLOGPROB']._serialized_end=1683
+  _globals['_GENERATIONEND']._serialized_start=1686
+  _globals['_GENERATIONEND']._serialized_end=1837
+  _globals['_USAGE']._serialized_start=1839
+  _globals['_USAGE']._serialized_end=1896
+  _globals['_TIMINGS']._serialized_start=1898
+  _globals['_TIMINGS']._serialized_end=1985
+  _globals['_INFERENCESERVICE']._serialized_start=2084
+  _globals['_INFERENCESERVICE']._serialized_end=2177
 # @@protoc_insertion_point(module_scope)

@@ -82,9 +82,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def chat(self) -> Global___Chat:
-        """A conversation, rendered by the model's own chat template. 1 to 4,096 messages, 1 byte to
-        4 MiB of contents in all.
-        """
+        """A conversation, rendered by the model's own chat template. Its messages say at most 4 MiB."""
 
     @_builtins.property
     def sampling(self) -> Global___SamplingParams:
@@ -147,53 +145,111 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class Chat(_message.Message):
-    """A conversation."""
+    """A conversation, and what else the chat template gets. Fields of JSON are text, because templates
+    write members in their order and tell 1 from 1.0. Such a text holds no NaN and no infinity, nests
+    at most 32 deep, and all such texts of a conversation have at most 1 MiB and 20,000 commas and
+    opening brackets.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
+    TEMPLATE_ARGUMENTS_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    DOCUMENTS_FIELD_NUMBER: _builtins.int
+    CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
+    ADD_GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
+    template_arguments: _builtins.str
+    """A JSON object: variables for the template, such as {"enable_thinking": false}. A template
+    ignores variables that it does not know. At most 64, with names of 1 to 64 letters, digits and
+    `_`, a letter first. Names that the service or the template language uses are refused, and names
+    that end in `_token`.
+    """
+    tools: _builtins.str
+    """A JSON array of objects: the tools that the model may call, as JSON schemas in the form that
+    its template expects, mostly {"type": "function", "function": {"name": ..., "parameters": ...}}.
+    """
+    documents: _builtins.str
+    """A JSON array of objects: texts for templates that answer from documents, mostly
+    {"title": ..., "text": ...}.
+    """
+    continue_final_message: _builtins.bool
+    """Continue the last message in place of beginning an answer: the prompt ends with its content."""
+    add_generation_prompt: _builtins.bool
+    """Whether the prompt ends with the beginning of the assistant's answer. Absent: yes, unless the
+    last message is continued.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """The messages, oldest first."""
+        """The messages, oldest first; 1 to 4,096."""
 
     def __init__(
         self,
         *,
         messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+        template_arguments: _builtins.str = ...,
+        tools: _builtins.str = ...,
+        documents: _builtins.str = ...,
+        continue_final_message: _builtins.bool = ...,
+        add_generation_prompt: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt", "continue_final_message", b"continue_final_message", "documents", b"documents", "messages", b"messages", "template_arguments", b"template_arguments", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__add_generation_prompt: _TypeAlias = _typing.Literal["add_generation_prompt"]  # noqa: Y015
+    _WhichOneofArgType__add_generation_prompt: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_generation_prompt) -> _WhichOneofReturnType__add_generation_prompt | None: ...
 
 Global___Chat: _TypeAlias = Chat  # noqa: Y015
 
 @_typing.final
 class ChatMessage(_message.Message):
-    """One message of a conversation."""
+    """One message of a conversation. The template sees only what is set."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    REASONING_CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """Who speaks, as the model's chat template calls them: `system`, `user`, `assistant`.
+    """Who speaks, as the model's chat template calls them: `system`, `user`, `assistant`, `tool`.
     1 to 64 characters.
     """
     content: _builtins.str
-    """What they say."""
+    """What they say; may be empty. Absent means empty, except beside `tool_calls`: then the message
+    has no content.
+    """
+    tool_calls: _builtins.str
+    """A JSON array of objects: the calls that the assistant made, in the form that the template
+    expects, mostly {"type": "function", "function": {"name": ..., "arguments": {...}}}.
+    """
+    tool_call_id: _builtins.str
+    """Of a tool's answer: the call that it answers. At most 256 characters."""
+    name: _builtins.str
+    """The name of the tool or the speaker. At most 256 characters."""
+    reasoning_content: _builtins.str
+    """What the assistant thought before it spoke."""
     def __init__(
         self,
         *,
         role: _builtins.str = ...,
-        content: _builtins.str = ...,
+        content: _builtins.str | None = ...,
+        tool_calls: _builtins.str = ...,
+        tool_call_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        reasoning_content: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_content", b"_content", "content", b"content"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_content", b"_content", "content", b"content", "name", b"name", "reasoning_content", b"reasoning_content", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__content: _TypeAlias = _typing.Literal["content"]  # noqa: Y015
+    _WhichOneofArgType__content: _TypeAlias = _typing.Literal["_content", b"_content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__content) -> _WhichOneofReturnType__content | None: ...
 
 Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 

@@ -25,29 +25,29 @@ _sym_db = _symbol_database.Default()
 from granatum.v1 import inference_pb2 as granatum_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18granatum/v1/runner.proto\x12\x0bgranatum.v1\x1a\x1bgranatum/v1/inference.proto\"\x9c\x01\n\x0eSessionRequest\x12-\n\x06submit\x18\x01 \x01(\x0b\x32\x1b.granatum.v1.SubmitSequenceH\x00\x12-\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1b.granatum.v1.CancelSequenceH\x00\x12!\n\x04ping\x18\x03 \x01(\x0b\x32\x11.granatum.v1.PingH\x00\x42\t\n\x07\x63ommand\"\x06\n\x04Ping\"\xba\x01\n\x0eSubmitSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12-\n\x07request\x18\x03 \x01(\x0b\x32\x1c.granatum.v1.GenerateRequest\x12\x11\n\tgenerated\x18\x04 \x03(\r\x12\x16\n\x0etext_delivered\x18\x05 \x01(\r\x12\x11\n\tsuspicion\x18\x06 \x01(\r\x12\x0e\n\x06\x66orced\x18\x07 \x03(\r\"%\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\"?\n\x0fSessionResponse\x12,\n\x07outputs\x18\x01 \x03(\x0b\x32\x1b.granatum.v1.SequenceOutput\"\xa3\x02\n\x0eSequenceOutput\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\"\n\x06tokens\x18\x02 \x03(\x0b\x32\x12.granatum.v1.Token\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12-\n\x08\x66inished\x18\x04 \x01(\x0e\x32\x19.granatum.v1.FinishReasonH\x00\x12*\n\x08\x64\x65parted\x18\x05 \x01(\x0e\x32\x16.granatum.v1.DepartureH\x00\x12.\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x1c.granatum.v1.SequenceFailureH\x00\x12+\n\x05\x63\x61use\x18\x07 \x01(\x0b\x32\x1c.granatum.v1.SequenceFailureB\t\n\x07outcome\"O\n\x0fSequenceFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t*\xd0\x01\n\tDeparture\x12\x19\n\x15\x44\x45PARTURE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45PARTURE_REFUSED\x10\x01\x12\x15\n\x11\x44\x45PARTURE_EVICTED\x10\x02\x12\x15\n\x11\x44\x45PARTURE_DRAINED\x10\x03\x12\x19\n\x15\x44\x45PARTURE_ENGINE_LOST\x10\x04\x12\x17\n\x13\x44\x45PARTURE_SUSPECTED\x10\x05\x12\x14\n\x10\x44\x45PARTURE_BLAMED\x10\x06\x12\x19\n\x15\x44\x45PARTURE_LOAD_FAILED\x10\x07\x32Y\n\rRunnerService\x12H\n\x07Session\x12\x1b.granatum.v1.SessionRequest\x1a\x1c.granatum.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18granatum/v1/runner.proto\x12\x0bgranatum.v1\x1a\x1bgranatum/v1/inference.proto\"\x9c\x01\n\x0eSessionRequest\x12-\n\x06submit\x18\x01 \x01(\x0b\x32\x1b.granatum.v1.SubmitSequenceH\x00\x12-\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1b.granatum.v1.CancelSequenceH\x00\x12!\n\x04ping\x18\x03 \x01(\x0b\x32\x11.granatum.v1.PingH\x00\x42\t\n\x07\x63ommand\"\x06\n\x04Ping\"\xd0\x01\n\x0eSubmitSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12-\n\x07request\x18\x03 \x01(\x0b\x32\x1c.granatum.v1.GenerateRequest\x12\x14\n\x0c\x61\x64\x61pter_chat\x18\x08 \x01(\t\x12\x11\n\tgenerated\x18\x04 \x03(\r\x12\x16\n\x0etext_delivered\x18\x05 \x01(\r\x12\x11\n\tsuspicion\x18\x06 \x01(\r\x12\x0e\n\x06\x66orced\x18\x07 \x03(\r\"%\n\x0e\x43\x61ncelSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\"?\n\x0fSessionResponse\x12,\n\x07outputs\x18\x01 \x03(\x0b\x32\x1b.granatum.v1.SequenceOutput\"\xca\x02\n\x0eSequenceOutput\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\"\n\x06tokens\x18\x02 \x03(\x0b\x32\x12.granatum.v1.Token\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12-\n\x08\x66inished\x18\x04 \x01(\x0e\x32\x19.granatum.v1.FinishReasonH\x00\x12*\n\x08\x64\x65parted\x18\x05 \x01(\x0e\x32\x16.granatum.v1.DepartureH\x00\x12.\n\x06\x66\x61iled\x18\x06 \x01(\x0b\x32\x1c.granatum.v1.SequenceFailureH\x00\x12+\n\x05\x63\x61use\x18\x07 \x01(\x0b\x32\x1c.granatum.v1.SequenceFailure\x12%\n\x06prompt\x18\x08 \x01(\x0b\x32\x15.granatum.v1.TokenIdsB\t\n\x07outcome\"O\n\x0fSequenceFailure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t*\xd0\x01\n\tDeparture\x12\x19\n\x15\x44\x45PARTURE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x45PARTURE_REFUSED\x10\x01\x12\x15\n\x11\x44\x45PARTURE_EVICTED\x10\x02\x12\x15\n\x11\x44\x45PARTURE_DRAINED\x10\x03\x12\x19\n\x15\x44\x45PARTURE_ENGINE_LOST\x10\x04\x12\x17\n\x13\x44\x45PARTURE_SUSPECTED\x10\x05\x12\x14\n\x10\x44\x45PARTURE_BLAMED\x10\x06\x12\x19\n\x15\x44\x45PARTURE_LOAD_FAILED\x10\x07\x32Y\n\rRunnerService\x12H\n\x07Session\x12\x1b.granatum.v1.SessionRequest\x1a\x1c.granatum.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'granatum.v1.runner_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DEPARTURE']._serialized_start=906
-  _globals['_DEPARTURE']._serialized_end=1114
+  _globals['_DEPARTURE']._serialized_start=967
+  _globals['_DEPARTURE']._serialized_end=1175
   _globals['_SESSIONREQUEST']._serialized_start=71
   _globals['_SESSIONREQUEST']._serialized_end=227
   _globals['_PING']._serialized_start=229
   _globals['_PING']._serialized_end=235
   _globals['_SUBMITSEQUENCE']._serialized_start=238
-  _globals['_SUBMITSEQUENCE']._serialized_end=424
-  _globals['_CANCELSEQUENCE']._serialized_start=426
-  _globals['_CANCELSEQUENCE']._serialized_end=463
-  _globals['_SESSIONRESPONSE']._serialized_start=465
-  _globals['_SESSIONRESPONSE']._serialized_end=528
-  _globals['_SEQUENCEOUTPUT']._serialized_start=531
-  _globals['_SEQUENCEOUTPUT']._serialized_end=822
-  _globals['_SEQUENCEFAILURE']._serialized_start=824
-  _globals['_SEQUENCEFAILURE']._serialized_end=903
-  _globals['_RUNNERSERVICE']._serialized_start=1116
-  _globals['_RUNNERSERVICE']._serialized_end=1205
+  _globals['_SUBMITSEQUENCE']._serialized_end=446
+  _globals['_CANCELSEQUENCE']._serialized_start=448
+  _globals['_CANCELSEQUENCE']._serialized_end=485
+  _globals['_SESSIONRESPONSE']._serialized_start=487
+  _globals['_SESSIONRESPONSE']._serialized_end=550
+  _globals['_SEQUENCEOUTPUT']._serialized_start=553
+  _globals['_SEQUENCEOUTPUT']._serialized_end=883
+  _globals['_SEQUENCEFAILURE']._serialized_start=885
+  _globals['_SEQUENCEFAILURE']._serialized_end=964
+  _globals['_RUNNERSERVICE']._serialized_start=1177
+  _globals['_RUNNERSERVICE']._serialized_end=1266
 # @@protoc_insertion_point(module_scope)

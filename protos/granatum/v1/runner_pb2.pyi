@@ -128,6 +128,7 @@ class SubmitSequence(_message.Message):
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
+    ADAPTER_CHAT_FIELD_NUMBER: _builtins.int
     GENERATED_FIELD_NUMBER: _builtins.int
     TEXT_DELIVERED_FIELD_NUMBER: _builtins.int
     SUSPICION_FIELD_NUMBER: _builtins.int
@@ -136,6 +137,8 @@ class SubmitSequence(_message.Message):
     """Chosen by the router, unique in the session."""
     adapter_digest: _builtins.str
     """`sha256:<digest>` of the adapter; empty for the base model."""
+    adapter_chat: _builtins.str
+    """SHA-256 of the adapter's `chat.json`, 64 hexadecimal digits; empty if it has none."""
     text_delivered: _builtins.int
     """Characters (Unicode code points) of their text that the client already has."""
     suspicion: _builtins.int
@@ -144,7 +147,9 @@ class SubmitSequence(_message.Message):
     """
     @_builtins.property
     def request(self) -> _inference_pb2.GenerateRequest:
-        """The request, with `sampling.seed` always set; its `adapter` and `request_id` are not used."""
+        """The request, with `sampling.seed` always set; its `adapter` and `request_id` are not used. A
+        prompt that a runner has tokenized comes as token ids.
+        """
 
     @_builtins.property
     def generated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -162,6 +167,7 @@ class SubmitSequence(_message.Message):
         sequence_id: _builtins.int = ...,
         adapter_digest: _builtins.str = ...,
         request: _inference_pb2.GenerateRequest | None = ...,
+        adapter_chat: _builtins.str = ...,
         generated: _abc.Iterable[_builtins.int] | None = ...,
         text_delivered: _builtins.int = ...,
         suspicion: _builtins.int = ...,
@@ -169,7 +175,7 @@ class SubmitSequence(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "forced", b"forced", "generated", b"generated", "request", b"request", "sequence_id", b"sequence_id", "suspicion", b"suspicion", "text_delivered", b"text_delivered"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_chat", b"adapter_chat", "adapter_digest", b"adapter_digest", "forced", b"forced", "generated", b"generated", "request", b"request", "sequence_id", b"sequence_id", "suspicion", b"suspicion", "text_delivered", b"text_delivered"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -234,6 +240,7 @@ class SequenceOutput(_message.Message):
     DEPARTED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """The sequence."""
     prompt_tokens: _builtins.int
@@ -254,6 +261,12 @@ class SequenceOutput(_message.Message):
     def cause(self) -> Global___SequenceFailure:
         """With DEPARTURE_LOAD_FAILED: the error for the client if no other runner can load the adapter."""
 
+    @_builtins.property
+    def prompt(self) -> _inference_pb2.TokenIds:
+        """Set with `prompt_tokens` if the request had a text or a chat: the ids that the runner made of
+        it. The next runner gets these ids, so that a template that tells the time is rendered once.
+        """
+
     def __init__(
         self,
         *,
@@ -264,10 +277,11 @@ class SequenceOutput(_message.Message):
         departed: Global___Departure.ValueType = ...,
         failed: Global___SequenceFailure | None = ...,
         cause: Global___SequenceFailure | None = ...,
+        prompt: _inference_pb2.TokenIds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "departed", b"departed", "failed", b"failed", "finished", b"finished", "outcome", b"outcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "departed", b"departed", "failed", b"failed", "finished", b"finished", "outcome", b"outcome", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "departed", b"departed", "failed", b"failed", "finished", b"finished", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "sequence_id", b"sequence_id", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "departed", b"departed", "failed", b"failed", "finished", b"finished", "outcome", b"outcome", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "sequence_id", b"sequence_id", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["finished", "departed", "failed"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015

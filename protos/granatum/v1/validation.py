@@ -8,13 +8,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from granatum.v1.conversation import Conversation
 from granatum.v1.errors import InvalidRequest
 from granatum.v1.inference_pb2 import GenerateRequest, SamplingParams, StopConditions
 
 MAX_PROMPT_BYTES = 4 << 20
 MAX_PROMPT_TOKENS = 1 << 20
-MAX_MESSAGES = 4096
-MAX_ROLE = 64
 MAX_ADAPTER = 256
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING = 256
@@ -107,7 +106,11 @@ def _check_request_id(request_id: str) -> None:
 def _check_input(request: GenerateRequest) -> None:
     match request.WhichOneof("input"):
         case "prompt":
-            _check_text(len(request.prompt.encode()), "prompt")
+            _require(
+                1 <= len(request.prompt.encode()) <= MAX_PROMPT_BYTES,
+                "prompt",
+                f"give 1 to {MAX_PROMPT_BYTES:,} bytes of text",
+            )
         case "token_ids":
             number = len(request.token_ids.ids)
             _require(
@@ -116,30 +119,12 @@ def _check_input(request: GenerateRequest) -> None:
                 f"give 1 to {MAX_PROMPT_TOKENS:,} token ids",
             )
         case "chat":
-            _check_chat(request)
+            Conversation.of(request.chat)
         case _:
             raise InvalidRequest(
                 "the request has nothing to continue: set one of prompt, token_ids, chat",
                 field="prompt",
             )
-
-
-def _check_text(size: int, field: str) -> None:
-    _require(1 <= size <= MAX_PROMPT_BYTES, field, f"give 1 to {MAX_PROMPT_BYTES:,} bytes of text")
-
-
-def _check_chat(request: GenerateRequest) -> None:
-    messages = request.chat.messages
-    _require(
-        1 <= len(messages) <= MAX_MESSAGES, "chat.messages", f"give 1 to {MAX_MESSAGES:,} messages"
-    )
-    for i, message in enumerate(messages):
-        _require(
-            1 <= len(message.role) <= MAX_ROLE,
-            f"chat.messages[{i}].role",
-            f"give a role, 1 to {MAX_ROLE} characters, such as 'user'",
-        )
-    _check_text(sum(len(message.content.encode()) for message in messages), "chat.messages")
 
 
 def _check_sampling(sampling: SamplingParams) -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 from router_box import Box
-from scripted_runner import Script, expected_ids, text_of
+from scripted_runner import Script, expected_ids, prompt_of, text_of
 
 from granatum.router.app import RouterApp
 from granatum.router.streams.remote_sequence import MESSAGE_BYTES
@@ -95,7 +95,7 @@ async def test_who_reads_late_comes_back_behind_those_who_wait(box: Box) -> None
         await waiting_at(router, 2)
         runner.script.stalled = False
         await asyncio.gather(seated, waiting, reading)
-    assert [s.request.prompt for s in runner.submissions[1:4]] == ["seated", "waiting", "late"]
+    assert [prompt_of(s.request) for s in runner.submissions[1:4]] == ["seated", "waiting", "late"]
 
 
 async def waiting_at(router: RouterApp, number: int) -> None:

@@ -110,3 +110,16 @@ async def test_silence_is_a_timeout_and_the_sequence_goes_on() -> None:
     assert await ids(ends.sequence) == [3]
     ends.sequence.cancel()
     assert (ends.cancels, ends.releases) == (1, 1)
+
+
+async def test_a_long_prompt_is_kept_and_counts_as_nothing_unread() -> None:
+    sequence = Ends().sequence
+    first = news(0)
+    first.prompt.ids.extend(range(UNREAD_BYTES))
+    sequence.deliver(first, over=False)
+    assert sequence.prompt is not None
+    assert list(sequence.prompt.ids) == list(range(UNREAD_BYTES))
+    (received,) = await sequence.receive(1)
+    assert received == news(0)
+    sequence.deliver(news(1), over=False)
+    assert await ids(sequence) == [1]

@@ -5,11 +5,13 @@ import asyncio
 import grpc
 import pytest
 from router_box import Answer, Box, whole
-from scripted_runner import Script
+from scripted_runner import Script, expected_ids
 
 from granatum.v1.cluster_pb2 import DrainRunnerRequest, ResumeRunnerRequest
 from granatum.v1.errors import AlreadyExists, InvalidRequest, Overloaded, Unavailable
 from granatum.v1.inference_pb2 import (
+    Chat,
+    ChatMessage,
     GenerateRequest,
     SamplingParams,
     StopConditions,
@@ -67,6 +69,32 @@ async def test_refusals_and_evictions_go_round_until_the_end(box: Box) -> None:
     assert all(answer.resumptions >= 5 for answer in answers.values())
     assert all(runner.submissions for runner in box.runners.values())
     await box.idle()
+
+
+async def test_a_moved_chat_goes_on_from_the_prompt_that_its_first_runner_made(box: Box) -> None:
+    await box.router()
+    for id_ in "ab":
+        await box.runner(id_, script=Script(evict_after=3))
+    messages = [ChatMessage(role="user", content="what time is it?")]
+    request = GenerateRequest(chat=Chat(messages=messages), stop=StopConditions(max_tokens=10))
+    call = box.inference().Generate(request, metadata=bearer(box.acme))
+    answer = Answer([response async for response in call])
+    submissions = [s for runner in box.runners.values() for s in runner.submissions]
+    submissions.sort(key=lambda submission: len(submission.generated))
+    assert answer.resumptions == 3
+    assert submissions[0].request.HasField("chat")
+    later = {bytes(s.request.token_ids.ids).decode() for s in submissions[1:]}
+    (prompt,) = later
+    assert prompt.startswith("chat ")  # the scripted runners number their chats
+    assert answer.ids == expected_ids(prompt, 10)
+    assert answer.responses[-1].end.usage.prompt_tokens == len(prompt)
+
+
+async def test_a_sequence_that_made_no_token_is_sent_as_it_came(box: Box) -> None:
+    await box.router()
+    await box.runner("a", script=Script(refuse=2))
+    await box.generate("hello")
+    assert [s.request.prompt for s in box.runners["a"].submissions] == ["hello"] * 3
 
 
 async def test_the_only_runner_may_refuse_and_is_asked_again(box: Box) -> None:

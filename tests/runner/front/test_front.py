@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from front_rig import BOS, READY, Runner, asks, outputs, started, submission
 
+from granatum.examples.tokenizer import byte_tokenizer
 from granatum.runner.records import Departure, Failure, Finish, SequenceNews
 from granatum.runner.text.tokenizer import Tokenizer
 from granatum.v1 import inference_pb2, runner_pb2
@@ -196,3 +198,33 @@ async def test_chat_goes_through_the_models_template(runner: Runner) -> None:
     submit = await runner.submitted()
     assert submit.prompt == (BOS, *b"yo>")
     assert submit.stop_ids == frozenset()
+
+
+async def test_a_moved_chat_goes_on_from_the_prompt_that_was_made_first(tmp_path: Path) -> None:
+    made = byte_tokenizer()
+    made.chat_template = "{{ strftime_now('%H:%M:%S.%f') }} {{ messages[0].content }}"
+    made.save_pretrained(tmp_path)
+    chat = Chat(messages=[ChatMessage(role="user", content="now?")])
+    request = GenerateRequest(chat=chat, stop=StopConditions(max_tokens=4, strings=["xyz"]))
+    async with started(Tokenizer(tmp_path)) as runner:
+        runner.engine.send(READY)
+        await runner.front.loaded.wait()
+        stream = runner.session()
+        await stream.write(submission(1, request))
+        first = await runner.submitted()
+        runner.report(SequenceNews(first.sequence_id, tokens=(ord("x"),)))
+        (output,) = await outputs(stream)
+        assert tuple(output.prompt.ids) == first.prompt
+        assert output.prompt_tokens == len(first.prompt)
+        runner.report(SequenceNews(first.sequence_id, tokens=(ord("y"),)))
+        (more,) = await outputs(stream)
+        assert not more.HasField("prompt")
+        request.token_ids.CopyFrom(output.prompt)
+        await stream.write(submission(2, request, generated=[ord("x"), ord("y")]))
+        second = await runner.submitted()
+        assert second.prompt == first.prompt
+        assert second.generated == (ord("x"), ord("y"))
+        runner.report(SequenceNews(second.sequence_id, tokens=(ord("z"),)))
+        (stopped,) = await outputs(stream)
+        assert stopped.finished == inference_pb2.FINISH_REASON_STOP
+        assert not stopped.HasField("prompt")  # the router has it

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from granatum.runner.front.outbox import MESSAGE_BYTES, PART_BYTES, Outbox
-from granatum.v1.inference_pb2 import FINISH_REASON_STOP, Token
+from granatum.v1.inference_pb2 import FINISH_REASON_STOP, Token, TokenIds
+from granatum.v1.runner_pb2 import SequenceOutput
 from granatum.v1.transport import MAX_MESSAGE_BYTES
 
 
@@ -61,3 +62,23 @@ def test_discarded_sequence_leaves_the_others(adds: list[tuple[int, int]], gone:
     outbox.discard(gone)
     assert texts(outbox) == kept
     assert outbox.size == 0
+
+
+def test_a_prompt_counts_by_its_bytes_and_goes_out_once() -> None:
+    outbox = Outbox()
+    prompt = TokenIds(ids=range(100_000, 600_000))
+    for sequence in (1, 2):
+        outbox.add(sequence, [Token(id=7)], 500_000, prompt)
+    assert outbox.size > 2 * prompt.ByteSize()
+    outbox.discard(2)
+    outbox.add(3, [Token(id=8)], 500_000, prompt)
+    told: list[SequenceOutput] = []
+    while outbox:
+        message = outbox.take()
+        assert message.ByteSize() < MAX_MESSAGE_BYTES
+        told += message.outputs
+    assert outbox.size == 0
+    assert [o.sequence_id for o in told if o.prompt == prompt] == [1, 3]
+    assert [(o.sequence_id, t.id) for o in told for t in o.tokens] == [(1, 7), (3, 8)]
+    outbox.add(1, [Token(id=9)], 0)
+    assert not outbox.take().outputs[0].HasField("prompt")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from chats import chat_of
 
 from granatum.examples.tokenizer import byte_tokenizer
 from granatum.runner.text.tokenizer import Tokenizer
@@ -13,13 +14,13 @@ def test_prompt_gets_its_special_tokens_once(byte_level: Tokenizer) -> None:
     bos = byte_level.encode("")
     assert len(bos) == 1
     assert byte_level.encode("hi") == [*bos, *b"hi"]
-    chat = byte_level.encode_chat([("system", "no"), ("user", "hi")])
-    assert chat == [*bos, *b"hi>"]
+    ids = byte_level.encode_chat(chat_of(("system", "no"), ("user", "hi")))
+    assert ids == [*bos, *b"hi>"]
 
 
 def test_chat_without_template_says_so(merges: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match="no chat template"):
-        merges.encode_chat([("user", "hi")])
+        merges.encode_chat(chat_of(("user", "hi")))
 
 
 def test_template_that_refuses_is_the_callers_error(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_template_that_refuses_is_the_callers_error(tmp_path: Path) -> None:
     made.chat_template = "{{ raise_exception('roles must alternate') }}"
     made.save_pretrained(tmp_path)
     with pytest.raises(InvalidRequest, match="roles must alternate"):
-        Tokenizer(tmp_path).encode_chat([("user", "hi")])
+        Tokenizer(tmp_path).encode_chat(chat_of(("user", "hi")))
 
 
 @pytest.mark.parametrize(
@@ -44,11 +45,12 @@ def test_what_fails_within_a_template_stays_there(tmp_path: Path, template: str)
     made.chat_template = template
     made.save_pretrained(tmp_path)
     with pytest.raises(InvalidRequest) as refused:
-        Tokenizer(tmp_path).encode_chat([("user", "hi")])
+        Tokenizer(tmp_path).encode_chat(chat_of(("user", "hi")))
     assert refused.value.field == "chat.messages"
     assert refused.value.message == (
         "chat.messages: the model's chat template cannot write them: "
-        "check their roles and their order"
+        "check their roles, their order, and what the template expects of tools, documents and "
+        "template_arguments"
     )
 
 
@@ -57,7 +59,7 @@ def test_template_may_not_make_a_flood(tmp_path: Path) -> None:
     made.chat_template = "{{ messages[0]['content'] * 100 }}"
     made.save_pretrained(tmp_path)
     with pytest.raises(InvalidRequest, match="characters"):
-        Tokenizer(tmp_path).encode_chat([("user", "x" * 1_000_000)])
+        Tokenizer(tmp_path).encode_chat(chat_of(("user", "x" * 1_000_000)))
 
 
 def test_panic_of_the_library_is_an_ordinary_error(

@@ -5,6 +5,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+from chats import chat_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import KINDS, write_tokenizer
@@ -58,7 +59,9 @@ def test_texts_and_chats_are_encoded_as_the_file_says(
     assert ours.encode(text) == file.encode(text).ids
     (end,) = ours.end_ids
     chat = f"{text}{file.id_to_token(end)}\n"
-    assert ours.encode_chat([("user", text)]) == file.encode(chat, add_special_tokens=False).ids
+    assert (
+        ours.encode_chat(chat_of(("user", text))) == file.encode(chat, add_special_tokens=False).ids
+    )
 
 
 def test_any_ids_are_decoded_as_the_file_says(ours: Tokenizer, file: FileTokenizer) -> None:
@@ -139,5 +142,5 @@ def test_what_a_rebuilt_tokenizer_loses(
 
 def test_a_chat_keeps_the_blank_after_an_end_token(tmp_path: Path) -> None:
     tokenizer = Tokenizer(write_tokenizer("LlamaTokenizer", tmp_path))
-    ids = tokenizer.encode_chat([("user", "hi</s> there")])
+    ids = tokenizer.encode_chat(chat_of(("user", "hi</s> there")))
     assert tokenizer.decode(ids, special=True) == "hi</s>  there</s> \n"

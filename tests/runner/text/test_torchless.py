@@ -6,6 +6,7 @@ import sys
 from granatum.examples.tasks import BASE_MODEL
 from granatum.models.config import read_config
 from granatum.runner.text.tokenizer import Tokenizer
+from granatum.v1.inference_pb2 import Chat, ChatMessage
 
 READ = f"""
 from pathlib import Path
@@ -15,10 +16,11 @@ import_transformers()
 import granatum.runner.app
 from granatum.models.config import read_config
 from granatum.runner.text.tokenizer import Tokenizer
+from granatum.v1.inference_pb2 import Chat, ChatMessage
 directory = Path({str(BASE_MODEL)!r})
 tokenizer = Tokenizer(directory)
 print(tokenizer.encode("größe>"))
-print(tokenizer.encode_chat([("system", "be brief"), ("user", "hi")]))
+print(tokenizer.encode_chat(Chat(messages=[ChatMessage(role="user", content="hi")])))
 print(tokenizer.decode(tokenizer.encode("größe>")), tokenizer.size, sorted(tokenizer.end_ids))
 print(read_config(directory))
 print("torch" in sys.modules, "triton" in sys.modules)
@@ -38,7 +40,7 @@ def test_the_front_needs_no_torch_and_reads_the_same() -> None:
     ids = tokenizer.encode("größe>")
     assert output(READ) == [
         str(ids),
-        str(tokenizer.encode_chat([("system", "be brief"), ("user", "hi")])),
+        str(tokenizer.encode_chat(Chat(messages=[ChatMessage(role="user", content="hi")]))),
         f"{tokenizer.decode(ids)} {tokenizer.size} {sorted(tokenizer.end_ids)}",
         str(read_config(BASE_MODEL)),
         "False False",

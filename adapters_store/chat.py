@@ -1,0 +1,104 @@
+"""What an adapter's folder says of chats: its own chat template, and tokens that end an answer.
+
+An upload may bring both in a third file, `chat.json`. A template is a program of a tenant. It is
+only parsed here, never run: `runner/text/templates` runs it in a process of its own.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from granatum.v1.errors import InvalidAdapter
+
+CHAT_FILE = "chat.json"
+MAX_CHAT_BYTES = 256 << 10
+_MAX_END_TOKENS = 16
+_FIELDS = ("chat_template", "end_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """An adapter's chat template (empty: the base model's), and its end tokens by their text."""
+
+    template: str = ""
+    end_tokens: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, data: bytes) -> "ChatSettings":
+        """Read a `chat.json`. Raises InvalidAdapter."""
+        try:
+            fields = json.loads(data)
+            json.dumps(fields, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
+            raise _wrong(f"is no JSON ({error}): write it with a JSON library") from None
+        if not isinstance(fields, dict) or not fields.keys() <= set(_FIELDS):
+            raise _wrong(f"give a JSON object of {' and '.join(_FIELDS)}")
+        template, tokens = fields.get("chat_template", ""), fields.get("end_tokens", [])
+        if not isinstance(template, str):
+            raise _wrong("chat_template: give text")
+        if not isinstance(tokens, list) or not all(isinstance(t, str) and t for t in tokens):
+            raise _wrong("end_tokens: give a list of tokens, each by its text")
+        if len(tokens) > _MAX_END_TOKENS:
+            raise _wrong(f"end_tokens: give at most {_MAX_END_TOKENS}")
+        return cls(template, tuple(tokens))
+
+
+def check_chat(file: Path, model: Path) -> None:
+    """Raise InvalidAdapter unless `file`, a `chat.json`, can be served with the model in `model`.
+
+    Blocks.
+    """
+    settings = ChatSettings.parse(file.read_bytes())
+    known = _tokens(model) if settings.end_tokens else {}
+    for token in settings.end_tokens:
+        if token not in known:
+            raise _wrong(
+                f"end_tokens: {token[:70]!r} is no token of the base model's tokenizer, and an "
+                "adapter cannot add one, since all adapters share the base model's embeddings: "
+                "train with an end token that the base model has, or leave this one out"
+            )
+    if settings.template:
+        _check_syntax(settings.template)
+
+
+def _check_syntax(template: str) -> None:
+    # Parsed, and not compiled: to compile computes what is constant, such as 10 ** 10 ** 10.
+    from jinja2 import TemplateSyntaxError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The tag by which transformers finds what an assistant said."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> list[Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(extensions=[Generation, loopcontrols])
+    try:
+        environment.parse(template)
+    except TemplateSyntaxError as error:
+        raise _wrong(f"chat_template: line {error.lineno} is no Jinja ({error.message})") from None
+    except (RecursionError, ValueError, OverflowError):
+        raise _wrong("chat_template: it nests too deeply: simplify it") from None
+
+
+def _tokens(model: Path) -> Mapping[str, Any]:
+    """The tokens of a model's tokenizer.json by their text."""
+    try:
+        tokenizer = json.loads((model / "tokenizer.json").read_bytes())
+        added = {entry["content"]: entry["id"] for entry in tokenizer["added_tokens"]}
+        vocabulary = tokenizer["model"]["vocab"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return {**vocabulary, **added} if isinstance(vocabulary, dict) else added
+
+
+def _wrong(remedy: str) -> InvalidAdapter:
+    return InvalidAdapter(f"{CHAT_FILE}: {remedy}", field="header.files")
