@@ -11,8 +11,8 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
-from granatum.models.config import CONFIG_FILE
 from granatum.models.config_fields import Fields
+from granatum.models.folder import CONFIG_FILE
 from granatum.models.identity import end_tokens
 from granatum.v1.errors import InvalidRequest, PreconditionFailed
 from granatum.v1.validation import MAX_PROMPT_BYTES
