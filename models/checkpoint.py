@@ -63,8 +63,8 @@ def required_weight_files(folder: Path) -> list[Path]:
             f"M.from_pretrained({str(folder)!r}).save_pretrained('converted')"
         )
         message += (
-            ". Its .bin files are pickles, which could run any code here: if you trust them, make "
-            f'safetensors of them with `python -c "{code}"`, and copy the tokenizer\'s files'
+            ". A server reads no .bin files, as pickles may run any code: convert them with "
+            f'`python -c "{code}"`, and copy the tokenizer beside them'
         )
     elif any(folder.glob("*.gguf")):
         message += ": give the model in safetensors, not in GGUF"

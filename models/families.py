@@ -81,7 +81,7 @@ class Family:
     ropes: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
     """The scalings of rotary frequencies that the family may have."""
     longropes: tuple[str, ...] = ()
-    """What else stands for `longrope` in the family's config.json."""
+    """What else means `longrope` in the family's config.json."""
     windows: Literal["never", "always", "if used"] = "never"
     """Whether `sliding_window` counts; `if used`: where config.json sets `use_sliding_window`."""
     multipliers: tuple[str, ...] = ()
