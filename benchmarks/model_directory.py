@@ -53,15 +53,6 @@ def write_adapter(directory: Path, base: BaseModel, rank: int, seed: int) -> Pat
 
 
 def _config(config: ModelConfig) -> dict[str, object]:
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": config.rope.theta}
-    if config.rope.low_freq_factor is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": config.rope.factor,
-            "low_freq_factor": config.rope.low_freq_factor,
-            "high_freq_factor": config.rope.high_freq_factor,
-            "original_max_position_embeddings": config.rope.original_positions,
-        }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -74,7 +65,7 @@ def _config(config: ModelConfig) -> dict[str, object]:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.rms_eps,
-        "rope_parameters": rope,
+        "rope_parameters": config.rope.settings,
         "tie_word_embeddings": config.tied,
     }
 

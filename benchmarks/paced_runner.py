@@ -97,7 +97,7 @@ def run_engine(
     """The engine process's main."""
     config = read_config(settings.model)
     batch = settings.max_batch or 64
-    limits = EngineLimits(batch, batch, settings.prefill_tokens, 16, config.max_positions)
+    limits = EngineLimits(batch, batch, settings.prefill_tokens, 16, config.context[0])
     executor = PacedExecutor(float(os.environ[STEP_MS]) / 1e3, config.vocab, batch)
     engine = Engine(
         executor,  # type: ignore[arg-type]

@@ -13,13 +13,14 @@ import numpy.typing as npt
 
 from granatum.models.config import ModelConfig
 from granatum.models.rope import Rope
+from granatum.models.scalings import Llama3
 
 Ints = npt.NDArray[np.int32]
 
 POPULARITIES = ("distinct", "uniform", "skewed", "identical")
 MAX_LENGTH = 2048
 SEED = 0xABCDABCD987
-_LLAMA3 = Rope(5e5, 8.0, 1.0, 4.0, 8192)
+_LLAMA3 = Rope(5e5, Llama3(8.0, 1.0, 4.0, 8192))
 
 SHAPES = {
     "7b": ModelConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, 1e-5, Rope(1e4)),

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from granatum.models.config import ModelConfig, config_file, parse_config
+from granatum.models.config import ModelConfig, parse_config
 from granatum.models.config_fields import Fields
 from granatum.models.families import LLAMA, Family, Module
+from granatum.models.folder import config_file
 from granatum.models.identity import fingerprint
 
 
@@ -34,8 +35,8 @@ class BaseModel:
         """Read a model directory, or that of a config.json. The name is the directory's if absent.
 
         The identity is that of all the model's files in the directory: routers and runners need
-        the same files, not config.json alone. Raises InvalidRequest if there is no config.json, or
-        if a field of it cannot be served.
+        the same files, not config.json alone. Raises InvalidRequest if there is no config.json, if
+        a field of it cannot be served, or if another file of the model is damaged.
         """
         file = config_file(Path(path))
         fields = Fields.read(file)
@@ -103,6 +104,10 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": bool(config.biased - {"gate_up", "down"}),
         "mlp_bias": bool(config.biased & {"gate_up", "down"}),
         "sliding_window": config.window,
-        "rope": config.rope.settings,
+        "rope": {
+            # Stored adapters have the original positions as a float.
+            name: float(value) if type(value) is int else value
+            for name, value in config.rope.settings.items()
+        },
     }
     return shape | {name: getattr(config, name) for name in config.family.multipliers}

@@ -1,23 +1,21 @@
 """The base model's dimensions and peculiarities, read from config.json without transformers."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from granatum.models.config_fields import Fields
 from granatum.models.families import FAMILIES, LLAMA, Family
+from granatum.models.folder import config_file
 from granatum.models.rope import PLAIN, Rope, read_rope
+from granatum.v1.errors import InvalidRequest
 
-CONFIG_FILE = "config.json"
 MOST_LAYERS = 1024
 SILU = "silu"
 ONLY: dict[str, object] = {
     "hidden_act": SILU,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "quantization_config": None,
 }
-"""Fields that change what a layer computes, or how its weights are stored, each with the only value
-that can be served."""
+"""Fields that change what a layer computes, each with the only value that can be served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +30,7 @@ class ModelConfig:
     kv_heads: int
     head_dim: int
     max_positions: int
+    """The positions that config.json or the rotary scaling speaks of."""
     rms_eps: float = 1e-6
     rope: Rope = PLAIN
     tied: bool = False
@@ -67,6 +66,20 @@ class ModelConfig:
     def kv_elements(self) -> int:
         """Elements of one token's keys and values in all layers."""
         return 2 * self.layers * self.kv_size
+
+    @property
+    def context(self) -> tuple[int, str]:
+        """The most tokens of a sequence, and the field of config.json that says so.
+
+        Up to there the model is computed exactly. A window of a longer sequence would hide tokens,
+        and some rotary scalings would change.
+        """
+        bounds = [(self.max_positions, "max_position_embeddings")]
+        if self.window is not None:
+            bounds.append((self.window, "sliding_window"))
+        if (exact := self.rope.scaling.exact_positions) is not None:
+            bounds.append((exact, "original_max_position_embeddings"))
+        return min(bounds)
 
     @property
     def attention_scale(self) -> float:
@@ -113,22 +126,19 @@ def read_config(model: Path) -> ModelConfig:
     return parse_config(Fields.read(config_file(model)))
 
 
-def config_file(model: Path) -> Path:
-    """The config.json of a model directory; any other path is that file itself."""
-    return model / CONFIG_FILE if model.is_dir() else model
-
-
 def parse_config(fields: Fields) -> ModelConfig:
     """The config that config.json's fields describe. Raises as `read_config`."""
     family = FAMILIES.get(str(fields.values.get("model_type")))
     if family is None:
         fields.refuse("model_type", f"one of {', '.join(FAMILIES)}")
+    _refuse_quantised(fields)
     for name, only in ONLY.items():
         fields.require(name, only)
     heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
     layers = fields.whole("num_hidden_layers", most=MOST_LAYERS)
     positions = fields.whole("max_position_embeddings", family.max_positions)
-    optional = family.optional_bias if fields.flag("attention_bias") else ()
+    head_dim = _head_dim(fields, family, hidden, heads)
+    rope = read_rope(fields, family, head_dim, positions)
     return ModelConfig(
         vocab=fields.whole("vocab_size"),
         hidden=hidden,
@@ -136,18 +146,29 @@ def parse_config(fields: Fields) -> ModelConfig:
         layers=layers,
         heads=heads,
         kv_heads=_kv_heads(fields, family, heads),
-        head_dim=_head_dim(fields, family, hidden, heads),
-        max_positions=positions,
+        head_dim=head_dim,
+        max_positions=max(positions, rope.scaling.positions),
         rms_eps=fields.number("rms_norm_eps", family.rms_eps),
-        rope=read_rope(fields, family.ropes, positions),
+        rope=rope,
         tied=fields.flag("tie_word_embeddings"),
         activation=str(fields.values.get("hidden_act") or SILU),
         qk_norm=family.qk_norm,
-        biased=frozenset((*family.biased, *optional)),
-        window=_window(fields, family, layers, positions),
+        biased=_biased(fields, family),
+        window=_window(fields, family, layers),
         family=family,
         **{name: fields.number(name, 1.0) for name in family.multipliers},
     )
+
+
+def _refuse_quantised(fields: Fields) -> None:
+    """Weights are served as they are multiplied: in 16 or 32 bits."""
+    for name in ("quantization_config", "quantization"):  # MLX writes the second
+        if stored := fields.inner(name).values:
+            raise InvalidRequest(
+                f"{fields.place}{name} says that the weights are quantised (quant_method = "
+                f"{json.dumps(stored.get('quant_method'))}): give the model in bfloat16, float16 "
+                "or float32, from which this one was made"
+            )
 
 
 def _kv_heads(fields: Fields, family: Family, heads: int) -> int:
@@ -164,14 +185,23 @@ def _head_dim(fields: Fields, family: Family, hidden: int, heads: int) -> int:
     return found
 
 
-def _window(fields: Fields, family: Family, layers: int, positions: int) -> int | None:
-    """The window of the layers that have one; a window as long as the context changes nothing."""
+def _biased(fields: Fields, family: Family) -> frozenset[str]:
+    """The groups with a bias."""
+    if not family.optional_mlp_bias:
+        fields.require("mlp_bias", False)
+    found = set(family.biased)
+    if fields.flag("attention_bias"):
+        found.update(family.optional_bias)
+    if fields.flag("mlp_bias"):
+        found.update(family.optional_mlp_bias)
+    return frozenset(found)
+
+
+def _window(fields: Fields, family: Family, layers: int) -> int | None:
+    """The window of the layers that have one."""
     if not _is_windowed(fields, family, layers):
         return None
-    window = fields.whole_or_none("sliding_window", family.window)
-    if window is not None and window < positions:
-        fields.refuse("sliding_window", f"null or at least {positions}")
-    return window
+    return fields.whole_or_none("sliding_window", family.window)
 
 
 def _is_windowed(fields: Fields, family: Family, layers: int) -> bool:

@@ -78,6 +78,19 @@ class Fields:
             self.refuse(name, "positive and finite")
         return float(value)
 
+    def number_or(self, name: str, default: float) -> float:
+        """A finite positive number; the default also where the field is 0 or false."""
+        return self.number(name) if self.values.get(name) else float(default)
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of `count` finite positive numbers."""
+        values = self.values.get(name)
+        if not isinstance(values, list) or len(values) != count:
+            self.refuse(name, f"a list of {count} numbers")
+        items = {str(index): value for index, value in enumerate(values)}
+        inner = Fields(items, f"{self.place}{name}.")
+        return tuple(inner.number(index) for index in items)
+
     def flag(self, name: str) -> bool:
         """True or false; false if the field is absent or null."""
         value = self.values.get(name)

@@ -74,10 +74,14 @@ class Family:
     """The groups that always have a bias."""
     optional_bias: tuple[str, ...] = ()
     """The groups that have a bias if config.json sets `attention_bias`."""
+    optional_mlp_bias: tuple[str, ...] = ()
+    """The groups that have a bias if config.json sets `mlp_bias`."""
     qk_norm: bool = False
     """Whether each head of q and k is normed."""
-    ropes: tuple[str, ...] = ("default", "linear", "llama3")
+    ropes: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
     """The scalings of rotary frequencies that the family may have."""
+    longropes: tuple[str, ...] = ()
+    """What else means `longrope` in the family's config.json."""
     windows: Literal["never", "always", "if used"] = "never"
     """Whether `sliding_window` counts; `if used`: where config.json sets `use_sliding_window`."""
     multipliers: tuple[str, ...] = ()
@@ -89,6 +93,8 @@ class Family:
     head_dim: int | None = None
     """None: `hidden_size` / `num_attention_heads`."""
     max_positions: int = 2048
+    original_positions: int | None = None
+    """None: `max_position_embeddings`, or what the rotary scaling says."""
     rms_eps: float = 1e-6
     window: int | None = None
     max_window_layers: int = 0
@@ -105,7 +111,12 @@ class Family:
         return tuple(name for group in self.groups for name in group.projections)
 
 
-LLAMA = Family("llama", optional_bias=("qkv", "o"), default_targets=("q_proj", "v_proj"))
+LLAMA = Family(
+    "llama",
+    optional_bias=("qkv", "o"),
+    optional_mlp_bias=("gate_up", "down"),
+    default_targets=("q_proj", "v_proj"),
+)
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -143,14 +154,17 @@ FAMILIES: dict[str, Family] = {
         Family(
             "phi3",
             groups=_FUSED,
-            ropes=("default",),
+            ropes=("default", "longrope"),
+            longropes=("su", "yarn"),
             windows="always",
             max_positions=4096,
+            original_positions=4096,
             rms_eps=1e-5,
         ),
         Family(
             "granite",
             optional_bias=("qkv", "o"),
+            optional_mlp_bias=("gate_up", "down"),
             multipliers=(
                 "embedding_multiplier",
                 "residual_multiplier",

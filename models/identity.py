@@ -10,17 +10,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from granatum.models.checkpoint import Tensor, tensors_of, weight_files
+from granatum.models.folder import read_whole
 from granatum.v1.errors import InvalidRequest
 
 PARTS = ("shape", "weights", "tokenizer", "end tokens")
 
 _DIGITS = 16
-INDEX_FILE = "model.safetensors.index.json"
-"""The file that says which file of the checkpoint holds which tensor."""
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"),
@@ -32,14 +31,13 @@ _TOKENIZER = (
 _READ_IN_FULL = 64 << 20
 _BLOCKS = 8
 _BLOCK_BYTES = 4096
-_LENGTH_BYTES = 8
 
 
 def fingerprint(shape: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> str:
     """The fingerprint of the model in `folder`; `config` is what its config.json says.
 
     A folder without weights, tokenizer or end tokens has a fingerprint as well. Raises
-    InvalidRequest for a file that cannot be read.
+    InvalidRequest for a file that cannot be read, or that is not whole.
     """
     try:
         parts = (
@@ -72,7 +70,7 @@ def end_tokens(config: Mapping[str, Any], folder: Path) -> list[Any]:
     """
     file = folder / "generation_config.json"
     try:
-        generation = json.loads(file.read_bytes())
+        generation = json.loads(read_whole(file))
     except FileNotFoundError:
         generation = {}
     except ValueError as error:
@@ -94,19 +92,8 @@ def _canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True).encode()
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """Where a tensor's bytes lie in its file; `kind` is its dtype and shape."""
-
-    name: str
-    kind: str
-    file: Path
-    begin: int
-    size: int
-
-
 def _weights_digest(folder: Path) -> bytes:
-    tensors = [tensor for file in _weight_files(folder) for tensor in _tensors(file)]
+    tensors = [tensor for file in weight_files(folder) for tensor in tensors_of(file)]
     in_full = sum(tensor.size for tensor in tensors) <= _READ_IN_FULL
     digest = hashlib.sha256()
     # Sorted by name, so that the digest does not depend on how the model is cut into files.
@@ -118,43 +105,7 @@ def _weights_digest(folder: Path) -> bytes:
     return digest.digest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that the index names, which a runner loads. Without an index: every file."""
-    try:
-        index = json.loads((folder / INDEX_FILE).read_bytes())
-        named = [folder / name for name in sorted(set(index["weight_map"].values()))]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        named = sorted(folder.glob("*.safetensors"))
-    return [file for file in named if file.is_file()]
-
-
-def _tensors(file: Path) -> Iterator[_Tensor]:
-    """The tensors that a file's header names. A file without a header is one tensor."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        data_begin = _LENGTH_BYTES + int.from_bytes(opened.read(_LENGTH_BYTES), "little")
-        header = opened.read(data_begin - _LENGTH_BYTES) if data_begin <= size else b""
-    try:
-        tensors = [
-            _tensor(name, fields, file, data_begin, size)
-            for name, fields in json.loads(header).items()
-            if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        tensors = [_Tensor(file.name, "unreadable", file, 0, size)]
-    yield from tensors
-
-
-def _tensor(
-    name: str, fields: Mapping[str, Any], file: Path, data_begin: int, size: int
-) -> _Tensor:
-    begin, end = (data_begin + offset for offset in fields["data_offsets"])
-    if not data_begin <= begin <= end <= size:
-        raise ValueError(f"{name} lies outside {file}")
-    return _Tensor(name, f"{fields['dtype']}{fields['shape']}", file, begin, end - begin)
-
-
-def _blocks(tensor: _Tensor, in_full: bool) -> Iterator[tuple[int, int]]:
+def _blocks(tensor: Tensor, in_full: bool) -> Iterator[tuple[int, int]]:
     """The parts of a tensor that are read, each as (begin, size)."""
     if in_full or tensor.size <= _BLOCKS * _BLOCK_BYTES:
         yield tensor.begin, tensor.size
@@ -169,6 +120,6 @@ def _tokenizer_digest(folder: Path) -> bytes:
     digest = hashlib.sha256()
     for pattern in _TOKENIZER:
         for file in sorted(folder.glob(pattern)):
-            content = hashlib.sha256(file.read_bytes()).digest()
+            content = hashlib.sha256(read_whole(file)).digest()
             digest.update(file.name.encode() + b"\0" + content)
     return digest.digest()

@@ -6,7 +6,9 @@ from typing import Annotated
 from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode
 
+from granatum.models.folder import model_folder
 from granatum.service import settings as shared
+from granatum.v1.errors import InvalidRequest
 from granatum.v1.transport import Tls, reachable
 
 MAX_BATCH = 1024
@@ -101,9 +103,10 @@ class RunnerSettings(BaseSettings):
     @field_validator("model")
     @classmethod
     def _check_model(cls, value: Path) -> Path:
-        if not (value / "config.json").is_file():
-            raise ValueError(f"{value} holds no config.json: give a Hugging Face model directory")
-        return value
+        try:
+            return model_folder(value)
+        except InvalidRequest as error:
+            raise ValueError(error.message) from error
 
     @property
     def tls(self) -> Tls | None:

@@ -26,6 +26,7 @@ from granatum.cli.box.keeper import Pauses, keep
 from granatum.cli.box.layout import Layout
 from granatum.cli.box.process import Process
 from granatum.cli.box.state import held, make_private
+from granatum.models.folder import model_folder
 from granatum.router.services.keys_file import Identity, add
 from granatum.v1.errors import InvalidRequest, Unavailable
 from granatum.v1.transport import is_loopback
@@ -91,10 +92,7 @@ class Box:
     def _prepare(self) -> Path:
         """Take what the box needs; a folder for the embedded server's socket."""
         layout = self.layout
-        if not (layout.model / "config.json").is_file():
-            raise InvalidRequest(
-                f"{layout.model} holds no config.json: give the folder of a Hugging Face model"
-            )
+        model_folder(layout.model)
         self._held.enter_context(held(layout.state, f"process {os.getpid()} on {layout.listen}"))
         for directory in (layout.log_directory, *layout.own_store):
             make_private(directory)

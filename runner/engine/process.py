@@ -151,12 +151,13 @@ def build_engine(
             )
         torch.cuda.set_device(device.index or 0)
     config = read_config(options.model)
+    context = _context(options, config)
     _read_tables(options, config, device)
     with phase("reading weights", "weights loaded"):
         weights = _weights(options, config, device)
     tokens = page_tokens(config, options.max_rank)
     pages = _pages(options, config, tokens, device)
-    limits = _limits(options, config, tokens, pages)
+    limits = _limits(options, config, context, tokens, pages)
     arena = allocate_arena(config, tokens, pages, options.dtypes.kv, device)
     rank = padded_rank(options.max_rank)  # as adapters lie in the arena
     table = allocate_table(config, options.adapter_slots, device, rank)
@@ -217,14 +218,32 @@ def _pages(options: EngineOptions, config: ModelConfig, tokens: int, device: tor
     return pages
 
 
-def _limits(options: EngineOptions, config: ModelConfig, tokens: int, pages: int) -> EngineLimits:
-    context = min(config.max_positions, pages * tokens)
+def _context(options: EngineOptions, config: ModelConfig) -> int:
+    """Tokens of a sequence, as far as the model can be computed exactly."""
+    exact, field = config.context
+    wanted = options.max_context
+    if wanted is None:
+        if exact < config.max_positions:
+            log.warning("sequences are shorter than the model's positions", max_context=exact,
+                        because=field, positions=config.max_positions)  # fmt: skip
+        return exact
+    if wanted > exact:
+        raise InvalidRequest(
+            f"--max-context {wanted} is not supported: {field} of config.json lets this model be "
+            f"computed exactly up to {exact} tokens; give --max-context {exact} or less"
+        )
+    return wanted
+
+
+def _limits(
+    options: EngineOptions, config: ModelConfig, context: int, tokens: int, pages: int
+) -> EngineLimits:
     return EngineLimits(
         max_batch=options.max_batch,
         max_waiting=options.max_waiting,
         prefill_tokens=max(options.prefill_tokens, options.max_batch),
         page_tokens=tokens,
-        max_context=min(options.max_context or context, context),
+        max_context=min(context, pages * tokens),
         vocabulary=config.vocab,
     )
 

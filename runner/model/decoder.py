@@ -61,7 +61,7 @@ class Model:
         first = weights.layers[0]
         linears = (first.qkv, first.o, first.gate_up, first.down, weights.head)
         sums = allocate_workspace(limits.prefill_tokens, linears, self.device)
-        angles = _angles(config, self.device)
+        angles = _angles(config, limits.max_context, self.device)
         self._layers = tuple(
             self._layer(index, layer, angles, sums) for index, layer in enumerate(weights.layers)
         )
@@ -169,8 +169,12 @@ class Model:
         return torch.empty(elements, dtype=torch.float32, device=self.device)
 
 
-def _angles(config: ModelConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [max_positions, head_dim / 2] of every position, in float32."""
+def _angles(
+    config: ModelConfig, positions: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [positions, head_dim / 2] of every position, in float32."""
     frequencies = torch.tensor(config.rope.frequencies(config.head_dim), dtype=torch.float64)
-    angles = torch.outer(torch.arange(config.max_positions, dtype=torch.float64), frequencies)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64), frequencies)
+    amplitude = config.rope.scaling.amplitude
+    cos, sin = amplitude * angles.cos(), amplitude * angles.sin()
+    return cos.float().to(device), sin.float().to(device)

@@ -1,6 +1,5 @@
 """The base model's weights on the device. Projections that share an input are one matrix."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +8,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from granatum.kernels.linear.dense import Dense
+from granatum.models.checkpoint import required_weight_files
 from granatum.models.config import ModelConfig
 from granatum.models.families import Group
-from granatum.models.identity import INDEX_FILE
 from granatum.v1.errors import InvalidRequest
 
 _IGNORED = ("rotary_emb.inv_freq",)
 _HEAD = "lm_head.weight"
+_QUANTISED = (".qweight", ".qzeros", ".g_idx", ".scales", ".weight_packed", ".absmax")
+"""How names of tensors end that only quantised checkpoints have."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes of checkpoints that are served; each tensor is rounded to the dtype of the weights."""
 
@@ -95,14 +96,14 @@ def load_weights(
     weights = empty_weights(config, dtype, device)
     wanted = dict(targets(config, weights))
     head: torch.Tensor | None = None
-    for file in _files(directory):
+    for file in required_weight_files(directory):
         for name, tensor in _tensors(file):
             if (target := wanted.pop(name, None)) is not None:
                 _copy(target, tensor, name)
             elif config.tied and name == _HEAD:
                 head = tensor
             elif not name.endswith(_IGNORED):
-                raise _invalid(f"{file.name} holds {name}, which this model has no place for")
+                raise _misplaced(file, name)
     if wanted:
         raise _invalid(f"{directory} lacks {len(wanted)} tensors, such as {min(wanted)}")
     if head is not None and not torch.equal(head.to(weights.embedding), weights.embedding):
@@ -156,18 +157,11 @@ def _module_rows(config: ModelConfig, group: Group) -> list[int]:
     return [sum(widths[name] for name in module.projections) for module in group.modules]
 
 
-def _files(directory: Path) -> list[Path]:
-    index = directory / INDEX_FILE
-    if index.exists():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-            return sorted(directory / name for name in names)
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise _invalid(f"{index} is no index of weights: download it again") from error
-    single = directory / "model.safetensors"
-    if not single.exists():
-        raise _invalid(f"{directory} holds neither model.safetensors nor {INDEX_FILE}")
-    return [single]
+def _misplaced(file: Path, name: str) -> Exception:
+    said = f"{file.name} holds {name}, which this model has no place for"
+    if name.endswith(_QUANTISED):
+        said += ": its weights are quantised; give the model in bfloat16, float16 or float32"
+    return _invalid(said)
 
 
 def _copy(target: torch.Tensor, tensor: torch.Tensor, name: str) -> None:

@@ -8,8 +8,8 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from granatum.adapters_store.chat import ChatSettings
-from granatum.models.config import CONFIG_FILE
 from granatum.models.config_fields import Fields
+from granatum.models.folder import CONFIG_FILE
 from granatum.models.identity import end_tokens
 from granatum.runner.text.chat_template import ChatTemplate
 from granatum.runner.text.tokenizer_files import read_tokenizer, without_panic

@@ -40,7 +40,7 @@ from granatum.runner.records import SequenceNews, Submit, TokenLogprobs
 
 CPU = torch.device("cpu")
 VOCAB = 160
-_COMMON: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -59,37 +59,38 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
-    "llama_mha": (LlamaForCausalLM, LlamaConfig(**{**_COMMON, "num_key_value_heads": 4})),
-    "llama_gqa_tied": (LlamaForCausalLM, LlamaConfig(**_COMMON, tie_word_embeddings=True)),
-    "llama3_rope": (LlamaForCausalLM, LlamaConfig(**_COMMON, rope_parameters=_LLAMA3)),
-    "llama_linear_rope_bias": (
+    "llama_mha": (LlamaForCausalLM, LlamaConfig(**{**SIZES, "num_key_value_heads": 4})),
+    "llama_gqa_tied": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "llama3_rope": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=_LLAMA3)),
+    "llama_linear_rope_biases": (
         LlamaForCausalLM,
         LlamaConfig(
-            **_COMMON,
+            **SIZES,
             attention_bias=True,
+            mlp_bias=True,
             rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
         ),
     ),
-    "llama_head_dim": (LlamaForCausalLM, LlamaConfig(**_COMMON, head_dim=24)),
-    "mistral": (MistralForCausalLM, MistralConfig(**_COMMON, sliding_window=None)),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**_COMMON)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**_COMMON, head_dim=32, tie_word_embeddings=True)),
-    "phi3": (Phi3ForCausalLM, Phi3Config(**_COMMON, pad_token_id=None)),
+    "llama_head_dim": (LlamaForCausalLM, LlamaConfig(**SIZES, head_dim=24)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
+    "phi3": (Phi3ForCausalLM, Phi3Config(**SIZES, pad_token_id=None)),
     "granite": (
         GraniteForCausalLM,
         GraniteConfig(
-            **_COMMON,
+            **SIZES,
             embedding_multiplier=3.0,
             residual_multiplier=0.22,
             attention_multiplier=0.4,
             logits_scaling=3.0,
         ),
     ),
-    "granite_bias_tied": (
+    "granite_mlp_bias_tied": (
         GraniteForCausalLM,
         GraniteConfig(
-            **_COMMON,
-            attention_bias=True,
+            **SIZES,
+            mlp_bias=True,
             tie_word_embeddings=True,
             embedding_multiplier=0.7,
             residual_multiplier=1.5,
@@ -100,9 +101,13 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
 
 def make_model(directory: Path, family: str) -> PreTrainedModel:
     """A random model of the family, saved in `directory`."""
-    kind, config = FAMILIES[family]
+    return make_model_of(directory, *FAMILIES[family])
+
+
+def make_model_of(directory: Path, kind: Any, config: Any) -> PreTrainedModel:
+    """A random model of a class of transformers, saved in `directory`."""
     torch.manual_seed(0)
-    model = kind(config).float().eval()
+    model: PreTrainedModel = kind(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name or "norm" in name:  # not their neutral start
@@ -166,7 +171,7 @@ class TinyEngine:
         pages = changes.pop("pages", 64)
         rank = changes.pop("max_rank", 256)
         tokens = page_tokens(config, rank)
-        bounds = EngineLimits(16, 10_000, 64, tokens, config.max_positions)
+        bounds = EngineLimits(16, 10_000, 64, tokens, config.context[0])
         limits = replace(bounds, **changes)
         arena = allocate_arena(config, tokens, pages, torch.float32, CPU)
         self.pool = PagePool(pages)

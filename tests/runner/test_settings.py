@@ -50,7 +50,7 @@ def test_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("--device", "tpu"), "device"),
         (("--max-rank", "257"), "max_rank"),
-        (("--model", "/nowhere"), "config.json"),
+        (("--model", "/nowhere"), "/nowhere does not exist"),
         (("--memory-fraction", "1.5"), "memory_fraction"),
     ],
 )

@@ -39,7 +39,7 @@ pytestmark = [
 
 CONFIG = ModelConfig(
     vocab=320, hidden=128, intermediate=192, layers=2, heads=8, kv_heads=2, head_dim=32,
-    max_positions=512, rope=Rope(1e4), qk_norm=True, biased=frozenset({"qkv"}),
+    max_positions=512, rope=Rope(1e4), qk_norm=True, biased=frozenset({"qkv", "gate_up", "down"}),
 )  # fmt: skip
 ADAPTERS, PAGES, RANK = 5, 120, 16
 LIMITS = EngineLimits(8, 100, 64, page_tokens(CONFIG, RANK), 400)

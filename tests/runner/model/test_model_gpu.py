@@ -10,6 +10,7 @@ import torch
 from granatum.kernels.lora import ops as lora
 from granatum.models.config import ModelConfig
 from granatum.models.rope import Rope
+from granatum.models.scalings import Yarn
 from granatum.runner.engine.scheduling.plan import EngineLimits, Plan, Span
 from granatum.runner.engine.scheduling.sequence import Sequence
 from granatum.runner.model.arena import allocate_arena, allocate_table, page_tokens
@@ -39,6 +40,11 @@ PLAIN = ModelConfig(
 CONFIGS = {
     "llama": PLAIN,
     "qwen": replace(PLAIN, kv_heads=1, qk_norm=True, biased=frozenset({"qkv"})),
+    "biases and yarn": replace(
+        PLAIN,
+        biased=frozenset({"qkv", "o", "gate_up", "down"}),
+        rope=Rope(1e4, Yarn(4.0, 1.14, 32.0, 1.0, True, 128)),
+    ),
     "granite": replace(
         PLAIN,
         embedding_multiplier=3.0,

@@ -43,16 +43,14 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     norm = "model.layers.1.input_layernorm.weight"
     for changed, message in (
         ({n: t for n, t in tensors.items() if n != norm}, f"lacks 1 tensors, such as {norm}"),
-        ({**tensors, "model.extra": torch.zeros(1)}, "model.extra, which this model has no place"),
+        ({**tensors, "model.extra": torch.zeros(1)}, "model.extra, .* no place for$"),
+        ({**tensors, "model.extra.qweight": torch.zeros(1)}, "no place for: its weights are quant"),
         ({**tensors, norm: torch.zeros(3)}, rf"{norm} has shape \(3,\), not \(64,\)"),
         ({**tensors, norm: torch.zeros(64, dtype=torch.int8)}, f"{norm} is of torch.int8"),
     ):
         save_file(changed, file)
         with pytest.raises(InvalidRequest, match=message):
             load_weights(config, tmp_path, torch.float32, CPU)
-    file.unlink()
-    with pytest.raises(InvalidRequest, match="holds neither"):
-        load_weights(config, tmp_path, torch.float32, CPU)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -60,14 +58,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     config, file = read_config(tmp_path), tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(InvalidRequest, match=r"model\.safetensors cannot be read .* download"):
-        load_weights(config, tmp_path, torch.float32, CPU)
-    index = tmp_path / "model.safetensors.index.json"
-    for text in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000):
-        index.write_text(text)
-        with pytest.raises(InvalidRequest, match="is no index of weights"):
-            load_weights(config, tmp_path, torch.float32, CPU)
-    index.write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    with pytest.raises(InvalidRequest, match=r"gone\.safetensors cannot be read"):
         load_weights(config, tmp_path, torch.float32, CPU)
 
 
