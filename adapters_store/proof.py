@@ -13,7 +13,7 @@ answers, a float32 trainer, and mean distances in nats.
     one of 5 layers missing                     0.018 to 2.8
     adapter ignored (the effect)                0.9 to 6.9
 
-In float32 the bound refuses each of these faults. In bfloat16 it lets one of 44 missing layers pass.
+In float32 the bound refuses each of these faults. In bfloat16 one of 44 missing layers passes.
 
 Tokens of which the adapter is sure tell little: on answers alone, doubling alpha moves one adapter
 by 0.0009. So a proof had better hold the prompts' tokens, too.

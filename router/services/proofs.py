@@ -64,7 +64,6 @@ class Proofs:
     ) -> ProofResult:
         """Score a checked proof on a version and on the base model, within `remaining_s` seconds.
 
-
         Raises InvalidRequest for tokens that the model lacks or has no room for, DeadlineExceeded,
         and whatever a request of the tenant might get.
         """

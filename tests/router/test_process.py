@@ -116,7 +116,7 @@ async def test_streams_that_outlast_the_grace_end_and_free_their_place(box: Box)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["--model-config", "/nowhere"], "config.json"),
+        (["--model-config", "/nowhere"], "/nowhere does not exist"),
         (["--keys", "/nowhere/keys.json"], "keys file"),
         (["--store", "what://ever"], "store"),
         (["--listen", "0.0.0.0:0"], "--insecure"),
