@@ -33,7 +33,7 @@ test: $(DEV)  ## run every test that needs no GPU
 
 .PHONY: gpu-test
 gpu-test: $(DEV) $(NAMESPACE)  ## run the tests that need a GPU
-	PYTHONPATH=$(NAMESPACE) $(PY) -m pytest -m gpu tests/kernels tests/runner/engine/test_engine_gpu.py tests/runner/engine/test_hostile_gpu.py tests/runner/model/test_model_gpu.py
+	PYTHONPATH=$(NAMESPACE) $(PY) -m pytest -m gpu tests/kernels tests/runner/engine/test_engine_gpu.py tests/runner/engine/test_hostile_gpu.py tests/runner/model/test_model_gpu.py tests/runner/model/test_logits.py
 
 .PHONY: sanitize
 sanitize: $(DEV) $(NAMESPACE)  ## look for bad accesses and races in kernels on a GPU, hostile numbers among them
