@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 NAMESPACE := build/namespace
+PROTOC := build/protoc
 CODE := adapters_store benchmarks cli client deploy examples kernels models router runner service tests
 PACKAGES := adapters_store cli client examples kernels models router runner service v1
 PROTOS := $(wildcard protos/granatum/v1/*.proto)
@@ -75,11 +76,11 @@ plots: $(BENCH) $(NAMESPACE)  ## draw docs/*.svg from the benchmarks' results
 	PYTHONPATH=$(NAMESPACE) $(PY) benchmarks/plot.py benchmarks/results/h200 docs
 
 .PHONY: stubs
-stubs: $(DEV)  ## regenerate the stubs beside the protos
+stubs: $(DEV) $(PROTOC)  ## regenerate the stubs beside the protos
 	$(call protoc,protos)
 
 .PHONY: stubs-check
-stubs-check: $(DEV)
+stubs-check: $(DEV) $(PROTOC)
 	rm -rf build/stubs && mkdir -p build/stubs
 	$(call protoc,build/stubs)
 	cd build/stubs && for stub in granatum/v1/*; do \
@@ -87,7 +88,7 @@ stubs-check: $(DEV)
 	done
 
 define protoc
-$(PY) -m grpc_tools.protoc -Iprotos \
+PYTHONPATH=$(PROTOC) $(PY) -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy=$(VENV)/bin/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc \
   --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) $(PROTOS)
@@ -99,6 +100,11 @@ clean:  ## remove what the other targets made
 
 $(NAMESPACE): pyproject.toml deploy/namespace.py
 	$(PY) deploy/namespace.py
+
+# Apart from the environment, whose grpcio and protobuf are newer than this compiler accepts.
+$(PROTOC): constraints.txt | $(DEV)
+	rm -rf $@
+	$(PY) -m pip install --quiet --no-deps --target $@ --constraint constraints.txt grpcio-tools
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \

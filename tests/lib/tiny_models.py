@@ -74,6 +74,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "mistral": (MistralForCausalLM, MistralConfig(**_COMMON, sliding_window=None)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**_COMMON)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**_COMMON, head_dim=32, tie_word_embeddings=True)),
+    "qwen3_bias": (Qwen3ForCausalLM, Qwen3Config(**_COMMON, head_dim=16, attention_bias=True)),
     "phi3": (Phi3ForCausalLM, Phi3Config(**_COMMON, pad_token_id=None)),
     "granite": (
         GraniteForCausalLM,

@@ -18,6 +18,7 @@ from tiny_models import (
     reference_logits,
 )
 
+from granatum.models.families import FAMILIES as ROWS
 from granatum.runner.records import Departure, Finish, Sampling, Submit
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -124,6 +125,20 @@ def crowd(tokens: int = 12, **changes: Any) -> list[Submit]:
         Submit(i, prompt_of(i, 1 + 7 * i), adapter=user, max_tokens=tokens, **changes)
         for i, user in enumerate(users)
     ]
+
+
+def test_every_family_and_option_is_among_the_references() -> None:
+    configs = [config for _, config in FAMILIES.values()]
+    for name, row in ROWS.items():
+        own = [config for config in configs if config.model_type == name]
+        assert own, name
+        if row.optional_bias:
+            assert any(config.attention_bias for config in own), name
+        for multiplier in row.multipliers:
+            assert any(getattr(config, multiplier) != 1.0 for config in own), multiplier
+    kinds = {config.rope_parameters["rope_type"] for config in configs}
+    assert kinds >= {"default", "linear", "llama3"}
+    assert {config.tie_word_embeddings for config in configs} == {True, False}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
