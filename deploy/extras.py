@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def lower_bounds(extra: str) -> list[str]:
-    """The lower bound of each dependency of an extra, as pip's constraints; torch's are the pins."""
+    """The lower bound of each dependency of an extra, as pip's constraints; torch as pinned."""
     project = _pyproject()["project"]
     lines = [*project["dependencies"], *_dependencies(project, extra)]
     bounds = dict(_bound(line) for line in lines)  # an extra's own bound stands after the package's
@@ -121,9 +121,11 @@ def _check(
     package = f"{wheel}[{extra}]" if extra else str(wheel)
     _pip("--python", python, "install", "--no-compile", "--constraint", str(constraints), package)
     subprocess.run([python, "-I", "-c", IMPORT, *modules], check=True)
-    _check_command(environment / "bin" / "granatum", installed=any(environment.glob("lib/*/site-packages/typer")))
+    has_typer = any(environment.glob("lib/*/site-packages/typer"))  # of this extra or another
+    _check_command(environment / "bin" / "granatum", installed=has_typer)
     took = time.monotonic() - began
-    print(f"{name:<17} by {constraints.name:<15} imports {len(modules)} modules, {took:.0f} s", flush=True)
+    by = f"{name:<17} by {constraints.name:<15}"
+    print(f"{by} imports {len(modules)} modules, {took:.0f} s", flush=True)
 
 
 def _check_command(command: Path, *, installed: bool) -> None:

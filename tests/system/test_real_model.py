@@ -21,7 +21,7 @@ from granatum.cli.box.box import Box
 from granatum.cli.box.layout import Layout
 from granatum.client.client import Client
 from granatum.client.records import Completion
-from granatum.client.requests import Message, Prompt
+from granatum.client.requests import Message, Options, Prompt
 from granatum.examples import smollm2
 
 pytestmark = [
@@ -102,7 +102,7 @@ class Real:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     place = tmp_path_factory.mktemp("smollm2")
     smollm2.make(place / "model")
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32).eval()
@@ -118,7 +118,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
         if "lora_B" in name:  # A has PEFT's own start
             torch.nn.init.normal_(parameter, std=0.02)
     tuned.eval().save_pretrained(str(place / "adapters"))
-    yield Real(place / "model", tuned, place / "adapters", tuple(cases(place / "model")))
+    return Real(place / "model", tuned, place / "adapters", tuple(cases(place / "model")))
 
 
 def cases(folder: Path) -> Iterator[Case]:
@@ -138,8 +138,8 @@ def cases(folder: Path) -> Iterator[Case]:
 
 @pytest.fixture
 async def box(real: Real, tmp_path: Path) -> AsyncIterator[Box]:
-    arguments = ("--device", "cpu", "--max-rank", "256", "--max-context", "2048")
-    arguments += ("--max-batch", "32", "--arena-bytes", str(3 << 30))
+    sizes = ("--max-context", "2048", "--max-batch", "32", "--arena-bytes", str(3 << 30))
+    arguments = ("--device", "cpu", "--max-rank", "256", *sizes)
     layout = Layout(real.folder, tmp_path / "state", runners=1, runner_arguments=arguments)
     async with Box(layout, print) as box:
         yield box
@@ -151,10 +151,10 @@ async def test_thirty_prompts_in_one_batch(real: Real, box: Box) -> None:
             await client.upload(f"r{rank}", real.adapters / f"r{rank}")
 
         async def ask(case: Case) -> Completion:
-            named = {} if case.adapter is None else {"adapter": case.adapter}
-            return await client.complete(
-                case.prompt, max_tokens=TOKENS, ignore_eos=True, logprobs=5, **named
-            )
+            options = Options(max_tokens=TOKENS, ignore_eos=True, logprobs=5)
+            if case.adapter is not None:
+                options["adapter"] = case.adapter
+            return await client.complete(case.prompt, **options)
 
         answers = await asyncio.gather(*map(ask, real.cases))
     furthest = max(
@@ -171,7 +171,9 @@ def distance(real: Real, case: Case, answer: Completion) -> float:
     logits = real.logits(case.adapter, [*case.ids, *tokens])[len(case.ids) - 1 : -1]
     assert tokens == logits.argmax(1).tolist(), (case.prompt, case.adapter)
     expected = logits.log_softmax(1)
-    found = [[token.logprob or 0.0, *(value for _, value, _ in token.top)] for token in answer.tokens]
-    ids = [[token.id, *(top for top, _, _ in token.top)] for token in answer.tokens]
-    differences = expected.gather(1, torch.tensor(ids)) - torch.tensor(found)
-    return float(differences.abs().max())
+    furthest = 0.0
+    for token, row in zip(answer.tokens, expected, strict=True):
+        assert token.logprob is not None
+        told = [(token.id, token.logprob), *((top, value) for top, value, _ in token.top)]
+        furthest = max(furthest, *(abs(value - float(row[at])) for at, value in told))
+    return furthest
