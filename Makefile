@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 NAMESPACE := build/namespace
+PROTOC := build/protoc
 CODE := adapters_store benchmarks cli client deploy examples kernels models router runner service tests
 PACKAGES := adapters_store cli client examples kernels models router runner service v1
 PROTOS := $(wildcard protos/granatum/v1/*.proto)
@@ -33,7 +34,7 @@ test: $(DEV)  ## run every test that needs no GPU
 
 .PHONY: gpu-test
 gpu-test: $(DEV) $(NAMESPACE)  ## run the tests that need a GPU
-	PYTHONPATH=$(NAMESPACE) $(PY) -m pytest -m gpu tests/kernels tests/runner/engine/test_engine_gpu.py tests/runner/engine/test_hostile_gpu.py tests/runner/model/test_model_gpu.py
+	PYTHONPATH=$(NAMESPACE) $(PY) -m pytest -m gpu tests/kernels tests/runner/engine/test_engine_gpu.py tests/runner/engine/test_hostile_gpu.py tests/runner/model/test_model_gpu.py tests/runner/model/test_logits.py
 
 .PHONY: sanitize
 sanitize: $(DEV) $(NAMESPACE)  ## look for bad accesses and races in kernels on a GPU, hostile numbers among them
@@ -75,11 +76,11 @@ plots: $(BENCH) $(NAMESPACE)  ## draw docs/*.svg from the benchmarks' results
 	PYTHONPATH=$(NAMESPACE) $(PY) benchmarks/plot.py benchmarks/results/h200 docs
 
 .PHONY: stubs
-stubs: $(DEV)  ## regenerate the stubs beside the protos
+stubs: $(DEV) $(PROTOC)  ## regenerate the stubs beside the protos
 	$(call protoc,protos)
 
 .PHONY: stubs-check
-stubs-check: $(DEV)
+stubs-check: $(DEV) $(PROTOC)
 	rm -rf build/stubs && mkdir -p build/stubs
 	$(call protoc,build/stubs)
 	cd build/stubs && for stub in granatum/v1/*; do \
@@ -87,7 +88,7 @@ stubs-check: $(DEV)
 	done
 
 define protoc
-$(PY) -m grpc_tools.protoc -Iprotos \
+PYTHONPATH=$(PROTOC) $(PY) -m grpc_tools.protoc -Iprotos \
   --plugin=protoc-gen-mypy=$(VENV)/bin/protoc-gen-mypy \
   --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc \
   --python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) $(PROTOS)
@@ -99,6 +100,11 @@ clean:  ## remove what the other targets made
 
 $(NAMESPACE): pyproject.toml deploy/namespace.py
 	$(PY) deploy/namespace.py
+
+# Apart from the environment, whose grpcio and protobuf are newer than this compiler accepts.
+$(PROTOC): constraints.txt | $(DEV)
+	rm -rf $@
+	$(PY) -m pip install --quiet --no-deps --target $@ --constraint constraints.txt grpcio-tools
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \

@@ -230,9 +230,9 @@ def attention_cases() -> Iterator[tuple[str, Launch]]:
 
 def sampling_cases() -> Iterator[tuple[str, Launch]]:
     """The choice of the next token."""
-    for vocabulary, dtype in product((32000, 128256), (BF16, FP16)):
-        logits = empty(DECODES, vocabulary, dtype=dtype)
-        row, seats, name = empty(DECODES, dtype=FP32), integers(DECODES), f"{vocabulary} {dtype}"
+    for vocabulary in (32000, 128256):
+        logits = empty(DECODES, vocabulary, dtype=FP32)
+        row, seats, name = empty(DECODES, dtype=FP32), integers(DECODES), f"{vocabulary} {FP32}"
         elements = greedy_workspace_elements(DECODES, vocabulary)
         workspace = on_gpu(torch.empty(elements, dtype=torch.int64))
         yield (
@@ -249,12 +249,15 @@ def sampling_cases() -> Iterator[tuple[str, Launch]]:
 
 
 def linear_cases() -> Iterator[tuple[str, Launch]]:
-    """Every linear of the models that a kernel of ours serves, and the output projection."""
+    """Every linear of the models that a kernel of ours serves, and the output projections."""
     workspace = Workspace(empty(1 << 24, dtype=FP32), integers(1 << 14))
     shapes = {(k, sum(outs)) for model in LINEARS.values() for k, outs in model.values()}
-    for (k, n), rows in product(sorted(shapes | {(4096, 32000), (4096, 128256)}), (8, 32, 64)):
+    for (k, n), rows in product(sorted(shapes), (8, 32, 64)):
         for bias in (None, empty(n)):
             made = Dense(empty(n, k), bias, workspace)
             if made.may_overlap(rows):
                 name = f"linear {k}->{n} of {rows} biased {bias is not None}"
                 yield name, partial(made.apply, empty(rows, k))
+    for n, rows in product((32000, 128256), (8, 32, 64)):
+        made, logits = Dense(empty(n, 4096), None, workspace), empty(rows, n, dtype=FP32)
+        yield f"logits 4096->{n} of {rows}", partial(made.apply, empty(rows, 4096), logits)

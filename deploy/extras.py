@@ -2,10 +2,15 @@
 
     python deploy/extras.py
 
+Each extra is installed as `constraints.txt` pins it. Then the package alone, the router and the box
+are installed at the lower bound of each dependency, and the box of these versions runs the demo.
+torch and its triton stay as pinned there, for the size of torch's wheel.
+
 An environment may hold several extras, one after another: each of them includes the one before, so
 that what is installed is what the extra alone brings. Needs pip and setuptools, and torch's wheel.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +18,16 @@ import tempfile
 import time
 import tomllib
 import venv
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = (("", "cli", "router"), ("runner", "box"))
 """Extras by environment; "" is the package without any."""
+LOWEST = (("", "router"), ("box",))
+"""Those that are installed again, at their lower bounds. Each raises what the one before has."""
+PINS = ROOT / "constraints.txt"
 ROOMS = {
     "": ("client", "v1"),
     "cli": ("cli",),
@@ -38,14 +48,50 @@ def main() -> None:
             environment = Path(place) / str(number)
             venv.create(environment, with_pip=False)
             for extra in extras:
-                _check(environment, wheel, extra, _modules(folders, ROOMS[extra]))
+                _check(environment, wheel, extra, _modules(folders, ROOMS[extra]), PINS)
+            for extra in LOWEST[number]:
+                lowest = Path(place) / "lowest.txt"
+                lowest.write_text("\n".join(lower_bounds(extra)))
+                _check(environment, wheel, extra, _modules(folders, ROOMS[extra]), lowest)
+                if extra == "box":
+                    subprocess.run([environment / "bin" / "granatum", "demo"], check=True)
             shutil.rmtree(environment)
+
+
+def lower_bounds(extra: str) -> list[str]:
+    """The lower bound of each dependency of an extra, as pip's constraints; torch as pinned."""
+    project = _pyproject()["project"]
+    lines = [*project["dependencies"], *_dependencies(project, extra)]
+    bounds = dict(_bound(line) for line in lines)  # an extra's own bound stands after the package's
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", PINS.read_text(), re.MULTILINE))
+    bounds |= {name: pins[name] for name in ("torch", "triton") if name in bounds}
+    return [f"{name}=={version}" for name, version in bounds.items()]
+
+
+def _dependencies(project: Any, extra: str) -> Iterator[str]:
+    """The lines of an extra, and before them those of the extras that it includes."""
+    for line in project["optional-dependencies"].get(extra, ()):
+        if included := re.fullmatch(r"granatum\[(.+)\]", line):
+            for name in included[1].split(","):
+                yield from _dependencies(project, name)
+        else:
+            yield line
+
+
+def _bound(line: str) -> tuple[str, str]:
+    found = re.match(r"([\w-]+)>=([\w.]+)", line)
+    assert found is not None, f"{line} has no lower bound"
+    return found[1], found[2]
+
+
+def _pyproject() -> Any:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        return tomllib.load(file)
 
 
 def _folders() -> dict[str, Path]:
     """The rooms' folders by their names."""
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        packages = tomllib.load(file)["tool"]["setuptools"]["package-dir"]
+    packages = _pyproject()["tool"]["setuptools"]["package-dir"]
     return {name.removeprefix("granatum."): ROOT / path for name, path in packages.items()}
 
 
@@ -66,17 +112,20 @@ def _modules(folders: dict[str, Path], rooms: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _check(environment: Path, wheel: Path, extra: str, modules: list[str]) -> None:
+def _check(
+    environment: Path, wheel: Path, extra: str, modules: list[str], constraints: Path
+) -> None:
     began = time.monotonic()
     python = str(environment / "bin" / "python")
     name = f"granatum[{extra}]" if extra else "granatum"
-    constraints = ("--constraint", str(ROOT / "constraints.txt"))
     package = f"{wheel}[{extra}]" if extra else str(wheel)
-    _pip("--python", python, "install", "--no-compile", *constraints, package)
+    _pip("--python", python, "install", "--no-compile", "--constraint", str(constraints), package)
     subprocess.run([python, "-I", "-c", IMPORT, *modules], check=True)
-    _check_command(environment / "bin" / "granatum", installed=bool(extra))
+    has_typer = any(environment.glob("lib/*/site-packages/typer"))  # of this extra or another
+    _check_command(environment / "bin" / "granatum", installed=has_typer)
     took = time.monotonic() - began
-    print(f"{name:<17} imports {len(modules)} modules, {took:.0f} s", flush=True)
+    by = f"{name:<17} by {constraints.name:<15}"
+    print(f"{by} imports {len(modules)} modules, {took:.0f} s", flush=True)
 
 
 def _check_command(command: Path, *, installed: bool) -> None:

@@ -20,8 +20,12 @@ class Linear(Protocol):
         """The linear with room for its partial sums; it is applied only so."""
         ...
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T + b [M, N], new. Raises ValueError for a shape, stride or dtype it cannot take."""
+    def apply(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + b [M, N], of x's dtype and new; or in `out`, of x's dtype or float32.
+
+        Sums are float32 and are rounded to the dtype of the result, so float32 keeps them whole.
+        Raises ValueError for a shape, stride or dtype it cannot take.
+        """
         ...
 
     def apply_onto(self, y: torch.Tensor, x: torch.Tensor) -> None:

@@ -26,20 +26,32 @@ class Dense:
         """The linear with room for its partial sums."""
         return replace(self, workspace=workspace)
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T + b [M, N], new; x [M, K].
+    def apply(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + b [M, N]; x [M, K]. New, of x's dtype, or `out`, of x's dtype or float32.
 
         Raises:
             ValueError: a shape, stride or dtype that the kernel cannot take.
         """
         config = config_for(x.shape[0], self.weight)
         if config is None:
-            return functional.linear(x, self.weight, self.bias)
+            if out is None:
+                return functional.linear(x, self.weight, self.bias)
+            return self._multiply(x, out)
         require_rows("x", x, (x.shape[0], self.weight.shape[1]))
         require(self.weight.is_contiguous(), "the weight must be contiguous")
         require(x.dtype == self.weight.dtype, f"x is {x.dtype}, the weight {self.weight.dtype}")
         assert self.workspace is not None, "a linear is applied `within` a workspace"
-        return launch_linear(x, self.weight, self.bias, self.workspace, config)
+        return launch_linear(x, self.weight, self.bias, self.workspace, config, out)
+
+    def _multiply(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The library's product, in `out`."""
+        if x.dtype == out.dtype:
+            torch.mm(x, self.weight.t(), out=out)
+        elif x.is_cuda:
+            torch.mm(x, self.weight.t(), out.dtype, out=out)
+        else:  # a CPU's library multiplies one dtype alone
+            torch.mm(x.to(out.dtype), self.weight.t().to(out.dtype), out=out)
+        return out if self.bias is None else out.add_(self.bias)
 
     def apply_onto(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """y += x W^T, without the bias; x [M, K], y [M, N]."""

@@ -1,6 +1,7 @@
 """The kernel of a linear of few rows, as decoding has them: the bytes of its weight bound its time.
 
-    y = x W^T + b        x [M, K], W [N, K], M up to `MAX_ROWS`, float32 sums
+    y = x W^T + b        x [M, K], W [N, K], M up to `MAX_ROWS`, float32 sums, y of x's dtype or
+                         float32
 
 A block streams its rows of W through shared memory. Where the rows of W make too few blocks for the
 GPU, blocks share K: each block writes a partial sum, and the last block adds all of them in order.
@@ -19,6 +20,7 @@ from granatum.kernels.backend import (
     jit,
     overlap_options,
     require,
+    require_rows,
     tl,
 )
 from granatum.kernels.linear.tuning import Config, block_rows
@@ -100,8 +102,12 @@ def launch_linear(
     bias: torch.Tensor | None,
     workspace: Workspace,
     config: Config,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The kernel in one configuration; the arguments' types were checked."""
+    """The kernel in one configuration; the dtypes of x, weight and bias were checked.
+
+    out [M, N]: where y goes, of x's dtype or float32; None: y is new, of x's dtype.
+    """
     (rows, in_features), out_features = x.shape, weight.shape[0]
     blocks, block_m = out_features // config.block_n, block_rows(rows)
     fits = out_features % config.block_n == 0 and in_features % config.block_k == 0
@@ -110,7 +116,9 @@ def launch_linear(
         needed = block_m * out_features * config.splits
         enough = workspace.partials.numel() >= needed and workspace.arrivals.numel() >= blocks
         require(enough, f"the workspace must have {needed} partial sums, {blocks} arrivals")
-    y = x.new_empty(rows, out_features)
+    y = x.new_empty(rows, out_features) if out is None else out
+    require_rows("y", y, (rows, out_features))
+    require(y.dtype in (x.dtype, torch.float32), f"y is {y.dtype}: {x.dtype} or float32 is needed")
     _linear_kernel[(blocks * config.splits,)](
         x, weight, bias, y, workspace.partials, workspace.arrivals, rows, config.splits,
         in_features, x.stride(0), y.stride(0),

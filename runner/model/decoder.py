@@ -66,6 +66,10 @@ class Model:
             self._layer(index, layer, angles, sums) for index, layer in enumerate(weights.layers)
         )
         self._head = weights.head.within(sums)
+        # Of every step: its samples are read before the next step begins.
+        self._logits = torch.empty(
+            limits.max_batch, config.vocab, dtype=torch.float32, device=self.device
+        )
 
     def _layer(
         self,
@@ -97,8 +101,9 @@ class Model:
     def forward(self, step: Step, last: torch.Tensor, layers: int | None = None) -> torch.Tensor:
         """Logits [samples, vocab] of the step's sampling rows; KV of all its rows is written.
 
-        last int [seats]: the token that each seat's sequence drew last. `layers`: compute only the
-        first ones; None: all.
+        The logits are float32, not rounded to the model's dtype, and hold until the next step.
+        last int [seats]: the token that each seat's sequence drew last.
+        `layers`: compute only the first ones; None: all.
         """
         weights, eps = self._weights, self.config.rms_eps
         rows = AdaptedRows.of(step, self._partials)
@@ -116,7 +121,7 @@ class Model:
             x = layer.down.apply(layer.gate_up.activate(x, rows), rows)
         sampled = x.new_empty(step.sample_rows.shape[0], x.shape[1])
         add_rms_norm(x, residual, weights.norm, eps, sampled, step.sample_rows, scale=scale)
-        logits = self._head.apply(sampled)
+        logits = self._head.apply(sampled, self._logits[: sampled.shape[0]])
         if self.config.logits_scaling != 1.0:
             logits /= self.config.logits_scaling
         return logits

@@ -25,6 +25,7 @@ CASES = (
     "decode_attention 32/8x128 torch.bfloat16 pages of 16 of 64 normed False",
     "prefill_attention 32/8x128 torch.bfloat16 pages of 16",
     "linear 4096->4096 of 32 biased False",
+    "logits 4096->32000 of 32",
 )
 """The kernels that use tensor cores, much shared memory or their own layout of registers."""
 CUT = {"block_n": 64, "block_k": 128, "splits": 2, "warps": 4, "stages": 3}
@@ -41,7 +42,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Callable
     @cache
     def named() -> dict[str, Callable[[], object]]:
         found: Gpu = gpu(0)
-        tables.put(found, linear.OP, linear.shape_key(4096, 4096), 32, CUT)
+        for n in (4096, 32000):
+            tables.put(found, linear.OP, linear.shape_key(4096, n), 32, CUT)
         return {name: launch for name, launch in cases() if name in CASES}
 
     return named

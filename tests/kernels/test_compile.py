@@ -203,6 +203,18 @@ def test_linear(rows: int, compiled: list[Any]) -> None:
     assert "wgmma" in compiled[0].asm["ptx"]
 
 
+def test_an_output_projection(compiled: list[Any]) -> None:
+    """Its results are the float32 sums."""
+    workspace = linear.Workspace.of_size(0, 0, torch.device("cpu"))
+    config = measured(H200, 4096, 128256, ROWS)
+    assert config is not None
+    x, weight = torch.empty(ROWS, 4096, dtype=BF16), torch.empty(128256, 4096, dtype=BF16)
+    linear.launch_linear(x, weight, None, workspace, config, torch.empty(ROWS, 128256))
+    assert stack_bytes(compiled[0]) == 0
+    assert "cvt.rn.bf16" not in compiled[0].asm["ptx"]
+    assert "wgmma" in compiled[0].asm["ptx"]
+
+
 def test_the_rest(compiled: list[Any]) -> None:
     x, row = torch.empty(ROWS, 4096, dtype=BF16), torch.zeros(ROWS)
     slots = torch.zeros(ROWS, dtype=torch.int32)
@@ -213,7 +225,7 @@ def test_the_rest(compiled: list[Any]) -> None:
     table = torch.empty(64, 64)
     layer_kv, places = LayerKv(x, kv, 1), RowPlaces(slots, slots)
     rope_and_write_kv(x, x[:, :1024], x[:, :1024], Rotary(table, table), layer_kv, places)
-    logits = torch.empty(ROWS, 32000, dtype=BF16)
+    logits = torch.empty(ROWS, 32000)
     sample(logits, row, slots, row, row, row, slots, slots)
     elements = greedy_workspace_elements(ROWS, 32000)
     workspace = torch.empty(elements, dtype=torch.int64)

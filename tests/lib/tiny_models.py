@@ -75,6 +75,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
     "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
+    "qwen3_bias": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16, attention_bias=True)),
     "phi3": (Phi3ForCausalLM, Phi3Config(**SIZES, pad_token_id=None)),
     "granite": (
         GraniteForCausalLM,

@@ -5,7 +5,7 @@ import warnings
 
 from granatum.v1 import cluster_pb2 as granatum_dot_v1_dot_cluster__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.71.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in granatum/v1/cluster_pb2_grpc.py depends on'
+        + f' but the generated code in granatum/v1/cluster_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class ClusterServiceStub:
+class ClusterServiceStub(object):
     """The fleet, for its operators. Every call needs an admin key.
     """
 
@@ -52,7 +52,7 @@ class ClusterServiceStub:
                 _registered_method=True)
 
 
-class ClusterServiceServicer:
+class ClusterServiceServicer(object):
     """The fleet, for its operators. Every call needs an admin key.
     """
 
@@ -103,7 +103,7 @@ def add_ClusterServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class ClusterService:
+class ClusterService(object):
     """The fleet, for its operators. Every call needs an admin key.
     """
 
@@ -189,7 +189,7 @@ class ClusterService:
             _registered_method=True)
 
 
-class RegistryServiceStub:
+class RegistryServiceStub(object):
     """How runners make themselves known to a router. Every call needs the cluster key.
     """
 
@@ -211,7 +211,7 @@ class RegistryServiceStub:
                 _registered_method=True)
 
 
-class RegistryServiceServicer:
+class RegistryServiceServicer(object):
     """How runners make themselves known to a router. Every call needs the cluster key.
     """
 
@@ -250,7 +250,7 @@ def add_RegistryServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class RegistryService:
+class RegistryService(object):
     """How runners make themselves known to a router. Every call needs the cluster key.
     """
 

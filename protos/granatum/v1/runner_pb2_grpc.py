@@ -5,7 +5,7 @@ import warnings
 
 from granatum.v1 import runner_pb2 as granatum_dot_v1_dot_runner__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.71.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in granatum/v1/runner_pb2_grpc.py depends on'
+        + f' but the generated code in granatum/v1/runner_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class RunnerServiceStub:
+class RunnerServiceStub(object):
     """A runner's service to routers. Every call needs the cluster key.
     """
 
@@ -42,7 +42,7 @@ class RunnerServiceStub:
                 _registered_method=True)
 
 
-class RunnerServiceServicer:
+class RunnerServiceServicer(object):
     """A runner's service to routers. Every call needs the cluster key.
     """
 
@@ -76,7 +76,7 @@ def add_RunnerServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class RunnerService:
+class RunnerService(object):
     """A runner's service to routers. Every call needs the cluster key.
     """
 

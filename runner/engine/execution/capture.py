@@ -9,7 +9,7 @@ Graphs are captured while the engine serves. Why that is safe:
   for padding.
 - All graphs share one pool of memory. No two graphs ever run at once, so one graph's intermediate
   values may lie where another graph's lie. The largest graphs are captured first; the later ones
-  find room in their memory, and mostly take no more than their logits.
+  find room in their memory. All write their logits to one buffer of the model's.
 - A copy of an adapter may run on a stream of its own. The capture has the mode `thread_local`, in
   which what other threads ask of the device cannot spoil it.
 - A capture that finds little free memory is refused, so that no step runs out of memory later.

@@ -68,16 +68,16 @@ class Sampler:
     ) -> PendingLogprobs | None:
         """Draw the tokens int32 [n] of the step's n sampling spans; log probabilities if wanted.
 
-        logits [n, vocab] stay as they are. sound int32 [n]: whether a token could be chosen.
+        logits float32 [n, vocab] stay as they are. sound int32 [n]: whether a token was found.
         """
         spans = plan.sampling
-        adjusted = logits.float()
-        if adjusted is logits:
-            adjusted = logits.clone()
         penalized = any(span.sequence.submit.sampling.penalized for span in spans)
+        masked = any(_stops_masked(span) for span in spans)
+        adjusted = logits.clone() if penalized or masked else logits
         if penalized:
             self._start_counts(spans)
-        _mask_stops(spans, adjusted)
+        if masked:
+            _mask_stops(spans, adjusted)
         self._draw(adjusted, step, tokens, sound, penalized=penalized)
         _force(spans, tokens)
         return _logprobs(spans, logits, tokens)

@@ -53,6 +53,27 @@ def test_every_cut_gives_the_product(
     assert not workspace.arrivals.any()
 
 
+@pytest.mark.parametrize("config", [*CONFIGS, None], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_float32_results_keep_the_sums(
+    biased: bool, config: Config | None, dtype: torch.dtype, device: torch.device,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """By every cut, and by the library."""
+    x = torch.randn(5, 2 * IN, device=device).to(dtype)[:, :IN]
+    weight = (IN**-0.5 * torch.randn(OUT, IN, device=device)).to(dtype)
+    bias = torch.randn(OUT, device=device).to(dtype) if biased else None
+    out = torch.full((5, OUT), torch.nan, device=device)
+    if config is None:
+        dense = Dense(weight, bias)
+        y = dense.within(allocate_workspace(5, [dense], device)).apply(x, out)
+    else:
+        workspace = request.getfixturevalue("workspace")
+        y = launch_linear(x, weight, bias, workspace, config, out)
+    assert y is out
+    torch.testing.assert_close(out.double(), truth(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_row_is_bit_identical_in_any_company(
     config: Config, device: torch.device, workspace: Workspace
@@ -87,6 +108,12 @@ def test_refusals(device: torch.device, workspace: Workspace) -> None:
     small = Workspace.of_size(0, 0, device)
     with pytest.raises(ValueError, match="partial sums"):
         launch_linear(x, weight, None, small, Config(64, 64, 2, 4, 3))
+    for out, why in (
+        (torch.empty(3, OUT - 1), "y must be"),
+        (torch.empty(3, OUT).half(), "float32"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            launch_linear(x, weight, None, workspace, Config(64, 64, 1, 4, 3), out.to(device))
 
 
 @pytest.mark.gpu

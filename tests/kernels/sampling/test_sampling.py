@@ -71,6 +71,22 @@ def test_draws_the_token_under_the_uniform_number(
     assert draw(logits.to(device), rows) == wanted
 
 
+def test_a_whole_vocabulary_is_drawn_from_by_its_float64_probabilities(
+    device: torch.device,
+) -> None:
+    """Sums of many small probabilities lose nothing that could be noticed."""
+    rows = [(1.0, 0, 1.0, 0.0, 0.9997), (0.7, 0, 0.95, 0.0, 0.5), (1.3, 0, 0.7, 1e-3, 0.98)]
+    logits = 2 * torch.randn(len(rows), 32_003, generator=torch.Generator().manual_seed(2))
+    tokens = draw(logits.to(device), rows)
+    for line, token, (heat, _, top_p, min_p, uniform) in zip(logits, tokens, rows, strict=True):
+        weights = torch.exp((line.double() - line.max()) / heat)
+        ordered = weights.sort(descending=True).values
+        nucleus = ordered[int((ordered.cumsum(0) >= top_p * ordered.sum()).int().argmax())]
+        kept = weights * ((weights >= nucleus) | (top_p == 1)) * (weights >= min_p)
+        ends = kept.cumsum(0) / kept.sum()
+        assert ends[token] - kept[token] / kept.sum() - 1e-5 < uniform < ends[token] + 1e-5
+
+
 def test_sampled_rows_follow_the_distribution(device: torch.device) -> None:
     rows = 17
     logits = torch.randn(11).expand(rows, 11).contiguous()

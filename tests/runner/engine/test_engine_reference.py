@@ -18,6 +18,7 @@ from tiny_models import (
     reference_logits,
 )
 
+from granatum.models.families import FAMILIES as ROWS
 from granatum.runner.records import Departure, Finish, Sampling, Submit
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -126,6 +127,20 @@ def crowd(tokens: int = 12, **changes: Any) -> list[Submit]:
     ]
 
 
+def test_every_family_and_option_is_among_the_references() -> None:
+    configs = [config for _, config in FAMILIES.values()]
+    for name, row in ROWS.items():
+        own = [config for config in configs if config.model_type == name]
+        assert own, name
+        if row.optional_bias:
+            assert any(config.attention_bias for config in own), name
+        for multiplier in row.multipliers:
+            assert any(getattr(config, multiplier) != 1.0 for config in own), multiplier
+    kinds = {config.rope_parameters["rope_type"] for config in configs}
+    assert kinds >= {"default", "linear", "llama3"}
+    assert {config.tie_word_embeddings for config in configs} == {True, False}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_mixed_batch_of_every_adapter(family: str, tmp_path: Path) -> None:
     bed = Bed(tmp_path, family)
@@ -152,7 +167,7 @@ def test_logits(
     forward = engine.model.forward
 
     def watched(*arguments: Any) -> torch.Tensor:
-        seen.append(forward(*arguments))
+        seen.append(forward(*arguments).clone())
         return seen[-1]
 
     monkeypatch.setattr(engine.model, "forward", watched)
