@@ -155,10 +155,12 @@ def _item_size(dtype: str) -> int:
 def _unpickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a state dict. Nothing but tensors is unpickled."""
     try:
+        import numpy  # noqa: F401 - torch gives a tensor's bytes through it
         import torch
-    except ImportError:
+    except ImportError as error:
         raise PreconditionFailed(
-            f"{path.name} is opened with torch, which is missing here: pip install torch numpy"
+            f"{path.name} is opened with torch, and {error.name} is missing here: "
+            "pip install torch numpy"
         ) from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from granatum.cli.convert import convert_adapter
-from granatum.v1.errors import InvalidRequest
+from granatum.v1.errors import InvalidRequest, PreconditionFailed
 
 NAME = "model.layers.0.self_attn.q_proj"
 TENSORS = {f"{NAME}.lora_a": torch.zeros(16, 4), f"{NAME}.lora_b": torch.zeros(4, 32)}
@@ -101,6 +102,17 @@ def test_numbers_that_cannot_be_served(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     torch.save({"a": torch.zeros(1, dtype=torch.float64)}, tmp_path / "adapter_model.bin")
     refused(tmp_path, "a is torch.float64: save it as float32")
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_without_its_libraries_it_says_what_to_install(
+    library: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").touch()
+    with pytest.raises(PreconditionFailed, match=f"{library} is missing here: pip install torch"):
+        convert_adapter(tmp_path, tmp_path / "out")
 
 
 def test_where_there_is_nothing_to_convert(tmp_path: Path) -> None:

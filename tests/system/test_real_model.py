@@ -26,7 +26,7 @@ from granatum.examples import smollm2
 
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         not (find_spec(smollm2.PACKAGE) and find_spec("gguf")),
         reason="the model is not installed: pip install --group real",
@@ -146,7 +146,7 @@ async def box(real: Real, tmp_path: Path) -> AsyncIterator[Box]:
 
 
 async def test_thirty_prompts_in_one_batch(real: Real, box: Box) -> None:
-    async with Client(box.address, key=box.keys["default"], timeout=600) as client:
+    async with Client(box.address, key=box.keys["default"], timeout=1500) as client:
         for rank in RANKS:
             await client.upload(f"r{rank}", real.adapters / f"r{rank}")
 
