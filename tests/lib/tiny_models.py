@@ -87,10 +87,11 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
             logits_scaling=3.0,
         ),
     ),
-    "granite_mlp_bias_tied": (
+    "granite_biases_tied": (
         GraniteForCausalLM,
         GraniteConfig(
             **SIZES,
+            attention_bias=True,
             mlp_bias=True,
             tie_word_embeddings=True,
             embedding_multiplier=0.7,

@@ -34,6 +34,7 @@ from random_engine import capture_all
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.timeout(400),  # the twins take minutes where other tests compile beside them
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 

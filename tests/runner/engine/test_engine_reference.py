@@ -134,6 +134,8 @@ def test_every_family_and_option_is_among_the_references() -> None:
         assert own, name
         if row.optional_bias:
             assert any(config.attention_bias for config in own), name
+        if row.optional_mlp_bias:
+            assert any(config.mlp_bias for config in own), name
         for multiplier in row.multipliers:
             assert any(getattr(config, multiplier) != 1.0 for config in own), multiplier
     kinds = {config.rope_parameters["rope_type"] for config in configs}
