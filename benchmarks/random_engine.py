@@ -38,7 +38,6 @@ def start_engine(
 
     `all_graphs`: capture all graphs now. An engine that serves captures most of them between steps.
     """
-    sys.setswitchinterval(SWITCH_S)
     options = EngineOptions(
         model,
         size.device,
@@ -52,6 +51,7 @@ def start_engine(
         random_weights=True,
     )
     engine = build_engine(options, source)
+    sys.setswitchinterval(SWITCH_S)
     if all_graphs:
         capture_all(engine)
     return engine

@@ -117,10 +117,11 @@ def run(
     `recorder`: where the front finds what was computed, should the process die.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front ends us, after its streams
-    sys.setswitchinterval(SWITCH_S)
     channel: Channel[Report, Command] = Channel(end)
     try:
-        serve(build_engine(options, open_source, recorder), channel)
+        engine = build_engine(options, open_source, recorder)
+        sys.setswitchinterval(SWITCH_S)  # not before: threads that compile would switch for nothing
+        serve(engine, channel)
     except ChannelClosed:
         log.info("the front is gone")
     except EngineLost as lost:
