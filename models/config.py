@@ -14,6 +14,7 @@ MOST_LAYERS = 1024
 SILU = "silu"
 ONLY: dict[str, object] = {
     "hidden_act": SILU,
+    "is_causal": True,
 }
 """Fields that change what a layer computes, each with the only value that can be served."""
 
@@ -134,6 +135,8 @@ def parse_config(fields: Fields) -> ModelConfig:
     _refuse_quantised(fields)
     for name, only in ONLY.items():
         fields.require(name, only)
+    if fields.inner("per_layer_config").values:
+        fields.refuse("per_layer_config", "absent, as all layers are of one shape")
     heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
     layers = fields.whole("num_hidden_layers", most=MOST_LAYERS)
     positions = fields.whole("max_position_embeddings", family.max_positions)

@@ -220,6 +220,9 @@ LLAMA3 = {
 }
 
 
+_ORIGINAL = "original_max_position_embeddings"
+
+
 def test_original_positions_beside_the_scaling_count(tmp_path: Path) -> None:
     """As in transformers."""
     scaling = {**LLAMA3, "original_max_position_embeddings": None}
@@ -236,6 +239,11 @@ def test_original_positions_beside_the_scaling_count(tmp_path: Path) -> None:
         (
             {**MISTRAL, "quantization_config": {"quant_method": "awq", "bits": 4}},
             'quantization_config .* \\(quant_method = "awq"\\): give the model in bfloat16',
+        ),
+        ({**MISTRAL, "is_causal": False}, "is_causal = false .* must be true"),
+        (
+            {**MISTRAL, "per_layer_config": {"1": {"intermediate_size": 8}}},
+            "per_layer_config = .* all layers",
         ),
         (LlamaConfig(hidden_act="gelu"), 'hidden_act = "gelu" .* must be "silu"'),
         (
@@ -287,7 +295,11 @@ def test_original_positions_beside_the_scaling_count(tmp_path: Path) -> None:
         ),
         (
             {**MISTRAL, "rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
-            "rope_scaling.original_max_position_embeddings = 64 .* must be 16",
+            "rope_scaling.original_max_position_embeddings = 64 .* must be 16, as beside the scaling$",
+        ),
+        (
+            {**MISTRAL, "model_type": "phi3", "rope_scaling": longrope(8) | {_ORIGINAL: 64}},
+            f"rope_scaling.{_ORIGINAL} = 64 .* where phi3 has 4096 unless config.json says",
         ),
         ({**MISTRAL, "vocab_size": 10**9}, "vocab_size = 10* .* at most 16,777,216"),
         ({**MISTRAL, "num_hidden_layers": 10**9}, "num_hidden_layers = 10* .* at most 1,024"),
