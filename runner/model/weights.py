@@ -99,7 +99,8 @@ def load_weights(
         InvalidRequest: naming a tensor that is missing, unknown, or of another shape.
     """
     weights = empty_weights(config, dtype, device)
-    wanted = dict(targets(config, weights))
+    known = dict(targets(config, weights))
+    wanted = dict(known)
     head: torch.Tensor | None = None
     for file in required_weight_files(directory):
         for name, tensor in _tensors(file):
@@ -107,6 +108,11 @@ def load_weights(
                 _copy(target, tensor, name)
             elif config.tied and name == _HEAD:
                 head = tensor
+            elif name in known:
+                raise _invalid(
+                    f"{file.name} holds {name}, which another file held already: "
+                    "download the model again"
+                )
             elif not name.endswith(_IGNORED):
                 raise _misplaced(file, name)
     if head is not None and (target := wanted.pop(_EMBEDDING, None)) is not None:

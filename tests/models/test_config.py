@@ -63,6 +63,7 @@ STATED: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},  # 4096 if absent, which is refused
     "phi3": {"pad_token_id": None},  # beyond so small a vocabulary if absent
 }
+QWEN = {"model_type": "qwen2", **REQUIRED, "sliding_window": None}
 MISTRAL = {"model_type": "mistral", **REQUIRED, "sliding_window": None}
 
 
@@ -239,6 +240,17 @@ def test_original_positions_beside_the_scaling_count(tmp_path: Path) -> None:
         (
             {**MISTRAL, "quantization_config": {"quant_method": "awq", "bits": 4}},
             'quantization_config .* \\(quant_method = "awq"\\): give the model in bfloat16',
+        ),
+        ({**QWEN, "layer_types": ["full_attention", "chunked_attention"]}, "layer_types = .* of 2"),
+        ({**QWEN, "layer_types": ["full_attention"] * 3}, "layer_types = .* each of 2 layers"),
+        ({**MISTRAL, "layer_types": "full_attention"}, "layer_types = .* each of 2 layers"),
+        (
+            {**QWEN, "layer_types": ["sliding_attention"] * 2},
+            "layer_types = .* full_attention alone, as use_sliding_window is not true",
+        ),
+        (
+            {**QWEN, "layer_types": ["sliding_attention"] * 2, "use_sliding_window": True},
+            "sliding_window = null .* as layer_types has sliding_attention",
         ),
         ({**MISTRAL, "is_causal": False}, "is_causal = false .* must be true"),
         (

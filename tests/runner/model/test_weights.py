@@ -1,5 +1,6 @@
 """Reading checkpoints: sharded or not, and what is wrong with one by name."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         save_file(changed, file)
         with pytest.raises(InvalidRequest, match=message):
             load_weights(config, tmp_path, torch.float32, CPU)
+
+
+def test_a_tensor_in_two_files_is_named(tmp_path: Path) -> None:
+    """As where one shard was downloaded under the name of another."""
+    make_model(tmp_path, "llama_mha").save_pretrained(tmp_path, max_shard_size="50KB")
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    first, second, *_ = sorted(tmp_path.glob("model-*"))
+    shutil.copy(first, second)
+    with pytest.raises(InvalidRequest, match=f"{second.name} holds .*, which another file held"):
+        load_weights(read_config(tmp_path), tmp_path, torch.float32, CPU)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
