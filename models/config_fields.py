@@ -48,9 +48,7 @@ class Fields:
         """A positive whole number up to `most`. Without a default it must be there."""
         found = self.whole_or_none(name, default, most)
         if found is None:
-            raise InvalidRequest(
-                f"{self.place}{name} is missing: {_PUBLISHED}"
-            )
+            raise InvalidRequest(f"{self.place}{name} is missing: {_PUBLISHED}")
         return found
 
     def whole_or_none(self, name: str, default: int | None, most: int = MOST) -> int | None:
