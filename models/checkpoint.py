@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from granatum.models.folder import read_whole, refuse_pointer
+from granatum.models.folder import ADAPTER_FILE, adapter_refusal, read_whole, refuse_pointer
 from granatum.v1.errors import InvalidRequest
 
 SINGLE_FILE = "model.safetensors"
@@ -68,6 +68,13 @@ def required_weight_files(folder: Path) -> list[Path]:
         )
     elif any(folder.glob("*.gguf")):
         message += ": give the model in safetensors, not in GGUF"
+    elif (folder / ADAPTER_FILE).exists():
+        message = adapter_refusal(folder)
+    elif others := sorted(file.name for file in folder.glob("*.safetensors")):
+        message += (
+            f", only such files as {others[0]}: download the model with all its files, in the "
+            "format of transformers"
+        )
     else:
         message += ": download the model with all its files"
     raise InvalidRequest(message)
@@ -102,6 +109,6 @@ def tensors_of(file: Path) -> Iterator[Tensor]:
 
 def _tensor(name: str, fields: Mapping[str, Any], file: Path, data: int) -> Tensor:
     begin, end = (data + offset for offset in fields["data_offsets"])
-    if not data <= begin <= end:
+    if type(begin) is not int or type(end) is not int or not data <= begin <= end:
         raise ValueError(f"{name} lies outside {file}")
     return Tensor(name, f"{fields['dtype']}{fields['shape']}", file, begin, end - begin)

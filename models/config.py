@@ -12,8 +12,10 @@ from granatum.v1.errors import InvalidRequest
 
 MOST_LAYERS = 1024
 SILU = "silu"
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 ONLY: dict[str, object] = {
     "hidden_act": SILU,
+    "is_causal": True,
 }
 """Fields that change what a layer computes, each with the only value that can be served."""
 
@@ -134,6 +136,8 @@ def parse_config(fields: Fields) -> ModelConfig:
     _refuse_quantised(fields)
     for name, only in ONLY.items():
         fields.require(name, only)
+    if fields.inner("per_layer_config").values:
+        fields.refuse("per_layer_config", "absent, as all layers are of one shape")
     heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
     layers = fields.whole("num_hidden_layers", most=MOST_LAYERS)
     positions = fields.whole("max_position_embeddings", family.max_positions)
@@ -201,17 +205,33 @@ def _window(fields: Fields, family: Family, layers: int) -> int | None:
     """The window of the layers that have one."""
     if not _is_windowed(fields, family, layers):
         return None
-    return fields.whole_or_none("sliding_window", family.window)
+    window = fields.whole_or_none("sliding_window", family.window)
+    if window is None and _SLIDING in _layer_types(fields, layers):
+        fields.refuse("sliding_window", f"a whole number, as layer_types has {_SLIDING}")
+    return window
 
 
 def _is_windowed(fields: Fields, family: Family, layers: int) -> bool:
     """Whether a layer attends to `sliding_window` tokens alone."""
+    kinds = _layer_types(fields, layers)
     if family.windows != "if used":
         return family.windows == "always"
     if not fields.flag("use_sliding_window"):
+        if _SLIDING in kinds:
+            fields.refuse("layer_types", f"{_FULL} alone, as use_sliding_window is not true")
         return False
-    kinds = fields.values.get("layer_types")
-    if isinstance(kinds, list):
-        return "sliding_attention" in kinds
+    if kinds:
+        return _SLIDING in kinds
     first = fields.values.get("max_window_layers", family.max_window_layers)
     return not isinstance(first, int) or first < layers
+
+
+def _layer_types(fields: Fields, layers: int) -> list[str]:
+    """What each layer attends to; empty if config.json does not say."""
+    kinds = fields.values.get("layer_types")
+    if kinds is None:
+        return []
+    known = isinstance(kinds, list) and all(kind in (_FULL, _SLIDING) for kind in kinds)
+    if not known or len(kinds) != layers:
+        fields.refuse("layer_types", f"{_FULL} or {_SLIDING} for each of {layers} layers")
+    return list(kinds)

@@ -11,6 +11,7 @@ from granatum.v1.errors import InvalidRequest
 
 MOST = 1 << 24
 """No dimension of a model is larger."""
+_PUBLISHED = "take the config.json that was published with the model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,10 @@ class Fields:
             values = json.loads(file.read_text())
         except (OSError, ValueError, RecursionError) as error:
             raise InvalidRequest(
-                f"{file} cannot be read as a model's config.json ({error}): "
-                "point to a Hugging Face model directory"
+                f"{file} cannot be read as a model's config.json ({error}): {_PUBLISHED}"
             ) from error
         if not isinstance(values, dict):
-            raise InvalidRequest(f"{file} is not a JSON object")
+            raise InvalidRequest(f"{file} is not a JSON object: {_PUBLISHED}")
         return cls(values, f"{file}: ")
 
     def inner(self, name: str) -> "Fields":
@@ -48,10 +48,7 @@ class Fields:
         """A positive whole number up to `most`. Without a default it must be there."""
         found = self.whole_or_none(name, default, most)
         if found is None:
-            raise InvalidRequest(
-                f"{self.place}{name} is missing: take the config.json that was published with "
-                "the model"
-            )
+            raise InvalidRequest(f"{self.place}{name} is missing: {_PUBLISHED}")
         return found
 
     def whole_or_none(self, name: str, default: int | None, most: int = MOST) -> int | None:
@@ -90,6 +87,14 @@ class Fields:
         items = {str(index): value for index, value in enumerate(values)}
         inner = Fields(items, f"{self.place}{name}.")
         return tuple(inner.number(index) for index in items)
+
+    def ids(self, name: str) -> list[int]:
+        """A token id, or a list of them; none if the field is absent or null."""
+        value = self.values.get(name)
+        found = [id_ for id_ in (value if isinstance(value, list) else [value]) if id_ is not None]
+        if any(type(id_) is not int for id_ in found):
+            self.refuse(name, "a token id or a list of token ids")
+        return found
 
     def flag(self, name: str) -> bool:
         """True or false; false if the field is absent or null."""

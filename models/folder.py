@@ -7,6 +7,7 @@ from pathlib import Path
 from granatum.v1.errors import InvalidRequest
 
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MAY_BE_EMPTY = (".jinja", ".txt")
 
@@ -59,6 +60,14 @@ def refuse_pointer(file: Path, begin: bytes) -> None:
         )
 
 
+def adapter_refusal(path: Path) -> str:
+    """Why an adapter's folder is no model's, and what to give."""
+    return (
+        f"{path} is an adapter, not a model: give the folder of {_base_of(path)}, and upload "
+        "the adapter with `granatum adapters upload`"
+    )
+
+
 def _refusal(path: Path) -> str:
     """Why the path is no model's folder."""
     if not path.exists():
@@ -73,11 +82,8 @@ def _refusal(path: Path) -> str:
         )
     if path.is_file():
         return f"{path} is a file: give the folder of a Hugging Face model"
-    if (path / "adapter_config.json").exists():
-        return (
-            f"{path} is an adapter, not a model: give the folder of {_base_of(path)}, and upload "
-            "the adapter with `granatum adapters upload`"
-        )
+    if (path / ADAPTER_FILE).exists():
+        return adapter_refusal(path)
     if snapshots := sorted(path.glob(f"snapshots/*/{CONFIG_FILE}")):
         return f"{path} holds no {CONFIG_FILE}: give {snapshots[-1].parent}"
     return f"{path} holds no {CONFIG_FILE}: give the folder of a Hugging Face model"
@@ -86,7 +92,7 @@ def _refusal(path: Path) -> str:
 def _base_of(adapter: Path) -> str:
     """What an adapter's folder says that it was trained for."""
     try:
-        name = json.loads((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+        name = json.loads((adapter / ADAPTER_FILE).read_bytes())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         name = None
     return f"its base model {name}" if isinstance(name, str) and name else "its base model"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from granatum.models.checkpoint import Tensor, tensors_of, weight_files
-from granatum.models.folder import read_whole
+from granatum.models.config_fields import Fields
+from granatum.models.folder import CONFIG_FILE, read_whole
 from granatum.v1.errors import InvalidRequest
 
 PARTS = ("shape", "weights", "tokenizer", "end tokens")
@@ -63,25 +64,23 @@ def differences(one: str, other: str) -> tuple[str, ...]:
     )
 
 
-def end_tokens(config: Mapping[str, Any], folder: Path) -> list[Any]:
+def end_tokens(config: Mapping[str, Any], folder: Path) -> list[int]:
     """The ids that end a sequence, as config.json (`config`) and generation_config.json name them.
 
-    Raises InvalidRequest for a generation_config.json that is not JSON.
+    Raises InvalidRequest for a generation_config.json that is not JSON, and for ids that are none.
     """
     file = folder / "generation_config.json"
     try:
-        generation = json.loads(read_whole(file))
+        found = json.loads(read_whole(file))
+        generation = found if isinstance(found, dict) else {}
     except FileNotFoundError:
         generation = {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(
             f"{file} is not JSON ({error}): take the file that was published with the model"
         ) from error
-    named: list[Any] = []
-    for settings in (config, generation):
-        ids = settings.get("eos_token_id") if isinstance(settings, Mapping) else None
-        named += ids if isinstance(ids, list) else [ids]
-    return [token for token in named if token is not None]
+    stated = Fields(config, f"{folder / CONFIG_FILE}: "), Fields(generation, f"{file}: ")
+    return [token for settings in stated for token in settings.ids("eos_token_id")]
 
 
 def _digits_of(whole: str, index: int) -> str:

@@ -121,5 +121,8 @@ def _original(config: Fields, rope: Fields, family: Family, positions: int) -> i
     beside = config.whole_or_none(_ORIGINAL, family.original_positions)
     within = rope.whole_or_none(_ORIGINAL, None)
     if beside and within and beside != within:
-        rope.refuse(_ORIGINAL, f"{beside}, as it stands beside the scaling")
+        says = f"{beside}, as beside the scaling"
+        if not config.values.get(_ORIGINAL):
+            says += f", where {family.model_type} has {beside} unless config.json says otherwise"
+        rope.refuse(_ORIGINAL, says)
     return beside or within or positions

@@ -14,9 +14,14 @@ from granatum.models.families import Group
 from granatum.v1.errors import InvalidRequest
 
 _IGNORED = ("rotary_emb.inv_freq",)
+_EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
-_QUANTISED = (".qweight", ".qzeros", ".g_idx", ".scales", ".weight_packed", ".absmax")
+_QUANTISED = (
+    *(".qweight", ".qzeros", ".g_idx", ".scales", ".weight_packed", ".weight_shape"),
+    *("_scale", "_scale_inv", "_zero_point", ".absmax", ".quant_map", ".SCB", ".weight_format"),
+)
 """How names of tensors end that only quantised checkpoints have."""
+_UNQUANTISED = "give the model in bfloat16, float16 or float32"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes of checkpoints that are served; each tensor is rounded to the dtype of the weights."""
 
@@ -94,7 +99,8 @@ def load_weights(
         InvalidRequest: naming a tensor that is missing, unknown, or of another shape.
     """
     weights = empty_weights(config, dtype, device)
-    wanted = dict(targets(config, weights))
+    known = dict(targets(config, weights))
+    wanted = dict(known)
     head: torch.Tensor | None = None
     for file in required_weight_files(directory):
         for name, tensor in _tensors(file):
@@ -102,10 +108,20 @@ def load_weights(
                 _copy(target, tensor, name)
             elif config.tied and name == _HEAD:
                 head = tensor
+            elif name in known:
+                raise _invalid(
+                    f"{file.name} holds {name}, which another file held already: "
+                    "download the model again"
+                )
             elif not name.endswith(_IGNORED):
                 raise _misplaced(file, name)
+    if head is not None and (target := wanted.pop(_EMBEDDING, None)) is not None:
+        _copy(target, head, _HEAD)  # the one tensor is stored under the head's name
     if wanted:
-        raise _invalid(f"{directory} lacks {len(wanted)} tensors, such as {min(wanted)}")
+        raise _invalid(
+            f"{directory} lacks {len(wanted)} tensors, such as {min(wanted)}: "
+            "download the model again"
+        )
     if head is not None and not torch.equal(head.to(weights.embedding), weights.embedding):
         raise _invalid(
             f"config.json says tie_word_embeddings, but {_HEAD} differs from the embedding: "
@@ -126,7 +142,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def targets(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a Hugging Face checkpoint: its name, and the view that is to hold it."""
-    yield "model.embed_tokens.weight", weights.embedding
+    yield _EMBEDDING, weights.embedding
     yield "model.norm.weight", weights.norm
     if not config.tied:
         yield _HEAD, weights.head.weight
@@ -160,17 +176,17 @@ def _module_rows(config: ModelConfig, group: Group) -> list[int]:
 def _misplaced(file: Path, name: str) -> Exception:
     said = f"{file.name} holds {name}, which this model has no place for"
     if name.endswith(_QUANTISED):
-        said += ": its weights are quantised; give the model in bfloat16, float16 or float32"
+        said += f": its weights are quantised; {_UNQUANTISED}"
     return _invalid(said)
 
 
 def _copy(target: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise _invalid(f"{name} is of {tensor.dtype}: {_UNQUANTISED}")
     if tensor.shape != target.shape:
         raise _invalid(
             f"{name} has shape {tuple(tensor.shape)}, not {tuple(target.shape)} as config.json says"
         )
-    if tensor.dtype not in _DTYPES:
-        raise _invalid(f"{name} is of {tensor.dtype}: weights must be floats of 16 bits or more")
     target.copy_(tensor)
 
 

@@ -65,9 +65,8 @@ class SequenceText:
         if self.stopped:
             return ""
         text = self._detokenizer.push(token)
-        if self._made < self._submit.min_tokens:
-            return text
-        text, self.stopped = self._stops.push(text, token)
+        may_stop = self._made >= self._submit.min_tokens
+        text, self.stopped = self._stops.push(text, token, may_stop=may_stop)
         return text
 
     def _flush(self, last: int | None = None) -> str:

@@ -25,16 +25,21 @@ class StopStrings:
         self._hidden = dict.fromkeys(map(ord, self._marks.values()))
         self._kept = ""
 
-    def push(self, text: str, token: int | None = None) -> tuple[str, bool]:
+    def push(
+        self, text: str, token: int | None = None, *, may_stop: bool = True
+    ) -> tuple[str, bool]:
         """The text that may go out, and whether a stop string ended it.
 
-        After `text` comes `token`, if that is a special token.
+        After `text` comes `token`, if that is a special token. Unless `may_stop`, a stop string
+        that is complete is text like any other.
         """
         if not self._strings:
             return text, False
+        kept = len(self._kept)
         text = self._kept + text + (self._marks.get(token, "") if token is not None else "")
-        found = [at for at in map(text.find, self._strings) if at >= 0]
-        if found:
+        begins = [text.find(string, max(kept - len(string) + 1, 0)) for string in self._strings]
+        found = [at for at in begins if at >= 0]
+        if found and may_stop:
             self._kept = ""
             return self._shown(text[: min(found)]), True
         going = len(text) - max(_beginning(string, text) for string in self._strings)

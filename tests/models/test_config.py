@@ -12,11 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
     LlamaConfig,
-    MistralConfig,
     Phi3Config,
     PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -220,6 +217,9 @@ LLAMA3 = {
 }
 
 
+_ORIGINAL = "original_max_position_embeddings"
+
+
 def test_original_positions_beside_the_scaling_count(tmp_path: Path) -> None:
     """As in transformers."""
     scaling = {**LLAMA3, "original_max_position_embeddings": None}
@@ -236,6 +236,11 @@ def test_original_positions_beside_the_scaling_count(tmp_path: Path) -> None:
         (
             {**MISTRAL, "quantization_config": {"quant_method": "awq", "bits": 4}},
             'quantization_config .* \\(quant_method = "awq"\\): give the model in bfloat16',
+        ),
+        ({**MISTRAL, "is_causal": False}, "is_causal = false .* must be true"),
+        (
+            {**MISTRAL, "per_layer_config": {"1": {"intermediate_size": 8}}},
+            "per_layer_config = .* all layers",
         ),
         (LlamaConfig(hidden_act="gelu"), 'hidden_act = "gelu" .* must be "silu"'),
         (
@@ -287,7 +292,11 @@ def test_original_positions_beside_the_scaling_count(tmp_path: Path) -> None:
         ),
         (
             {**MISTRAL, "rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
-            "rope_scaling.original_max_position_embeddings = 64 .* must be 16",
+            "rope_scaling.original_max_position_embeddings = 64 .* 16, as beside the scaling$",
+        ),
+        (
+            {**MISTRAL, "model_type": "phi3", "rope_scaling": longrope(8) | {_ORIGINAL: 64}},
+            f"rope_scaling.{_ORIGINAL} = 64 .* where phi3 has 4096 unless config.json says",
         ),
         ({**MISTRAL, "vocab_size": 10**9}, "vocab_size = 10* .* at most 16,777,216"),
         ({**MISTRAL, "num_hidden_layers": 10**9}, "num_hidden_layers = 10* .* at most 1,024"),
@@ -299,30 +308,6 @@ def test_what_is_not_supported_is_refused_by_name(
 ) -> None:
     with pytest.raises(InvalidRequest, match=f"config.json: {message}"):
         read_config(written(tmp_path, config))
-
-
-@pytest.mark.parametrize(
-    ("config", "window", "context"),
-    [
-        (MistralConfig(sliding_window=4096, max_position_embeddings=4096), 4096, 4096),
-        (MistralConfig(sliding_window=4096, max_position_embeddings=32768), 4096, 4096),
-        (MistralConfig(sliding_window=None, max_position_embeddings=32768), None, 32768),
-        (Phi3Config(sliding_window=2047), 2047, 2047),
-        (Phi3Config(sliding_window=4096), 4096, 4096),
-        (Phi3Config(sliding_window=262144), 262144, 4096),
-        (Phi3Config(sliding_window=None), None, 4096),
-        (Qwen2Config(use_sliding_window=False, sliding_window=8), None, 32768),
-        (Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=2), 8, 8),
-        (Qwen2Config(use_sliding_window=True, sliding_window=8, max_window_layers=32), None, 32768),
-        ({"model_type": "qwen2", **REQUIRED, "use_sliding_window": True}, None, 32768),
-        (Qwen3Config(layer_types=["full_attention"] * 32, use_sliding_window=True), None, 32768),
-    ],
-)
-def test_a_model_is_served_up_to_the_window_of_its_layers(
-    config: dict[str, Any] | PreTrainedConfig, window: int | None, context: int, tmp_path: Path
-) -> None:
-    found = read_config(written(tmp_path, config))
-    assert (found.window, found.context[0]) == (window, context)
 
 
 def test_what_changes_only_the_order_of_sums_is_served(tmp_path: Path) -> None:

@@ -131,7 +131,9 @@ def test_a_file_that_is_cut_off_is_named(kept: int, model: Path) -> None:
     assert said.endswith(": download it again")
 
 
-@pytest.mark.parametrize("offsets", [[-8, 0], [0, 1 << 40], [0, 4], [8, 0], ["a", "b"], [0], None])
+@pytest.mark.parametrize(
+    "offsets", [[-8, 0], [0, 1 << 40], [0, 4], [8, 0], [0.0, 8.0], ["a", "b"], [0], None]
+)
 def test_a_header_that_lies_is_named(offsets: Any, model: Path) -> None:
     header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode()
     data = len(header).to_bytes(8, "little") + header + bytes(8)
@@ -169,6 +171,12 @@ def test_weights_in_another_format_are_refused_with_the_way_out(model: Path) -> 
     (model / WEIGHTS).unlink()
     assert weight_files(model) == []
     with pytest.raises(InvalidRequest, match="download the model with all its files"):
+        required_weight_files(model)
+    (model / "consolidated.safetensors").write_bytes(b"")
+    with pytest.raises(InvalidRequest, match=r"only such files as consolidated\.safetensors: down"):
+        required_weight_files(model)
+    write(model / "adapter_config.json", {"base_model_name_or_path": "org/base"})
+    with pytest.raises(InvalidRequest, match=r"adapter, .* the folder of its base model org"):
         required_weight_files(model)
     (model / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(InvalidRequest, match="in safetensors, not in GGUF"):

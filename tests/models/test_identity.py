@@ -138,8 +138,18 @@ def test_a_file_that_cannot_be_read_is_named(model: Path) -> None:
 
 
 def test_generation_settings_that_are_no_json_are_named(model: Path) -> None:
-    (model / "generation_config.json").write_text("{")
-    with pytest.raises(InvalidRequest, match=r"generation_config\.json is not JSON"):
+    for text in ("{", "[" * 100_000):
+        (model / "generation_config.json").write_text(text)
+        with pytest.raises(InvalidRequest, match=r"generation_config\.json is not JSON"):
+            identity(model)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ids", ["2", True, 2.0, ["</s>"], [[2]], {"id": 2}])
+def test_end_tokens_that_are_no_ids_are_named(file: str, ids: Any, model: Path) -> None:
+    config = json.loads((model / file).read_text())
+    write(model / file, {**config, "eos_token_id": ids})
+    with pytest.raises(InvalidRequest, match=f"{file}: eos_token_id = .* must be a token id or a"):
         identity(model)
 
 

@@ -1,11 +1,13 @@
 """Reading checkpoints: sharded or not, and what is wrong with one by name."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import CPU, make_model
+from transformers import AutoModelForCausalLM
 
 from granatum.models.config import read_config
 from granatum.runner.model.weights import load_weights, random_weights, targets
@@ -45,12 +47,24 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         ({n: t for n, t in tensors.items() if n != norm}, f"lacks 1 tensors, such as {norm}"),
         ({**tensors, "model.extra": torch.zeros(1)}, "model.extra, .* no place for$"),
         ({**tensors, "model.extra.qweight": torch.zeros(1)}, "no place for: its weights are quant"),
+        ({**tensors, f"{norm}_scale_inv": torch.ones(1)}, "its weights are quantised"),
+        ({**tensors, norm: torch.zeros(9, 1, dtype=torch.uint8)}, "is of torch.uint8: give .* in"),
         ({**tensors, norm: torch.zeros(3)}, rf"{norm} has shape \(3,\), not \(64,\)"),
         ({**tensors, norm: torch.zeros(64, dtype=torch.int8)}, f"{norm} is of torch.int8"),
     ):
         save_file(changed, file)
         with pytest.raises(InvalidRequest, match=message):
             load_weights(config, tmp_path, torch.float32, CPU)
+
+
+def test_a_tensor_in_two_files_is_named(tmp_path: Path) -> None:
+    """As where one shard was downloaded under the name of another."""
+    make_model(tmp_path, "llama_mha").save_pretrained(tmp_path, max_shard_size="50KB")
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    first, second, *_ = sorted(tmp_path.glob("model-*"))
+    shutil.copy(first, second)
+    with pytest.raises(InvalidRequest, match=f"{second.name} holds .*, which another file held"):
+        load_weights(read_config(tmp_path), tmp_path, torch.float32, CPU)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -72,6 +86,17 @@ def test_a_head_of_its_own_is_not_dropped(tmp_path: Path) -> None:
     save_file({**tensors, "lm_head.weight": embedding + 1}, file)
     with pytest.raises(InvalidRequest, match=r"tie_word_embeddings, but lm_head\.weight differs"):
         load_weights(config, tmp_path, torch.float32, CPU)
+
+
+def test_tied_weights_stored_as_the_head_alone(tmp_path: Path) -> None:
+    """As transformers reads them."""
+    make_model(tmp_path, "llama_gqa_tied")
+    config, file = read_config(tmp_path), tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    save_file({**tensors, "lm_head.weight": embedding}, file)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).model.embed_tokens.weight
+    assert load_weights(config, tmp_path, torch.float32, CPU).embedding.equal(theirs)
 
 
 def test_random_weights(tmp_path: Path) -> None:

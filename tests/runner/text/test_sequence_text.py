@@ -160,10 +160,32 @@ def test_end_token_completes_a_stop_string(tokenizer: Tokenizer) -> None:
     assert (last.id, last.text, text.stopped) == (EOS, "", True)
 
 
-def test_special_token_before_min_tokens_begins_no_stop_string(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("moved", range(6))
+def test_a_stop_string_may_begin_before_min_tokens(tokenizer: Tokenizer, moved: int) -> None:
+    """It ends the text if it is complete with the last of them, or later."""
+    for strings, tokens, expected in (
+        (["END"], list(b"aEND"), "a"),
+        (["END"], list(b"xaEND"), "xa"),
+        (["</s>a"], [97, 98, EOS, 97], "ab"),
+        (["aa", "aaab"], list(b"aac"), "aac"),
+        (["x", "xyz"], list(b"xyab"), "xyab"),
+    ):
+        before = SequenceText(tokenizer, submit(min_tokens=4), strings)
+        given_ = "".join(token.text for token in before.take(tokens[:moved]))
+        rest = submit(tokens[:moved], min_tokens=4)
+        after = SequenceText(tokenizer, rest, strings, len(given_))
+        given_ += "".join(t.text for t in after.take(tokens[moved:], finish=Finish.LENGTH))
+        if tokens[moved:]:
+            assert given_ == expected
+        assert after.stopped == (len(expected) < len([t for t in tokens if t != EOS]))
+
+
+def test_special_token_before_min_tokens_begins_a_stop_string_after_it(
+    tokenizer: Tokenizer,
+) -> None:
     text = SequenceText(tokenizer, submit(min_tokens=3), ["</s>a"])
-    taken = text.take([97, EOS, 97, EOS, 97, 98])
-    assert [token.text for token in taken] == ["a", "", "a", "", ""]
+    taken = text.take([EOS, 97, EOS, EOS, 97, 98])
+    assert [token.text for token in taken] == ["", "a", "", "", ""]
 
 
 def test_names_within_names_are_taken_for_the_longest(tmp_path: Path) -> None:
