@@ -35,8 +35,11 @@ def _template(file: Path) -> str:
 def _default(stated: Any) -> str:
     """The template of a tokenizer_config.json, which may name several."""
     if isinstance(stated, list):
-        named = {entry.get("name"): entry.get("template") for entry in stated}
-        stated = named.get("default")
+        entries = [entry for entry in stated if isinstance(entry, dict)]
+        templates = [e.get("template") for e in entries if e.get("name") == "default"]
+        stated = templates[-1] if templates else None
+    elif isinstance(stated, dict):
+        stated = stated.get("default")
     return stated if isinstance(stated, str) else ""
 
 
@@ -45,7 +48,8 @@ def _end_tokens(config: dict[str, Any], directory: Path) -> list[str]:
     file = directory / "generation_config.json"
     ids = _json(file).get("eos_token_id")
     found = [_text(config.get("eos_token"))]
-    known = config.get("added_tokens_decoder") or {}
+    known = config.get("added_tokens_decoder")
+    known = known if isinstance(known, dict) else {}
     for token in ids if isinstance(ids, list) else [ids]:
         if token is not None:
             text = _text(known.get(str(token)))

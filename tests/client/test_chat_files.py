@@ -55,3 +55,12 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(InvalidRequest, match=r"tokenizer_config\.json cannot be read"):
         chat_settings(tmp_path)
+
+
+@pytest.mark.parametrize("template", [["x", {"name": ["default"], "template": 1}, None], {"a": 1}])
+def test_what_names_no_template_is_none(tmp_path: Path, template: Any) -> None:
+    config = {"chat_template": template, "eos_token": "</s>", "added_tokens_decoder": ["x"]}
+    made = written(tmp_path, tokenizer_config=config)
+    assert made == {"chat_template": "", "end_tokens": ["</s>"]}
+    named = {"default": "d", "tool_use": "t"}
+    assert written(tmp_path, tokenizer_config={"chat_template": named})["chat_template"] == "d"

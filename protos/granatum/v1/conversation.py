@@ -121,9 +121,10 @@ def _message(message: ChatMessage, index: int) -> Json:
     made: Json = {"role": message.role}
     if message.HasField("content") or calls is None:
         made["content"] = message.content
+    if calls is not None:
+        made["tool_calls"] = calls
     further = {
         "reasoning_content": message.reasoning_content,
-        "tool_calls": calls,
         "tool_call_id": message.tool_call_id,
         "name": message.name,
     }
