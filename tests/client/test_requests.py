@@ -129,14 +129,14 @@ def test_a_chat_has_what_its_template_takes() -> None:
     assert not generate_request(CHAT, {"add_generation_prompt": False}).chat.add_generation_prompt
 
 
-@pytest.mark.parametrize("timeout", ["5", True, 0, -1, 1e10, 10**400, float("nan"), [1], 1j])
-async def test_what_is_no_time_is_refused(timeout: Any) -> None:
-    with pytest.raises(InvalidRequest, match="^timeout: give seconds") as refused:
-        Client("127.0.0.1:1", timeout=timeout)
+@pytest.mark.parametrize("given", ["5", True, 0, -1, 1e10, 10**400, float("nan"), [1], 1j])
+async def test_what_is_no_time_is_refused(given: Any) -> None:
+    with pytest.raises(InvalidRequest, match="timeout: give seconds") as refused:
+        Client("127.0.0.1:1", timeout=given)
     assert refused.value.field == "timeout"
     async with Client("127.0.0.1:1") as client:
-        with pytest.raises(InvalidRequest, match="^timeout: give seconds"):
-            client.generate("x", timeout=timeout)
+        with pytest.raises(InvalidRequest, match="timeout: give seconds"):
+            client.generate("x", timeout=given)
 
 
 async def test_names_in_other_calls_are_checked_alike() -> None:
