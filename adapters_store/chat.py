@@ -5,16 +5,21 @@ only parsed here, never run: `runner/text/templates` runs it in a process of its
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from granatum.v1.errors import InvalidAdapter
 
 CHAT_FILE = "chat.json"
 MAX_CHAT_BYTES = 256 << 10
 _MAX_END_TOKENS = 16
+_MAX_WORDS = 20_000
+"""The most words, signs and blanks of a template. A large one, of 20 kB, has some 6,000.
+
+They bound the time of parsing, which slows down a whole router.
+"""
 _FIELDS = ("chat_template", "end_tokens")
 
 
@@ -51,7 +56,10 @@ def check_chat(file: Path, model: Path) -> None:
     Blocks.
     """
     settings = ChatSettings.parse(file.read_bytes())
-    known = _tokens(model) if settings.end_tokens else {}
+    try:
+        known = _tokens(model) if settings.end_tokens else frozenset()
+    except (OSError, ValueError, LookupError, TypeError):
+        known = frozenset()
     for token in settings.end_tokens:
         if token not in known:
             raise _wrong(
@@ -82,22 +90,30 @@ def _check_syntax(template: str) -> None:
 
     environment = ImmutableSandboxedEnvironment(extensions=[Generation, loopcontrols])
     try:
+        if next(islice(environment.lex(template), _MAX_WORDS, None), None):
+            raise _wrong(
+                f"chat_template: it has more than {_MAX_WORDS:,} words and signs: simplify it"
+            )
         environment.parse(template)
     except TemplateSyntaxError as error:
         raise _wrong(f"chat_template: line {error.lineno} is no Jinja ({error.message})") from None
     except (RecursionError, ValueError, OverflowError):
-        raise _wrong("chat_template: it nests too deeply: simplify it") from None
+        raise _wrong(
+            "chat_template: it nests too deeply, or has a number of thousands of digits: simplify "
+            "it"
+        ) from None
 
 
-def _tokens(model: Path) -> Mapping[str, Any]:
-    """The tokens of a model's tokenizer.json by their text."""
-    try:
-        tokenizer = json.loads((model / "tokenizer.json").read_bytes())
-        added = {entry["content"]: entry["id"] for entry in tokenizer["added_tokens"]}
-        vocabulary = tokenizer["model"]["vocab"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
-    return {**vocabulary, **added} if isinstance(vocabulary, dict) else added
+@lru_cache(1)
+def _tokens(model: Path) -> frozenset[str]:
+    """The texts of the tokens in a model's tokenizer.json.
+
+    Kept, because to parse such a file takes a moment in which a router does nothing else.
+    """
+    tokenizer = json.loads((model / "tokenizer.json").read_bytes())
+    vocabulary = tokenizer["model"]["vocab"]
+    added = (entry["content"] for entry in tokenizer["added_tokens"])
+    return frozenset(added).union(vocabulary if isinstance(vocabulary, dict) else ())
 
 
 def _wrong(remedy: str) -> InvalidAdapter:

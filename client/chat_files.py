@@ -7,6 +7,8 @@ from typing import Any
 from granatum.v1.errors import InvalidRequest
 
 CHAT_FILE = "chat.json"
+_ABUT = "{{ '' }}"
+"""Between a tag and a template: transformers has Jinja drop line ends and blanks beside tags."""
 
 
 def chat_settings(directory: Path) -> bytes | None:
@@ -15,7 +17,7 @@ def chat_settings(directory: Path) -> bytes | None:
     Raises InvalidRequest for a file that cannot be read.
     """
     config = _json(directory / "tokenizer_config.json")
-    template = _template(directory / "chat_template.jinja") or _default(config.get("chat_template"))
+    template = _joined(*_templates(config, directory))
     ends = _end_tokens(config, directory)
     if not template and not ends:
         return None
@@ -23,7 +25,24 @@ def chat_settings(directory: Path) -> bytes | None:
     return json.dumps(settings, ensure_ascii=False).encode()
 
 
-def _template(file: Path) -> str:
+def _templates(config: dict[str, Any], directory: Path) -> tuple[str, str]:
+    """The folder's template, and the one for chats with tools; each empty if there is none.
+
+    transformers writes several as files, and earlier wrote them into tokenizer_config.json.
+    """
+    stated = config.get("chat_template")
+    if isinstance(stated, list):
+        entries = [entry for entry in stated if isinstance(entry, dict)]
+        stated = {str(entry.get("name")): entry.get("template") for entry in entries}
+    named = stated if isinstance(stated, dict) else {"default": stated}
+    default = _text_of(directory / "chat_template.jinja")
+    tools = _text_of(directory / "additional_chat_templates" / "tool_use.jinja")
+    if not default and not tools:
+        default, tools = (_text(named.get(name)) for name in ("default", "tool_use"))
+    return default, tools
+
+
+def _text_of(file: Path) -> str:
     try:
         return file.read_text("utf-8")
     except FileNotFoundError:
@@ -32,12 +51,21 @@ def _template(file: Path) -> str:
         raise _unreadable(file, error) from None
 
 
-def _default(stated: Any) -> str:
-    """The template of a tokenizer_config.json, which may name several."""
-    if isinstance(stated, list):
-        named = {entry.get("name"): entry.get("template") for entry in stated}
-        stated = named.get("default")
-    return stated if isinstance(stated, str) else ""
+def _joined(default: str, tools: str) -> str:
+    """One template that chooses between two as transformers does."""
+    if not tools:
+        return default
+    if not default:
+        default = "{{ raise_exception('the chat template needs tools: send some') }}"
+    with_tools, without = (
+        _ABUT + _without_last_line_end(text) + _ABUT for text in (tools, default)
+    )
+    return "{% if tools is not none %}" + with_tools + "{% else %}" + without + "{% endif %}"
+
+
+def _without_last_line_end(template: str) -> str:
+    """Jinja drops the line end that is a template's last character."""
+    return template.removesuffix("\n")
 
 
 def _end_tokens(config: dict[str, Any], directory: Path) -> list[str]:
@@ -45,7 +73,8 @@ def _end_tokens(config: dict[str, Any], directory: Path) -> list[str]:
     file = directory / "generation_config.json"
     ids = _json(file).get("eos_token_id")
     found = [_text(config.get("eos_token"))]
-    known = config.get("added_tokens_decoder") or {}
+    known = config.get("added_tokens_decoder")
+    known = known if isinstance(known, dict) else {}
     for token in ids if isinstance(ids, list) else [ids]:
         if token is not None:
             text = _text(known.get(str(token)))

@@ -17,7 +17,7 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from granatum.client.fields import filled
+from granatum.client.fields import filled, seconds
 from granatum.client.proofs import read_proof
 from granatum.client.records import (
     Adapter,
@@ -100,7 +100,7 @@ class Client:
     ) -> None:
         self._channel = open_channel(address, tls, insecure=insecure)
         self._metadata = bearer(key) if key else ()
-        self._timeout = timeout
+        self._timeout = seconds(timeout)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
         self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
@@ -123,7 +123,9 @@ class Client:
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """Continue a prompt; iterate the result for its tokens."""
         request = generate_request(prompt, options)
-        timeout = options.get("timeout", self._timeout)
+        timeout = seconds(options.get("timeout"))
+        if timeout is None:
+            timeout = self._timeout
         return Generation(
             self._inference.Generate(request, timeout=timeout, metadata=self._metadata)
         )

@@ -1,7 +1,7 @@
 """Python values into a message's fields, with errors that name the field."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -22,6 +22,11 @@ _HINTS = {
     "seed": "leave it out to have one drawn",
     "top_k": "0 keeps all",
 }
+_ERRORS = (TypeError, ValueError, OverflowError)
+_BOOLS = {"bool", "bool_"}
+"""The types of Python and numpy; protobuf would take a bool for a number, and a number for it."""
+MAX_TIMEOUT_S = 10**9
+"""About 30 years. gRPC adds the time of day, and its sum has little room."""
 _Filled = TypeVar("_Filled", bound=Message)
 
 
@@ -38,10 +43,10 @@ def put(message: Message, path: str, value: object) -> None:
     for parent in parents:
         message = getattr(message, parent)
     try:
-        if isinstance(value, bool) and not _is_bool(message, name):
+        if (type(value).__name__ in _BOOLS) != _is_bool(message, name):
             raise TypeError
         setattr(message, name, value)
-    except (TypeError, ValueError) as error:
+    except _ERRORS as error:
         raise _wrong(message, name, path, value, error) from None
 
 
@@ -51,13 +56,14 @@ def extend(message: Message, path: str, values: Sequence[object]) -> None:
     for parent in parents:
         message = getattr(message, parent)
     field = getattr(message, name)
+    listed = _listed(values, path)
     try:
-        field.extend(values)
-    except (TypeError, ValueError):
-        for i, value in enumerate(_iterated(values, path)):
+        field.extend(listed)
+    except _ERRORS:
+        for i, value in enumerate(listed):
             try:
                 field.append(value)
-            except (TypeError, ValueError) as error:
+            except _ERRORS as error:
                 raise _wrong(message, name, f"{path}[{i}]", value, error) from None
 
 
@@ -65,29 +71,54 @@ def put_json(message: Message, path: str, value: object) -> None:
     """Set a field to a value's JSON text. Raises InvalidRequest if JSON has no such value."""
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        odd = [key for key in _keys(value) if not isinstance(key, str)]
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(
             f"{path}: JSON cannot hold it ({error}): give dicts, lists, text, finite numbers, "
             "booleans and None",
             field=path,
         ) from None
-    for key in _keys(value):
-        if not isinstance(key, str):
-            raise InvalidRequest(f"{path}: the name {key!r} is no text: quote it", field=path)
+    if odd:
+        raise InvalidRequest(f"{path}: the name {odd[0]!r} is no text: quote it", field=path)
     put(message, path, text)
+
+
+def seconds(timeout: Any) -> float | None:
+    """A timeout as gRPC takes it. Raises InvalidRequest for what is no time."""
+    if timeout is None:
+        return None
+    try:
+        given = 0.0 if isinstance(timeout, str | bytes | bool) else float(timeout)
+    except _ERRORS:
+        given = 0.0
+    if not 0 < given <= MAX_TIMEOUT_S:
+        raise InvalidRequest(
+            f"timeout: give seconds, above 0 and at most {MAX_TIMEOUT_S:,}, or leave it out; not "
+            f"{_shown(timeout)}",
+            field="timeout",
+        )
+    return given
 
 
 def _is_bool(message: Message, name: str) -> bool:
     return message.DESCRIPTOR.fields_by_name[name].type == FieldDescriptor.TYPE_BOOL
 
 
-def _iterated(values: Sequence[object], path: str) -> Iterator[object]:
+def _listed(values: object, path: str) -> list[Any]:
+    listed = as_list(values)
+    if listed is None:
+        raise InvalidRequest(f"{path}: give a list, not {type(values).__name__}", field=path)
+    return listed
+
+
+def as_list(values: Any) -> list[Any] | None:
+    """The values in their order; None for what is no list, or has no order of its own."""
+    if isinstance(values, str | bytes | bytearray | Mapping | Set):
+        return None
     try:
-        return iter(values)
+        return list(values)
     except TypeError:
-        raise InvalidRequest(
-            f"{path}: give a list, not {type(values).__name__}", field=path
-        ) from None
+        return None
 
 
 def _wrong(
@@ -101,8 +132,13 @@ def _wrong(
         )
     kind = _KINDS[message.DESCRIPTOR.fields_by_name[name].type]
     hint = f" ({_HINTS[name]})" if name in _HINTS else ""
-    shown = repr(value)[:40] if isinstance(value, int | float) else type(value).__name__
-    return InvalidRequest(f"{path}: give {kind}{hint}, not {shown}", field=path)
+    return InvalidRequest(f"{path}: give {kind}{hint}, not {_shown(value)}", field=path)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 128:  # Python may refuse to write it
+        return "one of that many digits"
+    return repr(value) if isinstance(value, int | float) else type(value).__name__
 
 
 def _keys(value: Any) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from granatum.client.fields import extend, put, put_json
+from granatum.client.fields import as_list, extend, put, put_json
 from granatum.v1 import inference_pb2
 from granatum.v1.errors import InvalidRequest
 
@@ -122,7 +122,7 @@ def _set_input(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
         put(request, "prompt", prompt)
         return
-    parts = [] if isinstance(prompt, bytes | bytearray) else _parts(prompt)
+    parts = as_list(prompt) or []
     kinds = {isinstance(part, Message) for part in parts}
     if len(kinds) != 1:
         raise InvalidRequest(
@@ -135,13 +135,6 @@ def _set_input(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
         return
     for i, message in enumerate(parts):
         _add_message(request, message, i)
-
-
-def _parts(prompt: Any) -> list[Any]:
-    try:
-        return list(prompt)
-    except TypeError:
-        return []
 
 
 def _add_message(request: inference_pb2.GenerateRequest, message: Message, index: int) -> None:

@@ -2,8 +2,9 @@
 
     python deploy/extras.py
 
-Each extra is installed as `constraints.txt` pins it. Then the package alone, the router and the box
-are installed at the lower bound of each dependency, and the box of these versions runs the demo.
+Each extra is installed as `constraints.txt` pins it. The package alone, the router and the box
+are then installed at the lower bound of each dependency, and the box of these versions runs the
+demo. This comes before the next extra, since what the next one brings may refuse the lower bounds.
 torch and its triton stay as pinned there, for the size of torch's wheel.
 
 An environment may hold several extras, one after another: each of them includes the one before, so
@@ -25,8 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = (("", "cli", "router"), ("runner", "box"))
 """Extras by environment; "" is the package without any."""
-LOWEST = (("", "router"), ("box",))
-"""Those that are installed again, at their lower bounds. Each raises what the one before has."""
+LOWEST = ("", "router", "box")
+"""Those that are installed a second time, at their lower bounds."""
 PINS = ROOT / "constraints.txt"
 ROOMS = {
     "": ("client", "v1"),
@@ -49,12 +50,12 @@ def main() -> None:
             venv.create(environment, with_pip=False)
             for extra in extras:
                 _check(environment, wheel, extra, _modules(folders, ROOMS[extra]), PINS)
-            for extra in LOWEST[number]:
-                lowest = Path(place) / "lowest.txt"
-                lowest.write_text("\n".join(lower_bounds(extra)))
-                _check(environment, wheel, extra, _modules(folders, ROOMS[extra]), lowest)
-                if extra == "box":
-                    subprocess.run([environment / "bin" / "granatum", "demo"], check=True)
+                if extra in LOWEST:
+                    lowest = Path(place) / "lowest.txt"
+                    lowest.write_text("\n".join(lower_bounds(extra)))
+                    _check(environment, wheel, extra, _modules(folders, ROOMS[extra]), lowest)
+            if "box" in extras:
+                subprocess.run([environment / "bin" / "granatum", "demo"], check=True)
             shutil.rmtree(environment)
 
 

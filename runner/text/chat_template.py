@@ -13,6 +13,8 @@ from granatum.v1.errors import InvalidRequest
 from granatum.v1.inference_pb2 import Chat
 
 _NONE = ChatSettings()
+_EXHAUSTED = {"SIGPROF", "MemoryError", "Flood"}
+"""How a template fails that an adapter brought and that reaches the limits of `templates`."""
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +59,7 @@ class ChatTemplate:
             raise _refused("the chat template makes half characters of them") from None
         if len(text) > MAX_RENDERED:
             raise _refused(
-                f"the model's chat template makes {len(text):,} characters of them: "
+                f"the chat template makes {len(text):,} characters of them: "
                 f"send less, {MAX_RENDERED:,} at most"
             )
         return text
@@ -78,15 +80,20 @@ def _refusal_of(error: TemplateFailed, conversation: Conversation) -> InvalidReq
     made.
     """
     if error.said:
-        return _refused(f"the model's chat template refuses them: {error.said}")
+        return _refused(f"the chat template refuses them: {error.said}")
     if conversation.continue_final_message and error.kind == ValueError.__name__:
         return _refused(
-            "the model's chat template does not write the last message as it is, so no answer can "
+            "the chat template does not write the last message as it is, so no answer can "
             "go on from it: leave this out, or the message's last part",
             "chat.continue_final_message",
         )
     log.warning("the chat template failed", error=error.kind)
+    if error.kind in _EXHAUSTED:
+        return _refused(
+            "the chat template takes too much time or memory for them: send less, or upload the "
+            "adapter with a simpler template"
+        )
     return _refused(
-        "the model's chat template cannot write them: check their roles, their order, and what the "
+        "the chat template cannot write them: check their roles, their order, and what the "
         "template expects of tools, documents and template_arguments"
     )

@@ -92,7 +92,12 @@ BAD: dict[str, tuple[bytes, str]] = {
     "a token that was added": (b'{"end_tokens": ["<|im_end|>"]}', "'<|im_end|>' is no token"),
     "no Jinja": (b'{"chat_template": "a\\n{% if %}"}', "line 2 is no Jinja"),
     "a tag that nobody knows": (b'{"chat_template": "{% import os %}"}', "line 1 is no Jinja"),
-    "deep": (json.dumps({"chat_template": "{{" + "(" * 60_000 + "}}"}).encode(), "Jinja|deeply"),
+    "deep": (json.dumps({"chat_template": "{{" + "(" * 9_000 + "}}"}).encode(), "Jinja|deeply"),
+    "long": (json.dumps({"chat_template": "{{a}}" * 50_000}).encode(), "more than 20,000 words"),
+    "a long number": (
+        json.dumps({"chat_template": "{{ " + "9" * 5000 + " }}"}).encode(),
+        "thousands of digits",
+    ),
 }
 
 

@@ -41,7 +41,7 @@ def test_older_ways_to_say_it_are_understood(tmp_path: Path) -> None:
     }
     generation = {"eos_token_id": [8, 7]}
     made = written(tmp_path, tokenizer_config=config, generation_config=generation)
-    assert made == {"chat_template": "d", "end_tokens": ["<|im_end|>", "<|eot|>"]}
+    assert made["end_tokens"] == ["<|im_end|>", "<|eot|>"]
     (tmp_path / "chat_template.jinja").write_text("j")
     assert written(tmp_path)["chat_template"] == "j"
 
@@ -55,3 +55,54 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(InvalidRequest, match=r"tokenizer_config\.json cannot be read"):
         chat_settings(tmp_path)
+
+
+@pytest.mark.parametrize("template", [["x", {"name": ["default"], "template": 1}, None], {"a": 1}])
+def test_what_names_no_template_is_none(tmp_path: Path, template: Any) -> None:
+    config = {"chat_template": template, "eos_token": "</s>", "added_tokens_decoder": ["x"]}
+    made = written(tmp_path, tokenizer_config=config)
+    assert made == {"chat_template": "", "end_tokens": ["</s>"]}
+    named = {"default": "d", "rag": "t"}
+    assert written(tmp_path, tokenizer_config={"chat_template": named})["chat_template"] == "d"
+
+
+PAIRS = {
+    "lines": ("\n  {% if true %}\n d \n{% endif %}\n  ", "  \n\n{{ tools | length }}\n\n"),
+    "names": ("{% set a = 1 %}{{ a }}", "{%- macro b(c) %}{{ c }}{% endmacro %}\n{{ b(2) }}\n"),
+    "blanks": ("  {%- if true -%} d {%- endif -%}  ", "{# c #}\n t"),
+}
+
+
+@pytest.mark.parametrize("as_files", [True, False])
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_template_for_tools_is_used_for_tools(name: str, as_files: bool, tmp_path: Path) -> None:
+    default, tools = PAIRS[name]
+    made = byte_tokenizer()
+    made.chat_template = {"default": default, "tool_use": tools}
+    if as_files:
+        made.save_pretrained(tmp_path)
+    else:
+        pair = [{"name": key, "template": text} for key, text in made.chat_template.items()]
+        written(tmp_path, tokenizer_config={"chat_template": pair})
+    settings = chat_settings(tmp_path)
+    assert settings is not None
+    one = byte_tokenizer()
+    one.chat_template = json.loads(settings)["chat_template"]
+    for given in (None, [], [{"type": "function"}]):
+        chat = [{"role": "user", "content": "x"}]
+        ours, theirs = (
+            t.apply_chat_template(chat, tools=given, tokenize=False) for t in (one, made)
+        )
+        assert ours == theirs
+
+
+def test_a_template_for_tools_alone_asks_for_tools(tmp_path: Path) -> None:
+    pair = [{"name": "tool_use", "template": "t"}]
+    made = byte_tokenizer()
+    made.chat_template = written(tmp_path, tokenizer_config={"chat_template": pair})[
+        "chat_template"
+    ]
+    chat = [{"role": "user", "content": "x"}]
+    assert made.apply_chat_template(chat, tools=[], tokenize=False) == "t"
+    with pytest.raises(Exception, match="needs tools"):
+        made.apply_chat_template(chat, tokenize=False)

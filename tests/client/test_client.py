@@ -61,6 +61,15 @@ async def test_a_deadline_travels_and_ends_the_call(client: Client, service: Ser
     await asyncio.wait_for(service.ended.wait(), 10)
 
 
+async def test_without_a_deadline_of_its_own_a_request_has_the_clients(
+    client: Client, service: Service
+) -> None:
+    await client.complete("abc", timeout=None)  # type: ignore[arg-type]
+    (remaining,) = service.deadlines
+    assert remaining is not None
+    assert 0 < remaining <= 20.01
+
+
 async def test_options_reach_the_wire(client: Client, service: Service) -> None:
     await client.complete(
         "x",

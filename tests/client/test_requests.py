@@ -39,6 +39,16 @@ WRONG: list[tuple[str, Any, dict[str, Any], str]] = [
     ("adapter", "x", {"adapter": HALF}, "character 2"),
     ("adapter", "x", {"adapter": 7}, "give text, not 7"),
     ("request_id", "x", {"request_id": HALF}, "character 2"),
+    ("sampling.temperature", "x", {"temperature": 10**400}, "not one of that many digits"),
+    ("sampling.temperature", "x", {"temperature": np.True_}, "give a number"),
+    ("sampling.seed", "x", {"seed": -(10**5000)}, "not one of that many digits"),
+    ("stop.ignore_eos", "x", {"ignore_eos": -1}, "give True or False, not -1"),
+    ("chat.continue_final_message", CHAT, {"continue_final_message": 2**64}, "True or False"),
+    ("stop.token_ids[1]", "x", {"stop_token_ids": iter([1, -1])}, "not -1"),
+    ("stop.token_ids", "x", {"stop_token_ids": b"ab"}, "give a list, not bytes"),
+    ("stop.strings", "x", {"stop": {"a": 1}}, "give a list, not dict"),
+    ("stop.strings", "x", {"stop": {"a", "b"}}, "give a list, not set"),
+    ("prompt", {1: 2}, {}, "give text"),
     ("prompt", HALF, {}, "character 2"),
     ("prompt", None, {}, "give text"),
     ("prompt", b"bytes", {}, "not bytes"),
@@ -117,6 +127,16 @@ def test_a_chat_has_what_its_template_takes() -> None:
     assert request.chat.documents == "[]"
     assert not request.chat.HasField("add_generation_prompt")
     assert not generate_request(CHAT, {"add_generation_prompt": False}).chat.add_generation_prompt
+
+
+@pytest.mark.parametrize("given", ["5", True, 0, -1, 1e10, 10**400, float("nan"), [1], 1j])
+async def test_what_is_no_time_is_refused(given: Any) -> None:
+    with pytest.raises(InvalidRequest, match="timeout: give seconds") as refused:
+        Client("127.0.0.1:1", timeout=given)
+    assert refused.value.field == "timeout"
+    async with Client("127.0.0.1:1") as client:
+        with pytest.raises(InvalidRequest, match="timeout: give seconds"):
+            client.generate("x", timeout=given)
 
 
 async def test_names_in_other_calls_are_checked_alike() -> None:

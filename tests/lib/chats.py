@@ -45,6 +45,7 @@ QWEN3 = """
     {%- if message.reasoning_content is string %}
         {%- set thought = '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' %}
     {%- endif %}
+    {%- if message.tool_calls is defined %}{{- '<calls>' }}{%- endif %}
     {{- '<|im_start|>' + message.role + '\\n' + thought + message.content + '<|im_end|>\\n' }}
 {%- endfor %}
 {%- for document in documents or [] %}{{- document.title + ': ' + document.text }}{%- endfor %}
@@ -119,6 +120,11 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], dict[str, Any]]] = {
     "tools": ("llama3", [USER], {"tools": TOOLS}),
     "no tools": ("llama3", [USER], {"tools": []}),
     "a tool's answer": ("llama3", TOOL_TURNS, {"tools": TOOLS}),
+    "no calls": (
+        "qwen3",
+        [USER, {"role": "assistant", "content": "It is", "tool_calls": []}],
+        {},
+    ),
     "thinking": ("qwen3", [USER], {"enable_thinking": True}),
     "no thinking": ("qwen3", [USER], {"enable_thinking": False}),
     "numbers and objects": ("qwen3", [USER], {"budget": {"tokens": 100, "share": 1.0}}),
@@ -137,9 +143,10 @@ def wire(messages: list[dict[str, Any]], options: dict[str, Any]) -> Chat:
     """The chat that a client would send."""
     chat = Chat()
     for message in messages:
-        calls = message.get("tool_calls")
-        plain = {name: value for name, value in message.items() if name != "tool_calls"}
-        chat.messages.append(ChatMessage(**plain, tool_calls=json.dumps(calls) if calls else ""))
+        plain = dict(message)
+        if "tool_calls" in plain:
+            plain["tool_calls"] = json.dumps(plain["tool_calls"])
+        chat.messages.append(ChatMessage(**plain))
     own = dict(options)
     for name in ("continue_final_message", "add_generation_prompt"):
         if name in own:

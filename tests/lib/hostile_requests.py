@@ -170,7 +170,19 @@ def with_uploads() -> st.SearchStrategy[Input]:
             change(request)
         return Input("InferenceService/Generate", (request.SerializeToString(),), None)
 
-    return st.builds(build, st.lists(_right(), max_size=3))
+    return st.builds(build, st.lists(st.one_of(_right(), st.sampled_from(_CHATS)), max_size=3))
+
+
+_CALL = '[{"function": {"name": "f", "arguments": {"a": [1, 1.0, null]}}}]'
+_CHATS: tuple[Change, ...] = (
+    _chat([("user", "granite")]),
+    _chat([("user", "x"), ("assistant", "")] * 100),
+    _chat([("user", "é" * 1_000_000)]),
+    _chat_with(template_arguments='{"enable_thinking": false, "cls": {"a": 1}}', tools=_CALL),
+    _chat_with(documents="[{}]", add_generation_prompt=False),
+    _chat_with(continue_final_message=True),
+)
+"""Right ones, for templates that adapters brought."""
 
 
 _INPUTS = {"prompt": "prompt", "token_ids": "token_ids", "chat": "chat"}

@@ -37,6 +37,20 @@ _CONFIG_FIELDS = (
 )  # fmt: skip
 
 
+_TEMPLATES = (
+    "{{ messages[0].content }}>", "{{ messages }}{{ tools }}", "{{ 1 / 0 }}", "{{ 9 ** 9 ** 9 }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'x' * 9999999999 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ '\\ud800' }}",
+    "{{ ''.__class__.__mro__ }}", "{{ raise_exception(messages[0].content) }}", "{% if %}",
+    "{% include '/etc/passwd' %}", "{{" + "(" * 9_000, "{{ a }}" * 30_000, "",
+)  # fmt: skip
+_CHATS = (
+    *(json.dumps({"chat_template": text, "end_tokens": ["<pad>"]}).encode() for text in _TEMPLATES),
+    *(json.dumps({"end_tokens": tokens}).encode() for tokens in (["</s>"], ["x" * 999], "a", [1])),
+    b"", b"{", b"[" * 100_000, b'{"chat_template": "\\ud800"}', b"\xff", b" " * 300_000,
+)  # fmt: skip
+
+
 def uploads() -> st.SearchStrategy[Input]:
     """UploadAdapter: an adapter of the tiny model whose files or header were tampered with."""
     return st.builds(
@@ -44,17 +58,27 @@ def uploads() -> st.SearchStrategy[Input]:
         st.dictionaries(st.sampled_from(_CONFIG_FIELDS), st.sampled_from(_JSON_VALUES), max_size=2),
         st.sampled_from((1, 4, 64, 65, 128, 256)),
         st.sampled_from((0.02, 0.02, 1.0, 1e4, 1e15, 1e30, 3e38)),
-        st.sampled_from(("as it is", "as it is", "flip", "cut", "header", "more", "lie", "names")),
+        st.sampled_from(
+            (
+                "as it is",
+                "as it is",
+                "chat",
+                "chat",
+                "flip",
+                "cut",
+                "header",
+                "more",
+                "lie",
+                "names",
+            )
+        ),
         st.integers(0, 2**16),
     )
 
 
 def _upload(changes: dict[str, Any], rank: int, size: float, tampering: str, place: int) -> Input:
     config = files.config(rank, ("down_proj",), **changes)
-    parts = files.tensors(SHAPE, rank, ("down_proj",))
-    if size != 0.02:
-        parts = {name: _filled(tensor, size) for name, tensor in parts.items()}
-    upload = files.upload(config, files.weights(parts), "hostile")
+    upload = files.upload(config, files.weights(_parts(rank, size)), "hostile")
     data = bytearray(upload.data)
     header = adapters_pb2.UploadHeader(name=upload.name)
     for declared in upload.files:
@@ -70,6 +94,11 @@ def _upload(changes: dict[str, Any], rank: int, size: float, tampering: str, pla
             data, header = _with_header(config, place, header)
         case "lie":
             header.files[place % 2].size_bytes = (0, 1, 2**63, 2**64 - 1)[place % 4]
+        case "chat":
+            chat = _CHATS[place % len(_CHATS)]
+            sha256 = hashlib.sha256(chat).hexdigest()
+            header.files.add(name="chat.json", size_bytes=len(chat), sha256=sha256)
+            data += chat
         case "names":
             header.name = (*ODD_TEXTS, "x" * 10_000)[place % (len(ODD_TEXTS) + 1)]
     chunk = 1 + (place if place > 5000 else 1 << 19)
@@ -81,6 +110,13 @@ def _upload(changes: dict[str, Any], rank: int, size: float, tampering: str, pla
         tuple(message.SerializeToString() for message in messages),
         None,
     )
+
+
+def _parts(rank: int, size: float) -> dict[str, files.Tensor]:
+    parts = files.tensors(SHAPE, rank, ("down_proj",))
+    if size == 0.02:
+        return parts
+    return {name: _filled(tensor, size) for name, tensor in parts.items()}
 
 
 def _filled(tensor: files.Tensor, value: float) -> files.Tensor:

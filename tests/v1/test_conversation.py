@@ -30,6 +30,7 @@ def test_a_message_has_what_was_set_and_nothing_else() -> None:
             ChatMessage(role="assistant", tool_calls=json.dumps([CALL]), reasoning_content="hm"),
             ChatMessage(role="tool", content="rain", tool_call_id="c1", name="weather"),
             ChatMessage(role="assistant", content="", tool_calls=json.dumps([CALL])),
+            ChatMessage(role="assistant", content="no", tool_calls="[]"),
         )
     )
     assert made.messages == [
@@ -38,6 +39,7 @@ def test_a_message_has_what_was_set_and_nothing_else() -> None:
         {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "hm"},
         {"role": "tool", "content": "rain", "tool_call_id": "c1", "name": "weather"},
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "no", "tool_calls": []},
     ]
     assert (made.tools, made.documents, made.arguments) == (None, None, {})
     assert made.add_generation_prompt
@@ -71,7 +73,7 @@ BAD: list[tuple[str, str, Chat]] = [
     ("chat.messages[0].tool_calls", "no JSON", chat(ChatMessage(role="a", tool_calls="x"))),
     ("chat.tools", "array of objects", chat(tools="[1]")),
     ("chat.tools", "no JSON", chat(tools='[{"a": 1}')),
-    ("chat.tools", "no JSON", chat(tools='[{"a": ' + "9" * 5000 + "}]")),
+    ("chat.tools", "a number", chat(tools='[{"a": ' + "9" * 5000 + "}]")),
     ("chat.tools", "deeper than 32", chat(tools=nested(33))),
     ("chat.tools", "deeper than 32", chat(tools=nested(9_999))),
     ("chat.tools", "deeper than 32", chat(tools='[{"a":' * 17 + "1" + "}]" * 17)),
@@ -79,9 +81,9 @@ BAD: list[tuple[str, str, Chat]] = [
     ("chat.documents", "20,000", chat(documents="[" + "{}," * 10_001 + "{}]")),
     ("chat.documents", "1,048,576", chat(documents=json.dumps([{"text": "x" * (1 << 20)}]))),
     ("chat.template_arguments", "JSON object", chat(template_arguments="[]")),
-    ("chat.template_arguments", "no JSON", chat(template_arguments='{"a": NaN}')),
-    ("chat.template_arguments", "no JSON", chat(template_arguments='{"a": -Infinity}')),
-    ("chat.template_arguments", "no JSON", chat(template_arguments='{"a": 1e999}')),
+    ("chat.template_arguments", "not finite", chat(template_arguments='{"a": NaN}')),
+    ("chat.template_arguments", "not finite", chat(template_arguments='{"a": -Infinity}')),
+    ("chat.template_arguments", "not finite", chat(template_arguments='{"a": 1e999}')),
     ("chat.template_arguments", "no JSON", chat(template_arguments="{1: 2}")),
     ("chat.template_arguments", "surrogate", chat(template_arguments=r'{"a": "\ud83d"}')),
     ("chat.template_arguments", "surrogate", chat(template_arguments=r'{"\ud83d": 1}')),

@@ -121,9 +121,10 @@ def _message(message: ChatMessage, index: int) -> Json:
     made: Json = {"role": message.role}
     if message.HasField("content") or calls is None:
         made["content"] = message.content
+    if calls is not None:
+        made["tool_calls"] = calls
     further = {
         "reasoning_content": message.reasoning_content,
-        "tool_calls": calls,
         "tool_call_id": message.tool_call_id,
         "name": message.name,
     }
@@ -172,8 +173,10 @@ def _parsed(text: str, field: str) -> Any:
             return value
     except UnicodeEncodeError:
         remedy = "a \\u escape is half a character (a lone surrogate): send whole characters"
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         remedy = f"is no JSON ({error}): send what a JSON library writes"
+    except ValueError:  # of what JSON's grammar allows, or Python's parser beyond it
+        remedy = "has a number that is not finite, or one of thousands of digits: send it as text"
     except RecursionError:
         pass
     raise InvalidRequest(f"{field}: {remedy}", field=field)

@@ -20,7 +20,7 @@ from granatum.v1.errors import Unavailable
 _WALL_S = 30.0
 """The longest wait for an answer. The first one waits until the server has imported."""
 _SERVER = "granatum.runner.text.templates.server"
-_PASSED_ON = ("PATH", "PYTHONPATH", "HOME", "LANG")
+_PASSED_ON = ("PATH", "PYTHONPATH", "HOME", "LANG", "TZ")
 """All that a tenant's template could see of the environment: no key is in it."""
 
 

@@ -20,6 +20,12 @@ from granatum.v1.conversation import Conversation
 _CPU_S = 1.0
 _MEMORY_BYTES = 256 << 20
 """Beyond what the server itself has."""
+_WARM = (
+    "{{ messages | tojson }}",
+    "{{ raise_exception('x') }}",
+    "{{ strftime_now('%c') }}{{ '<a>' | striptags }}{{ lipsum(1) }}",
+)
+"""Templates that import, and read of the time zone, all that children can no longer open."""
 _PATIENCE = 10  # others' tokens come first
 
 
@@ -28,8 +34,8 @@ def main() -> None:
     import_transformers()
     settings = _settings()
     warm = Conversation([{"role": "user", "content": "x"}], None, None, {}, False, True)
-    for template in ("{{ messages }}", "{{ raise_exception('x') }}"):
-        with suppress(TemplateFailed):  # it imports what children may not
+    for template in _WARM:
+        with suppress(TemplateFailed):
             applied(settings, warm, {}, chat_template=template)
     for line in sys.stdin.buffer:
         child = os.fork()

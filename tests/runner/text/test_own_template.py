@@ -1,6 +1,7 @@
 """Chat templates that adapters bring, against transformers; and hostile ones."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def test_what_a_hostile_template_does_stays_with_its_chat(base: Tokenizer, name:
     with structlog.testing.capture_logs() as logged, pytest.raises(InvalidRequest) as refused:
         base.encode_chat(wire([USER], {}), own=ChatSettings(template))
     assert refused.value.field == "chat.messages"
-    assert "cannot write them" in refused.value.message
+    exhausted = kind in ("SIGPROF", "MemoryError", "Flood")
+    assert ("too much time or memory" if exhausted else "cannot write") in refused.value.message
     assert [event["error"] for event in logged] == [kind]
     fine = base.encode_chat(wire([USER], {}), own=ChatSettings("{{ messages[0].content }}"))
     assert bytes(fine) == USER["content"].encode()
@@ -74,6 +76,38 @@ def test_what_the_template_itself_says_is_told(base: Tokenizer) -> None:
     own = ChatSettings("{{ raise_exception('speak, friend') }}")
     with pytest.raises(InvalidRequest, match="refuses them: speak, friend"):
         base.encode_chat(wire([USER], {}), own=own)
+
+
+# Each of them imports or reads something at its first use, which the renderer may not do.
+LATE = {
+    "the time": "{{ strftime_now('%Y-%m-%d %H:%M %A') }}",
+    "text of a page": "{{ '<b>fish</b> &lt; chips' | striptags }}",
+    "filler": "{{ lipsum(1) | length > 9 }}",
+    "wrapped": "{{ 'one two three' | wordwrap(4) }}",
+    "a named character": "{{ '\\N{DIGIT ONE}' }}",
+    "a link": "{{ 'www.example.org' | urlize }}",
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_an_adapters_template_has_the_runners_time_and_all_filters(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TZ", "XYZ-11:30")
+    time.tzset()
+    theirs = byte_tokenizer()
+    theirs.save_pretrained(tmp_path)
+    theirs.chat_template = LATE[name]
+    ours = Tokenizer(tmp_path)
+    try:
+        around = [theirs.apply_chat_template([USER])["input_ids"]]
+        found = ours.encode_chat(wire([USER], {}), own=ChatSettings(LATE[name]))
+        around.append(theirs.apply_chat_template([USER])["input_ids"])  # a minute may have passed
+    finally:
+        ours.chat.close()
+        monkeypatch.undo()
+        time.tzset()
+    assert found in around
 
 
 def test_a_template_sees_no_key(base: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
