@@ -14,13 +14,17 @@ def chat_settings(directory: Path) -> bytes | None:
 
     Raises InvalidRequest for a file that cannot be read.
     """
-    config = _json(directory / "tokenizer_config.json")
+    file = directory / "tokenizer_config.json"
+    config = _json(file)
     template = _template(directory / "chat_template.jinja") or _default(config.get("chat_template"))
     ends = _end_tokens(config, directory)
     if not template and not ends:
         return None
     settings = {"chat_template": template, "end_tokens": ends}
-    return json.dumps(settings, ensure_ascii=False).encode()
+    try:
+        return json.dumps(settings, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _unreadable(file, error) from None
 
 
 def _template(file: Path) -> str:
@@ -34,9 +38,9 @@ def _template(file: Path) -> str:
 
 def _default(stated: Any) -> str:
     """The template of a tokenizer_config.json, which may name several."""
-    if isinstance(stated, list):
-        named = {entry.get("name"): entry.get("template") for entry in stated}
-        stated = named.get("default")
+    for entry in _objects(stated):
+        if entry.get("name") == "default":
+            stated = entry.get("template")
     return stated if isinstance(stated, str) else ""
 
 
@@ -45,18 +49,32 @@ def _end_tokens(config: dict[str, Any], directory: Path) -> list[str]:
     file = directory / "generation_config.json"
     ids = _json(file).get("eos_token_id")
     found = [_text(config.get("eos_token"))]
-    known = config.get("added_tokens_decoder") or {}
+    known = {} if ids is None else _added_tokens(config, directory)
     for token in ids if isinstance(ids, list) else [ids]:
         if token is not None:
             text = _text(known.get(str(token)))
             if not text:
                 raise InvalidRequest(
-                    f"{file}: eos_token_id {token} is not among the added_tokens_decoder of "
-                    "tokenizer_config.json: save the tokenizer beside the adapter, or remove it",
+                    f"{file}: eos_token_id {token} is not among the added tokens of tokenizer.json "
+                    "and tokenizer_config.json: save the tokenizer beside the adapter, or remove "
+                    f"{file.name}",
                     field="header.files",
                 )
             found.append(text)
     return [text for text in dict.fromkeys(found) if text]
+
+
+def _added_tokens(config: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Added tokens by their ids. transformers 4 wrote them to tokenizer_config.json as well."""
+    stated = config.get("added_tokens_decoder")
+    entries = _objects(_json(directory / "tokenizer.json").get("added_tokens"))
+    known = {str(entry.get("id")): entry for entry in entries}
+    return known | (stated if isinstance(stated, dict) else {})
+
+
+def _objects(stated: Any) -> list[dict[str, Any]]:
+    """The objects of a list; none if it is no list."""
+    return [item for item in stated if isinstance(item, dict)] if isinstance(stated, list) else []
 
 
 def _text(token: Any) -> str:
