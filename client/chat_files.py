@@ -7,6 +7,12 @@ from typing import Any
 from granatum.v1.errors import InvalidRequest
 
 CHAT_FILE = "chat.json"
+_TEMPLATE = "chat_template.jinja"
+_GENERATION = "generation_config.json"
+_SETTINGS = "tokenizer_config.json"
+_TOKENIZER = "tokenizer.json"
+SOURCES = (_TEMPLATE, _GENERATION, _SETTINGS, _TOKENIZER)
+"""The files of a folder that are read here."""
 
 
 def chat_settings(directory: Path) -> bytes | None:
@@ -14,9 +20,9 @@ def chat_settings(directory: Path) -> bytes | None:
 
     Raises InvalidRequest for a file that cannot be read.
     """
-    file = directory / "tokenizer_config.json"
+    file = directory / _SETTINGS
     config = _json(file)
-    template = _template(directory / "chat_template.jinja") or _default(config.get("chat_template"))
+    template = _template(directory / _TEMPLATE) or _default(config.get("chat_template"))
     ends = _end_tokens(config, directory)
     if not template and not ends:
         return None
@@ -46,7 +52,7 @@ def _default(stated: Any) -> str:
 
 def _end_tokens(config: dict[str, Any], directory: Path) -> list[str]:
     """The text of each end token; tokenizer_config.json's first."""
-    file = directory / "generation_config.json"
+    file = directory / _GENERATION
     ids = _json(file).get("eos_token_id")
     found = [_text(config.get("eos_token"))]
     known = {} if ids is None else _added_tokens(config, directory)
@@ -55,8 +61,8 @@ def _end_tokens(config: dict[str, Any], directory: Path) -> list[str]:
             text = _text(known.get(str(token)))
             if not text:
                 raise InvalidRequest(
-                    f"{file}: eos_token_id {token} is not among the added tokens of tokenizer.json "
-                    "and tokenizer_config.json: save the tokenizer beside the adapter, or remove "
+                    f"{file}: eos_token_id {token} is not among the added tokens of {_TOKENIZER} "
+                    f"and {_SETTINGS}: save the tokenizer beside the adapter, or remove "
                     f"{file.name}",
                     field="header.files",
                 )
@@ -67,7 +73,7 @@ def _end_tokens(config: dict[str, Any], directory: Path) -> list[str]:
 def _added_tokens(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Added tokens by their ids. transformers 4 wrote them to tokenizer_config.json as well."""
     stated = config.get("added_tokens_decoder")
-    entries = _objects(_json(directory / "tokenizer.json").get("added_tokens"))
+    entries = _objects(_json(directory / _TOKENIZER).get("added_tokens"))
     known = {str(entry.get("id")): entry for entry in entries}
     return known | (stated if isinstance(stated, dict) else {})
 
