@@ -89,8 +89,8 @@ class AdapterStore:
         Nothing is visible before everything is checked, including whether a runner of `fleet` can
         serve the adapter. A failed upload leaves nothing behind.
 
-        `prove` is asked once the bytes are stored, before anything is visible, and raises if the
-        adapter must not become so. The bytes of a refused adapter count against the tenant until
+        `prove` is asked once the bytes are stored, before anything is visible. It raises if the
+        adapter must not become visible. The bytes of a refused adapter count against the tenant until
         garbage is collected.
         """
         header.check(self._limits)

@@ -12,10 +12,6 @@ from granatum.v1.errors import InvalidRequest
 
 MOST_LAYERS = 1024
 SILU = "silu"
-ONLY: dict[str, object] = {
-    "hidden_act": SILU,
-}
-"""Fields that change what a layer computes, each with the only value that can be served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +128,7 @@ def parse_config(fields: Fields) -> ModelConfig:
     if family is None:
         fields.refuse("model_type", f"one of {', '.join(FAMILIES)}")
     _refuse_quantised(fields)
-    for name, only in ONLY.items():
-        fields.require(name, only)
+    fields.require("hidden_act", SILU)
     heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
     layers = fields.whole("num_hidden_layers", most=MOST_LAYERS)
     positions = fields.whole("max_position_embeddings", family.max_positions)
