@@ -90,8 +90,8 @@ class AdapterStore:
         serve the adapter. A failed upload leaves nothing behind.
 
         `prove` is asked once the bytes are stored, before anything is visible. It raises if the
-        adapter must not become visible. The bytes of a refused adapter count against the tenant until
-        garbage is collected.
+        adapter must not become visible. The bytes of a refused adapter count against the tenant
+        until garbage is collected.
         """
         header.check(self._limits)
         catalog = await self._tenants.read(tenant)

@@ -67,14 +67,11 @@ def test_older_ways_to_say_it_are_understood(tmp_path: Path) -> None:
     assert written(tmp_path)["chat_template"] == "j"
 
 
-def test_an_end_token_without_a_text_is_named(tmp_path: Path) -> None:
-    for known in ([], {"9": 5}, None):
-        with pytest.raises(InvalidRequest, match="eos_token_id 9 is not among"):
-            written(
-                tmp_path,
-                tokenizer_config={"added_tokens_decoder": known},
-                generation_config={"eos_token_id": 9},
-            )
+@pytest.mark.parametrize("known", [[], {"9": 5}, None])
+def test_an_end_token_without_a_text_is_named(known: Any, tmp_path: Path) -> None:
+    settings, generation = {"added_tokens_decoder": known}, {"eos_token_id": 9}
+    with pytest.raises(InvalidRequest, match="eos_token_id 9 is not among"):
+        written(tmp_path, tokenizer_config=settings, generation_config=generation)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
