@@ -137,7 +137,7 @@ class AdapterStore:
             base_fingerprint=self._base.fingerprint,
             elements=summary.elements,
             base_model=summary.base_model,
-            chat=header.chat_sha256,
+            chat_sha256=header.chat_sha256,
         )
         await self._blobs.put(header.digest, files, epoch_of(begun))
         if prove is not None:

@@ -114,12 +114,12 @@ def _further(catalog: Catalog) -> dict[str, dict[str, Any]]:
     """By `name@version`, what only some versions have."""
     return {
         f"{name}@{version.version}": {
-            "chat": version.chat,
+            "chat": version.chat_sha256,
             "proof": version.proof and asdict(version.proof),
         }
         for name, adapter in catalog.adapters.items()
         for version in adapter.versions
-        if version.chat or version.proof
+        if version.chat_sha256 or version.proof
     }
 
 
@@ -165,7 +165,7 @@ def _with_further(version: Version, further: dict[str, Any] | None) -> Version:
         return version
     proof = further["proof"]
     return replace(
-        version, chat=further["chat"], proof=None if proof is None else ProofResult(**proof)
+        version, chat_sha256=further["chat"], proof=None if proof is None else ProofResult(**proof)
     )
 
 
