@@ -65,7 +65,9 @@ def check_chat(file: Path, model: Path) -> None:
             raise _wrong(
                 f"end_tokens: {token[:70]!r} is no token of the base model's tokenizer, and an "
                 "adapter cannot add one, since all adapters share the base model's embeddings: "
-                "train with an end token that the base model has, or leave this one out"
+                "train with an end token that the base model has, or remove this one from the "
+                "adapter's tokenizer_config.json (eos_token) or generation_config.json "
+                "(eos_token_id)"
             )
     if settings.template:
         _check_syntax(settings.template)
@@ -96,7 +98,9 @@ def _check_syntax(template: str) -> None:
             )
         environment.parse(template)
     except TemplateSyntaxError as error:
-        raise _wrong(f"chat_template: line {error.lineno} is no Jinja ({error.message})") from None
+        raise _wrong(
+            f"chat_template: line {error.lineno} is no Jinja ({error.message}): repair it"
+        ) from None
     except (RecursionError, ValueError, OverflowError):
         raise _wrong(
             "chat_template: it nests too deeply, or has a number of thousands of digits: simplify "

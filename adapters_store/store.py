@@ -89,9 +89,9 @@ class AdapterStore:
         Nothing is visible before everything is checked, including whether a runner of `fleet` can
         serve the adapter. A failed upload leaves nothing behind.
 
-        `prove` is asked once the bytes are stored, before anything is visible, and raises if the
-        adapter must not become so. The bytes of a refused adapter count against the tenant until
-        garbage is collected.
+        `prove` is asked once the bytes are stored, before anything is visible. It raises if the
+        adapter must not become visible. The bytes of a refused adapter count against the tenant
+        until garbage is collected.
         """
         header.check(self._limits)
         catalog = await self._tenants.read(tenant)
@@ -137,7 +137,7 @@ class AdapterStore:
             base_fingerprint=self._base.fingerprint,
             elements=summary.elements,
             base_model=summary.base_model,
-            chat=header.chat_sha256,
+            chat_sha256=header.chat_sha256,
         )
         await self._blobs.put(header.digest, files, epoch_of(begun))
         if prove is not None:

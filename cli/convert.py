@@ -6,12 +6,14 @@ to build tensors alone. MLX's files need nothing but the standard library.
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
+from granatum.client.chat_files import SOURCES
 from granatum.client.folder import CONFIG, MLX_WEIGHTS, PICKLED, WEIGHTS, check_folder
 from granatum.v1.errors import InvalidRequest, PreconditionFailed
 
@@ -34,7 +36,10 @@ def convert_adapter(
     folder: Annotated[Path, typer.Argument(help="What MLX wrote, or a folder with a .bin.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the PEFT adapter.")],
 ) -> None:
-    """Make a PEFT adapter of an MLX folder, or of one whose weights are a pickle."""
+    """Make a PEFT adapter of an MLX folder, or of one whose weights are a pickle.
+
+    What the folder's tokenizer files say of chats stays with the adapter.
+    """
     if (folder / MLX_WEIGHTS).is_file():
         config, tensors = _of_mlx(folder)
     elif (folder / PICKLED).is_file() and not (folder / WEIGHTS).is_file():
@@ -46,6 +51,9 @@ def convert_adapter(
         out.mkdir(parents=True)
         (out / CONFIG).write_bytes(config)
         _write(out / WEIGHTS, tensors)
+        for name in SOURCES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, out / name)
     except OSError as error:
         raise InvalidRequest(f"cannot write {out} ({error.strerror}): name a new folder") from None
     typer.echo(f"{out} is a PEFT adapter: granatum adapters upload NAME {out}")

@@ -7,6 +7,13 @@ from typing import Any
 from granatum.v1.errors import InvalidRequest
 
 CHAT_FILE = "chat.json"
+_TEMPLATE = "chat_template.jinja"
+_GENERATION = "generation_config.json"
+_SETTINGS = "tokenizer_config.json"
+_TOKENIZER = "tokenizer.json"
+_TOOLS = "additional_chat_templates/tool_use.jinja"
+SOURCES = (_TEMPLATE, _TOOLS, _GENERATION, _SETTINGS, _TOKENIZER)
+"""The files of a folder that are read here."""
 _ABUT = "{{ '' }}"
 """Between a tag and a template: transformers has Jinja drop line ends and blanks beside tags."""
 
@@ -16,13 +23,17 @@ def chat_settings(directory: Path) -> bytes | None:
 
     Raises InvalidRequest for a file that cannot be read.
     """
-    config = _json(directory / "tokenizer_config.json")
+    file = directory / _SETTINGS
+    config = _json(file)
     template = _joined(*_templates(config, directory))
     ends = _end_tokens(config, directory)
     if not template and not ends:
         return None
     settings = {"chat_template": template, "end_tokens": ends}
-    return json.dumps(settings, ensure_ascii=False).encode()
+    try:
+        return json.dumps(settings, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _unreadable(file, error) from None
 
 
 def _templates(config: dict[str, Any], directory: Path) -> tuple[str, str]:
@@ -32,11 +43,10 @@ def _templates(config: dict[str, Any], directory: Path) -> tuple[str, str]:
     """
     stated = config.get("chat_template")
     if isinstance(stated, list):
-        entries = [entry for entry in stated if isinstance(entry, dict)]
-        stated = {str(entry.get("name")): entry.get("template") for entry in entries}
+        stated = {str(entry.get("name")): entry.get("template") for entry in _objects(stated)}
     named = stated if isinstance(stated, dict) else {"default": stated}
-    default = _text_of(directory / "chat_template.jinja")
-    tools = _text_of(directory / "additional_chat_templates" / "tool_use.jinja")
+    default = _text_of(directory / _TEMPLATE)
+    tools = _text_of(directory / _TOOLS)
     if not default and not tools:
         default, tools = (_text(named.get(name)) for name in ("default", "tool_use"))
     return default, tools
@@ -70,22 +80,35 @@ def _without_last_line_end(template: str) -> str:
 
 def _end_tokens(config: dict[str, Any], directory: Path) -> list[str]:
     """The text of each end token; tokenizer_config.json's first."""
-    file = directory / "generation_config.json"
+    file = directory / _GENERATION
     ids = _json(file).get("eos_token_id")
     found = [_text(config.get("eos_token"))]
-    known = config.get("added_tokens_decoder")
-    known = known if isinstance(known, dict) else {}
+    known = {} if ids is None else _added_tokens(config, directory)
     for token in ids if isinstance(ids, list) else [ids]:
         if token is not None:
             text = _text(known.get(str(token)))
             if not text:
                 raise InvalidRequest(
-                    f"{file}: eos_token_id {token} is not among the added_tokens_decoder of "
-                    "tokenizer_config.json: save the tokenizer beside the adapter, or remove it",
+                    f"{file}: eos_token_id {token} is not among the added tokens of {_TOKENIZER} "
+                    f"and {_SETTINGS}: save the tokenizer beside the adapter, or remove "
+                    f"{file.name}",
                     field="header.files",
                 )
             found.append(text)
     return [text for text in dict.fromkeys(found) if text]
+
+
+def _added_tokens(config: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Added tokens by their ids. transformers 4 wrote them to tokenizer_config.json as well."""
+    stated = config.get("added_tokens_decoder")
+    entries = _objects(_json(directory / _TOKENIZER).get("added_tokens"))
+    known = {str(entry.get("id")): entry for entry in entries}
+    return known | (stated if isinstance(stated, dict) else {})
+
+
+def _objects(stated: Any) -> list[dict[str, Any]]:
+    """The objects of a list; none if it is no list."""
+    return [item for item in stated if isinstance(item, dict)] if isinstance(stated, list) else []
 
 
 def _text(token: Any) -> str:

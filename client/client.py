@@ -152,19 +152,21 @@ class Client:
         `for_base` repeats the adapter's own name for it. With the file `proof`, the adapter is
         refused (PROOF_FAILED) unless the fleet computes what the file says.
         """
-        header = await declare(name, Path(directory), for_base)
+        header, chat = await declare(name, Path(directory), for_base)
         if proof is not None:
             header.proof.CopyFrom(await asyncio.to_thread(read_proof, Path(proof)))
         with _errors_translated():
             response = await self._adapters.UploadAdapter(
-                send(header, Path(directory)), timeout=self._timeout, metadata=self._metadata
+                send(header, Path(directory), chat),
+                timeout=self._timeout,
+                metadata=self._metadata,
             )
         return Upload(Adapter.of(response.adapter), response.created)
 
     async def verify(self, adapter: str, proof: Path | str) -> Verification:
         """Have the fleet compute what the file `proof` says of an adapter."""
         given = await asyncio.to_thread(read_proof, Path(proof))
-        request = adapters_pb2.VerifyAdapterRequest(adapter=adapter, proof=given)
+        request = filled(adapters_pb2.VerifyAdapterRequest(proof=given), adapter=adapter)
         response = await self._ask(self._adapters.VerifyAdapter, request)
         return Verification(ProofResult.of(response.result), response.passed, response.reason)
 

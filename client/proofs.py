@@ -8,7 +8,7 @@ from granatum.v1.adapters_pb2 import Proof
 from granatum.v1.errors import InvalidRequest
 
 MAX_BYTES = 1 << 20
-_HOW = "write it with examples/write_proof.py"
+_HOW = "write it with python -m granatum.examples.write_proof"
 
 
 def read_proof(path: Path) -> Proof:

@@ -15,10 +15,13 @@ FILES = (CONFIG, WEIGHTS)
 CHUNK_BYTES = 256 << 10
 
 
-async def declare(name: str, directory: Path, for_base: str) -> adapters_pb2.UploadHeader:
-    """The declaration of the files in `directory`. They are hashed off the event loop.
+async def declare(
+    name: str, directory: Path, for_base: str
+) -> tuple[adapters_pb2.UploadHeader, bytes]:
+    """The declaration of an upload's files, and the bytes of CHAT_FILE; empty if there is none.
 
-    Raises InvalidRequest if `directory` is no PEFT adapter's; the message says what it is.
+    The files in `directory` are hashed off the event loop. Raises InvalidRequest if `directory` is
+    no PEFT adapter's; the message says what it is.
     """
     await asyncio.to_thread(check_folder, directory)
     files = [await asyncio.to_thread(_declaration, directory / file) for file in FILES]
@@ -28,18 +31,18 @@ async def declare(name: str, directory: Path, for_base: str) -> adapters_pb2.Upl
         files.append(
             adapters_pb2.FileDeclaration(name=CHAT_FILE, size_bytes=len(chat), sha256=digest)
         )
-    return filled(adapters_pb2.UploadHeader(files=files), name=name, base_model=for_base)
+    header = filled(adapters_pb2.UploadHeader(files=files), name=name, base_model=for_base)
+    return header, chat or b""
 
 
 async def send(
-    header: adapters_pb2.UploadHeader, directory: Path
+    header: adapters_pb2.UploadHeader, directory: Path, chat: bytes
 ) -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
-    """The messages of an upload. Files are read off the event loop."""
+    """The messages of an upload that was declared so. Files are read off the event loop."""
     yield adapters_pb2.UploadAdapterRequest(header=header)
     for file in header.files:
         if file.name == CHAT_FILE:
-            chat = await asyncio.to_thread(chat_settings, directory)
-            yield adapters_pb2.UploadAdapterRequest(chunk=chat or b"")
+            yield adapters_pb2.UploadAdapterRequest(chunk=chat)
             continue
         async for chunk in _chunks(directory / file.name):
             yield adapters_pb2.UploadAdapterRequest(chunk=chunk)

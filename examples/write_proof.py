@@ -6,7 +6,7 @@ fleet computes the same.
 
 The texts are JSON Lines, ``{"prompt": "...", "answer": "..."}``; 16 at most are used.  Prompt and
 answer are scored together: tokens of which the adapter is sure tell little.  Give the base model
-as it is served, not quantised, with its tokenizer.
+as it is served, not quantised, with its tokenizer.  Needs torch, transformers and peft.
 """
 
 import argparse
@@ -16,12 +16,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+try:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+except ImportError as error:
+    raise SystemExit(f"{error.name} is missing: pip install torch transformers peft") from None
 
 FORMAT = "granatum-proof/1"
-MAX_PROMPTS, MAX_TOKENS = 16, 2048
+MAX_PROMPTS, MAX_TOKENS, LEAST_SCORED = 16, 2048, 16
 
 
 @torch.inference_mode()
@@ -53,16 +56,31 @@ def proof(model: PeftModel, prompts: list[tuple[str, list[int]]]) -> dict[str, A
 
 
 def tokenized(tokenizer: Any, texts: Path) -> Iterator[tuple[str, list[int]]]:
-    """Each line's text and token ids, cut to what a proof may hold."""
-    for number, line in enumerate(texts.read_text().splitlines(), 1):
+    """Each line's text and token ids, cut to what a proof may hold. Empty lines are passed over."""
+    for number, (prompt, answer) in lines(texts):
+        ids = tokenizer(prompt).input_ids + tokenizer(answer, add_special_tokens=False).input_ids
+        if len(ids) < 2:
+            raise SystemExit(f"{texts}, line {number}: give a text of two tokens or more")
+        yield prompt + answer, ids[:MAX_TOKENS]
+
+
+def lines(texts: Path) -> Iterator[tuple[int, tuple[str, str]]]:
+    """The number, the prompt and the answer of each line."""
+    try:
+        written = texts.read_bytes().split(b"\n")  # splitlines would cut within texts
+    except OSError as error:
+        raise SystemExit(f"cannot read {texts} ({error.strerror})") from None
+    for number, line in enumerate(written, 1):
+        if not line.strip():
+            continue
         try:
             fields = json.loads(line)
             prompt, answer = fields["prompt"], fields["answer"]
-        except (ValueError, LookupError, TypeError) as error:
+            (prompt + answer).encode()
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             example = '{"prompt": "...", "answer": "..."}'
             raise SystemExit(f"{texts}, line {number}: it is not {example} ({error!r})") from None
-        ids = tokenizer(prompt).input_ids + tokenizer(answer, add_special_tokens=False).input_ids
-        yield prompt + answer, ids[:MAX_TOKENS]
+        yield number, (prompt, answer)
 
 
 def main() -> None:
@@ -78,11 +96,16 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     prompts = list(islice(tokenized(tokenizer, options.texts), MAX_PROMPTS))
+    scored = sum(len(ids) - 1 for _, ids in prompts)
+    if scored < LEAST_SCORED:
+        raise SystemExit(
+            f"{options.texts} has {scored} tokens to score: give {LEAST_SCORED} or more"
+        )
     dtype = getattr(torch, options.dtype)
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device)
     model = PeftModel.from_pretrained(base, options.adapter).eval()
     options.out.write_text(json.dumps(proof(model, prompts)))
-    print(f"{options.out}: {sum(len(ids) - 1 for _, ids in prompts)} tokens")
+    print(f"{options.out}: {scored} tokens")
 
 
 if __name__ == "__main__":

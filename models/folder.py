@@ -32,7 +32,7 @@ def config_file(path: Path) -> Path:
     """
     named = path.is_file() and path.suffix == ".json"
     file = path if named else model_folder(path) / CONFIG_FILE
-    with suppress(OSError):  # whoever reads it next says so
+    with suppress(OSError):  # reported by whoever reads the fields; here a pointer is refused
         read_whole(file)
     return file
 

@@ -51,8 +51,8 @@ class Version:
     """The base model that it was trained for, as its trainer called it; empty: unknown."""
     proof: ProofResult | None = None
     """What its last proof found; None: no upload of it brought one."""
-    chat: str = ""
-    """SHA-256 of its chat settings, 64 hexadecimal digits; empty: it has none."""
+    chat_sha256: str = ""
+    """Of its chat settings, 64 hexadecimal digits; empty: it has none."""
 
     def is_the_same_as(self, upload: "Version") -> bool:
         """Whether `upload` adds nothing: its bytes and its base model are the same."""

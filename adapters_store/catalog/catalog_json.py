@@ -82,13 +82,11 @@ def _parts(catalog: Catalog, revision: str) -> Iterator[str]:
         yield "]]"
     aliases = {alias: [at.name, at.version] for alias, at in catalog.aliases.items()}
     retired = {digest: [gone.at, gone.size_bytes] for digest, gone in catalog.retired.items()}
-    # Older code reads kinds of two parts, and no names: they stand apart.
+    # Older routers read kinds of two parts and rows of seven: what came later stands apart.
     yield f'}},"kinds":{_json([kind[:2] for kind in kinds])},'
-    yield f'"base_models":{_json([kind[2] for kind in kinds])},"aliases":{_json(aliases)},'
+    yield f'"base_models":{_json([kind[2] for kind in kinds])},'
+    yield f'"further":{_json(_further(catalog))},"aliases":{_json(aliases)},'
     yield f'"retired":{_json(retired)},"floors":{_json(catalog.floors)}'
-    # These too stand apart, so that routers before them read the versions.
-    chats = {version.digest: version.chat for _, version in catalog.versions() if version.chat}
-    yield f',"proofs":{_json(_proofs(catalog))},"chats":{_json(chats)}'
 
 
 def _rows(adapter: AdapterHistory, kinds: dict[_Kind, int]) -> Iterator[str]:
@@ -112,13 +110,16 @@ def _row(version: Version, kinds: dict[_Kind, int]) -> list[object]:
     ]
 
 
-def _proofs(catalog: Catalog) -> dict[str, dict[str, float]]:
-    """By `name@version`. They stand apart, so that routers before them read the versions."""
+def _further(catalog: Catalog) -> dict[str, dict[str, Any]]:
+    """By `name@version`, what only some versions have."""
     return {
-        f"{name}@{version.version}": asdict(version.proof)
+        f"{name}@{version.version}": {
+            "chat": version.chat_sha256,
+            "proof": version.proof and asdict(version.proof),
+        }
         for name, adapter in catalog.adapters.items()
         for version in adapter.versions
-        if version.proof is not None
+        if version.chat_sha256 or version.proof
     }
 
 
@@ -132,12 +133,10 @@ def _catalog(fields: dict[str, Any]) -> Catalog:
         (tuple(targets), base, name)
         for (targets, base), name in zip(fields["kinds"], names, strict=True)
     ]
-    proofs = {at: ProofResult(**proof) for at, proof in fields.get("proofs", {}).items()}
-    chats = fields.get("chats", {})
+    further = fields.get("further", {})
     return Catalog(
         adapters={
-            name: _adapter(row, kinds, name, proofs, chats)
-            for name, row in fields["adapters"].items()
+            name: _adapter(name, row, kinds, further) for name, row in fields["adapters"].items()
         },
         aliases={alias: Alias(*at) for alias, at in fields["aliases"].items()},
         retired={digest: Retired(*gone) for digest, gone in fields["retired"].items()},
@@ -146,19 +145,12 @@ def _catalog(fields: dict[str, Any]) -> Catalog:
 
 
 def _adapter(
-    row: list[Any],
-    kinds: list[_Kind],
-    name: str,
-    proofs: dict[str, ProofResult],
-    chats: dict[str, str],
+    name: str, row: list[Any], kinds: list[_Kind], further: dict[str, Any]
 ) -> AdapterHistory:
     next_version, visibility, emptied, rows = row
     versions = tuple(_version(row, kinds) for row in rows)
-    if proofs or chats:
-        versions = tuple(
-            replace(v, proof=proofs.get(f"{name}@{v.version}"), chat=chats.get(v.digest, ""))
-            for v in versions
-        )
+    if further:
+        versions = tuple(_with_further(v, further.get(f"{name}@{v.version}")) for v in versions)
     return AdapterHistory(next_version, Visibility(visibility), versions, emptied)
 
 
@@ -166,6 +158,15 @@ def _version(row: list[Any], kinds: list[_Kind]) -> Version:
     number, digest, size_bytes, max_rank, create_time, elements, kind = row
     targets, base, name = kinds[kind]
     return Version(number, digest, size_bytes, max_rank, targets, create_time, base, elements, name)
+
+
+def _with_further(version: Version, further: dict[str, Any] | None) -> Version:
+    if further is None:
+        return version
+    proof = further["proof"]
+    return replace(
+        version, chat_sha256=further["chat"], proof=None if proof is None else ProofResult(**proof)
+    )
 
 
 def _old_catalog(fields: dict[str, Any]) -> Catalog:

@@ -74,8 +74,8 @@ def read_header(path: Path, limits: UploadLimits) -> dict[str, TensorEntry]:
 
 def _header_length(file: BinaryIO, size: int, limits: UploadLimits) -> int:
     start = file.read(_LENGTH_BYTES)
-    # The length itself may begin with any of the bytes by which others are known. But behind it
-    # stands the header, and none of the others has a brace there.
+    # A header's length may by chance begin like another kind of file. So the byte behind the length
+    # decides: a header has a brace there, and no other kind of file has.
     if file.read(1) != b"{":
         for magic, kind in _OTHERS.items():
             if start.startswith(magic):

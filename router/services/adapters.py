@@ -184,8 +184,7 @@ async def _header(requests: AsyncIterator[pb.UploadAdapterRequest]) -> pb.Upload
 def _declared(header: pb.UploadHeader) -> UploadHeader:
     if len(header.files) > _MAX_FILES:
         raise InvalidRequest(
-            f"header.files: {len(header.files):,} files are declared: declare the two of an "
-            "adapter",
+            f"header.files: {len(header.files):,} files are declared: declare those of one adapter",
             field="header.files",
         )
     files = (FileDeclaration(file.name, file.size_bytes, file.sha256) for file in header.files)

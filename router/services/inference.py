@@ -61,5 +61,5 @@ class InferenceServicer(InferenceServiceServicer):
             adapter=adapter.name,
             rank=adapter.rank,
             elements=adapter.elements,
-            adapter_chat=adapter.chat,
+            adapter_chat=adapter.chat_sha256,
         )

@@ -206,7 +206,7 @@ async def _all(work: Iterable[Coroutine[Any, Any, Scores]], deadline: Deadline) 
 
 @contextmanager
 def _prompt_named(field: str) -> Iterator[None]:
-    """Say which prompt a runner refuses. The runner's fields are none that the caller knows."""
+    """Say which prompt a runner refuses: the caller does not know the runner's own fields."""
     try:
         yield
     except InvalidRequest as error:

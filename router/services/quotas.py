@@ -51,7 +51,7 @@ class Quotas:
 
     @contextmanager
     def held(self, tenant: str, size: int) -> Iterator[None]:
-        """The same, for as long as the block runs."""
+        """Count a stream and `size` bytes for as long as the block runs. Raises as `acquire`."""
         self.acquire(tenant, size)
         try:
             yield

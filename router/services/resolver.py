@@ -28,8 +28,8 @@ class Resolved:
     rank: int = 0
     elements: int = 0
     """0: not known."""
-    chat: str = ""
-    """SHA-256 of its chat settings; empty: it has none."""
+    chat_sha256: str = ""
+    """Of its chat settings, 64 hexadecimal digits; empty: it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,11 @@ class Resolver:
     async def _ask(self, tenant: str, reference: str) -> Resolved:
         found = await self._store.resolve(tenant, reference)
         return Resolved(
-            f"sha256:{found.digest}", found.full_name, found.max_rank, found.elements, found.chat
+            f"sha256:{found.digest}",
+            found.full_name,
+            found.max_rank,
+            found.elements,
+            found.chat_sha256,
         )
 
     def _fall_back(self, key: tuple[str, str], error: Exception) -> Resolved:

@@ -1,4 +1,4 @@
-"""A model's chat template: messages to the text that the tokenizer encodes."""
+"""A chat template, the model's or an adapter's: messages to the text that is tokenized."""
 
 from inspect import signature
 from typing import Any
@@ -6,15 +6,19 @@ from typing import Any
 import structlog
 
 from granatum.adapters_store.chat import ChatSettings
-from granatum.runner.text.templates.applied import MAX_RENDERED, TemplateFailed, applied
+from granatum.runner.text.templates.applied import FLOOD, MAX_RENDERED, TemplateFailed, applied
 from granatum.runner.text.templates.foreign import ForeignTemplates
 from granatum.v1.conversation import Conversation
 from granatum.v1.errors import InvalidRequest
 from granatum.v1.inference_pb2 import Chat
 
 _NONE = ChatSettings()
-_EXHAUSTED = {"SIGPROF", "MemoryError", "Flood"}
-"""How a template fails that an adapter brought and that reaches the limits of `templates`."""
+_BEYOND = {
+    "SIGPROF": "takes longer than it may",
+    "MemoryError": "takes more memory than it may",
+    FLOOD: f"makes more than {MAX_RENDERED:,} characters of them",
+}
+"""What a template did that failed so."""
 
 log = structlog.get_logger(__name__)
 
@@ -46,22 +50,19 @@ class ChatTemplate:
         for name in conversation.arguments.keys() & self._taken:
             raise _refused(f"{name!r} is taken: leave it out", "chat.template_arguments")
         special = {"eos_token": own.end_tokens[0]} if own.end_tokens else {}
+        foreign = self.is_foreign(own)
+        template = f"the {'adapter' if foreign else 'model'}'s chat template"
         try:
-            if self.is_foreign(own):
+            if foreign:
                 special = self._settings.special_tokens_map | special
                 text = self._foreign.render(own.template, conversation, special)
             else:
                 text = applied(self._settings, conversation, special)
             text.encode()
         except TemplateFailed as error:
-            raise _refusal_of(error, conversation) from error
+            raise _refusal_of(error, template, conversation) from error
         except UnicodeEncodeError:
-            raise _refused("the chat template makes half characters of them") from None
-        if len(text) > MAX_RENDERED:
-            raise _refused(
-                f"the chat template makes {len(text):,} characters of them: "
-                f"send less, {MAX_RENDERED:,} at most"
-            )
+            raise _refused(f"{template} makes half characters of them: repair it") from None
         return text
 
     def close(self) -> None:
@@ -73,27 +74,24 @@ def _refused(message: str, field: str = "chat.messages") -> InvalidRequest:
     return InvalidRequest(f"{field}: {message}", field=field)
 
 
-def _refusal_of(error: TemplateFailed, conversation: Conversation) -> InvalidRequest:
+def _refusal_of(error: TemplateFailed, template: str, conversation: Conversation) -> InvalidRequest:
     """What a client is told of a template's error: only what the template itself says.
 
     transformers raises ValueError where the text of the last message is not in what the template
     made.
     """
     if error.said:
-        return _refused(f"the chat template refuses them: {error.said}")
+        return _refused(f"{template} refuses them: {error.said}")
     if conversation.continue_final_message and error.kind == ValueError.__name__:
         return _refused(
-            "the chat template does not write the last message as it is, so no answer can "
-            "go on from it: leave this out, or the message's last part",
+            f"{template} does not write the last message as it is, so no answer can go on from "
+            "it: leave this out, or the message's last part",
             "chat.continue_final_message",
         )
     log.warning("the chat template failed", error=error.kind)
-    if error.kind in _EXHAUSTED:
-        return _refused(
-            "the chat template takes too much time or memory for them: send less, or upload the "
-            "adapter with a simpler template"
-        )
+    if what := _BEYOND.get(error.kind):
+        return _refused(f"{template} {what}: send less, or simplify it")
     return _refused(
-        "the chat template cannot write them: check their roles, their order, and what the "
-        "template expects of tools, documents and template_arguments"
+        f"{template} cannot write them: check their roles, their order, and what the template "
+        "expects of tools, documents and template_arguments"
     )

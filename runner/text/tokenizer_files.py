@@ -17,13 +17,13 @@ import structlog
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from granatum.v1.errors import PreconditionFailed
+from granatum.models.folder import read_whole
+from granatum.v1.errors import InvalidRequest, PreconditionFailed
 
 _FILE = "tokenizer.json"
 _SETTINGS = "tokenizer_config.json"
 _BESIDE = (_SETTINGS, "special_tokens_map.json", "added_tokens.json")
 _SENTENCEPIECE = "tokenizer.model"
-_POINTER = b"version https://git-lfs"
 _PUBLISHED = "take the file that was published with the model"
 
 log = structlog.get_logger(__name__)
@@ -50,7 +50,8 @@ def without_panic(call: Callable[Parameters, Result]) -> Callable[Parameters, Re
 def read_tokenizer(directory: Path) -> tuple[Tokenizer, Any]:
     """The tokenizer of `directory`, and its settings: a tokenizer of transformers.
 
-    Raises PreconditionFailed, with the file's name, if a file is missing or cannot be read.
+    Raises PreconditionFailed, with the file's name, if a file is missing or cannot be read, and
+    InvalidRequest if its content was never downloaded.
     """
     fast = _fast(directory / _FILE)
     stated = {name: _stated(directory / name) for name in _BESIDE}
@@ -69,11 +70,11 @@ def _fast(file: Path) -> Tokenizer:
     if not file.is_file():
         raise PreconditionFailed(f"{file.parent} holds no {_FILE}: {_remedy(file.parent)}")
     try:
-        with file.open("rb") as opened:
-            if opened.read(len(_POINTER)) == _POINTER:
-                raise ValueError("it is a pointer of Git LFS, which git lfs pull replaces")
+        read_whole(file)
         fast = without_panic(Tokenizer.from_file)(str(file))
         without_panic(fast.encode)("")  # a bad post-processor is found by the first text alone
+    except InvalidRequest:
+        raise
     except Exception as error:  # the library raises nothing more exact
         raise PreconditionFailed(
             f"{file} cannot be read as a tokenizer ({error}): {_PUBLISHED}"
@@ -96,7 +97,7 @@ def _remedy(directory: Path) -> str:
 def _stated(file: Path) -> Mapping[str, Any]:
     """What a file of settings says; nothing if it is not there."""
     try:
-        stated = json.loads(file.read_bytes())
+        stated = json.loads(read_whole(file))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

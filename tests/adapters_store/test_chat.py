@@ -48,13 +48,13 @@ async def test_chat_settings_are_a_part_of_the_adapter(store: AdapterStore, tmp_
     chat = json.dumps(GOOD).encode()
     plain = await put(store, "acme", "plain")
     styled = await upload(store, chat)
-    assert plain.chat == ""
-    assert styled.chat == hashlib.sha256(chat).hexdigest()
+    assert plain.chat_sha256 == ""
+    assert styled.chat_sha256 == hashlib.sha256(chat).hexdigest()
     assert styled.digest != plain.digest
-    assert (await store.get("acme", "style")).chat == styled.chat
+    assert (await store.get("acme", "style")).chat_sha256 == styled.chat_sha256
     files = await store.fetch(styled.digest, tmp_path / "cache")
     assert files.config.with_name("chat.json").read_bytes() == chat
-    data = await store._blobs.read_chat(styled.digest, styled.chat)
+    data = await store._blobs.read_chat(styled.digest, styled.chat_sha256)
     assert ChatSettings.parse(data) == ChatSettings(GOOD["chat_template"], ("</s>", "a"))  # type: ignore[arg-type]
 
 
@@ -63,7 +63,7 @@ async def test_damaged_chat_settings_are_not_served(store: AdapterStore, tmp_pat
     (stored,) = (tmp_path / "store").glob("blobs/*/*/chat.json")
     stored.write_bytes(b"{}")
     with pytest.raises(Unavailable) as damaged:
-        await store._blobs.read_chat(styled.digest, styled.chat)
+        await store._blobs.read_chat(styled.digest, styled.chat_sha256)
     assert damaged.value.reason == "ADAPTER_CORRUPTED"
     with pytest.raises(Unavailable):
         await store.fetch(styled.digest, tmp_path / "cache")
@@ -77,7 +77,7 @@ async def test_a_catalog_remembers_them_and_an_older_one_has_none(store: Adapter
     assert again == catalog
     found = again.newest("style")
     assert found is not None
-    assert found.chat == styled.chat
+    assert found.chat_sha256 == styled.chat_sha256
 
 
 BAD: dict[str, tuple[bytes, str]] = {

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from granatum.cli.convert import convert_adapter
+from granatum.client.chat_files import chat_settings
+from granatum.examples.tokenizer import byte_tokenizer
 from granatum.v1.errors import InvalidRequest, PreconditionFailed
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -128,3 +130,15 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"cannot write .* name a new folder"):
         convert_adapter(mlx(out), out)
     assert sorted(f.name for f in out.iterdir()) == ["adapter_config.json", "adapters.safetensors"]
+
+
+def test_what_the_folder_says_of_chats_stays(tmp_path: Path) -> None:
+    made = byte_tokenizer()
+    made.chat_template = "{{ messages }}"
+    made.save_pretrained(mlx(tmp_path))
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": made.pad_token_id})
+    )
+    convert_adapter(tmp_path, tmp_path / "out")
+    settings = json.loads(chat_settings(tmp_path / "out") or b"")
+    assert settings == {"chat_template": "{{ messages }}", "end_tokens": ["</s>", "<pad>"]}

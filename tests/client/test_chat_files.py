@@ -32,6 +32,27 @@ def test_what_transformers_saves_is_found(tmp_path: Path) -> None:
     assert json.loads(settings) == {"chat_template": "{{ größe }}\n", "end_tokens": ["</s>"]}
 
 
+def test_the_end_tokens_of_a_folder_by_transformers_5_are_found(tmp_path: Path) -> None:
+    made = byte_tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    made.save_pretrained(tmp_path)
+    ends = [made.convert_tokens_to_ids("<|eot|>"), made.eos_token_id]
+    assert written(tmp_path, generation_config={"eos_token_id": ends}) == {
+        "chat_template": made.chat_template or "",
+        "end_tokens": ["</s>", "<|eot|>"],
+    }
+
+
+@pytest.mark.parametrize("template", [["x"], [{"name": []}], [None], {"default": "d"}, 5])
+def test_a_template_in_no_known_form_is_none(template: Any, tmp_path: Path) -> None:
+    assert written(tmp_path, tokenizer_config={"chat_template": template}) is None
+
+
+def test_half_a_character_is_refused_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"tokenizer_config\.json cannot be read"):
+        written(tmp_path, tokenizer_config={"eos_token": "\ud800"})
+
+
 def test_older_ways_to_say_it_are_understood(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     config = {
@@ -46,9 +67,11 @@ def test_older_ways_to_say_it_are_understood(tmp_path: Path) -> None:
     assert written(tmp_path)["chat_template"] == "j"
 
 
-def test_an_end_token_without_a_text_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("known", [[], {"9": 5}, None])
+def test_an_end_token_without_a_text_is_named(known: Any, tmp_path: Path) -> None:
+    settings, generation = {"added_tokens_decoder": known}, {"eos_token_id": 9}
     with pytest.raises(InvalidRequest, match="eos_token_id 9 is not among"):
-        written(tmp_path, generation_config={"eos_token_id": 9})
+        written(tmp_path, tokenizer_config=settings, generation_config=generation)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -127,8 +127,9 @@ async def test_nobody_listening_is_unavailable() -> None:
             await client.list_adapters()
 
 
-async def test_an_upload_declares_and_sends_both_files(
-    client: Client, service: Service, tmp_path: Path
+@pytest.mark.parametrize("chat", [{}, {"chat.json": b'{"chat_template": "x", "end_tokens": []}'}])
+async def test_an_upload_declares_and_sends_its_files(
+    chat: dict[str, bytes], client: Client, service: Service, tmp_path: Path
 ) -> None:
     files = {
         "adapter_config.json": b"{}",
@@ -136,6 +137,9 @@ async def test_an_upload_declares_and_sends_both_files(
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
+    if chat:
+        (tmp_path / "chat_template.jinja").write_text("x")
+    files |= chat
     upload = await client.upload("style", tmp_path)
     assert upload.created
     assert upload.adapter.full_name == "acme/style@2"
@@ -172,6 +176,8 @@ async def test_a_proof_travels_with_an_upload_and_with_its_check(
     wrong = await client.verify("wrong", tmp_path / "proof.json")
     assert (wrong.passed, wrong.reason) == (False, "the adapter is another one")
     assert (await client.get("a0")).proof is None
+    with pytest.raises(InvalidRequest, match="adapter: character 0 is not Unicode"):
+        await client.verify("\ud800", tmp_path / "proof.json")
 
 
 @pytest.mark.parametrize(

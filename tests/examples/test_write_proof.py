@@ -57,10 +57,37 @@ def test_what_it_writes_is_a_proof(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         )
 
 
-@pytest.mark.parametrize("line", ["x", "[]", "5", '{"prompt": "a"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x",
+        "[]",
+        "5",
+        '{"prompt": "a"}',
+        '{"prompt": 1, "answer": 2}',
+        '{"prompt": "", "answer": ""}',
+    ],
+)
 def test_a_line_that_is_no_text_is_named(
     line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "texts.jsonl").write_text(f'{{"prompt": "a", "answer": "b"}}\n{line}\n')
     with pytest.raises(SystemExit, match="line 2"):
         run(monkeypatch, tmp_path / "texts.jsonl", tmp_path / "proof.json")
+
+
+def test_lines_end_where_json_lines_end(tmp_path: Path) -> None:
+    texts, expected = tmp_path / "texts.jsonl", ("a\u2028b\x85", "c\u2029")
+    line = json.dumps({"prompt": expected[0], "answer": expected[1]}, ensure_ascii=False)
+    texts.write_bytes(f"{line}\r\n\n{line}\n\n".encode())
+    assert list(write_proof.lines(texts)) == [(1, expected), (3, expected)]
+
+
+def test_too_few_texts_make_no_proof(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    texts, out = tmp_path / "texts.jsonl", tmp_path / "proof.json"
+    with pytest.raises(SystemExit, match=r"cannot read .*texts\.jsonl"):
+        run(monkeypatch, texts, out)
+    texts.write_text('{"prompt": "a", "answer": "b"}\n')
+    with pytest.raises(SystemExit, match="give 16 or more"):
+        run(monkeypatch, texts, out)
+    assert not out.exists()

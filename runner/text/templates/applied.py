@@ -9,12 +9,17 @@ from granatum.v1.validation import MAX_PROMPT_BYTES
 
 MAX_RENDERED = 2 * MAX_PROMPT_BYTES
 """The most characters that a chat template may make of a conversation."""
+FLOOD = "Flood"
+"""The kind of a failure: the template made more than MAX_RENDERED characters."""
 _MAX_SAID = 500
 """The most characters of a template's own message that a client gets."""
 
 
 class TemplateFailed(Exception):
-    """A template raised an error of class `kind`; `said` is the template's own message."""
+    """A template failed: `kind` is the class of what it raised, the signal that ended it, or FLOOD.
+
+    `said` is the template's own message.
+    """
 
     def __init__(self, kind: str, said: str = "") -> None:
         super().__init__(kind)
@@ -44,4 +49,6 @@ def applied(settings: Any, conversation: Conversation, special: dict[str, Any], 
         # other text is passed on: it may hold a tenant's messages.
         said = str(error)[:_MAX_SAID] if type(error) is TemplateError else ""
         raise TemplateFailed(type(error).__name__, said) from error
+    if len(text) > MAX_RENDERED:
+        raise TemplateFailed(FLOOD)
     return text

@@ -59,14 +59,22 @@ HOSTILE: dict[str, tuple[str, str]] = {
 }
 
 
+TOLD = {
+    "SIGPROF": "takes longer than it may",
+    "MemoryError": "takes more memory than it may",
+    "Flood": "makes more than 8,388,608 characters of them",
+}
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_a_hostile_template_does_stays_with_its_chat(base: Tokenizer, name: str) -> None:
     template, kind = HOSTILE[name]
     with structlog.testing.capture_logs() as logged, pytest.raises(InvalidRequest) as refused:
         base.encode_chat(wire([USER], {}), own=ChatSettings(template))
     assert refused.value.field == "chat.messages"
-    exhausted = kind in ("SIGPROF", "MemoryError", "Flood")
-    assert ("too much time or memory" if exhausted else "cannot write") in refused.value.message
+    assert f"the adapter's chat template {TOLD.get(kind, 'cannot write them')}" in str(
+        refused.value
+    )
     assert [event["error"] for event in logged] == [kind]
     fine = base.encode_chat(wire([USER], {}), own=ChatSettings("{{ messages[0].content }}"))
     assert bytes(fine) == USER["content"].encode()
@@ -74,7 +82,9 @@ def test_what_a_hostile_template_does_stays_with_its_chat(base: Tokenizer, name:
 
 def test_what_the_template_itself_says_is_told(base: Tokenizer) -> None:
     own = ChatSettings("{{ raise_exception('speak, friend') }}")
-    with pytest.raises(InvalidRequest, match="refuses them: speak, friend"):
+    with pytest.raises(
+        InvalidRequest, match="the adapter's chat template refuses them: speak, friend"
+    ):
         base.encode_chat(wire([USER], {}), own=own)
 
 

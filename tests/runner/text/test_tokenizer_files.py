@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as FileTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from granatum.runner.text.tokenizer import Tokenizer
-from granatum.v1.errors import PreconditionFailed
+from granatum.v1.errors import InvalidRequest, PreconditionFailed
 
 KIND = "PreTrainedTokenizerFast"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
@@ -114,16 +114,16 @@ def test_settings_of_cutting_and_filling_mean_nothing_here(folder: Path) -> None
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "cannot be read as a tokenizer"),
+        (b"", "is empty"),
         (b'{"version": "1.0", "model": {"type": "BPE"', "cannot be read as a tokenizer"),
         (b"\xff\xfe\x00", "cannot be read as a tokenizer"),
         (b"[]", "cannot be read as a tokenizer"),
-        (POINTER, "pointer of Git LFS, which git lfs pull replaces"),
+        (POINTER, "is a Git LFS pointer.*run `git lfs pull`"),
     ],
 )
 def test_damaged_file_is_named(folder: Path, content: bytes, said: str) -> None:
     (folder / "tokenizer.json").write_bytes(content)
-    with pytest.raises(PreconditionFailed, match=said) as refused:
+    with pytest.raises((PreconditionFailed, InvalidRequest), match=said) as refused:
         Tokenizer(folder)
     assert str(folder / "tokenizer.json") in refused.value.message
 
@@ -160,7 +160,8 @@ def test_file_at_which_the_library_panics_is_named(folder: Path, broken: dict[st
 @pytest.mark.parametrize("content", [b"{", POINTER, b"[]", b"\xff", b"[" * 100_000])
 def test_damaged_settings_are_named(folder: Path, name: str, content: bytes) -> None:
     (folder / f"{name}.json").write_bytes(content)
-    with pytest.raises(PreconditionFailed, match=rf"{name}\.json (cannot be read|is not)"):
+    said = rf"{name}\.json (cannot be read|is not|is a Git LFS pointer)"
+    with pytest.raises((PreconditionFailed, InvalidRequest), match=said):
         Tokenizer(folder)
 
 
