@@ -20,7 +20,10 @@ def chat_settings(directory: Path) -> bytes | None:
     if not template and not ends:
         return None
     settings = {"chat_template": template, "end_tokens": ends}
-    return json.dumps(settings, ensure_ascii=False).encode()
+    try:
+        return json.dumps(settings, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _unreadable(directory / "tokenizer_config.json", error) from None
 
 
 def _template(file: Path) -> str:
@@ -35,8 +38,8 @@ def _template(file: Path) -> str:
 def _default(stated: Any) -> str:
     """The template of a tokenizer_config.json, which may name several."""
     if isinstance(stated, list):
-        named = {entry.get("name"): entry.get("template") for entry in stated}
-        stated = named.get("default")
+        entries = [entry for entry in stated if isinstance(entry, dict)]
+        stated = next((e.get("template") for e in entries if e.get("name") == "default"), None)
     return stated if isinstance(stated, str) else ""
 
 
@@ -45,18 +48,32 @@ def _end_tokens(config: dict[str, Any], directory: Path) -> list[str]:
     file = directory / "generation_config.json"
     ids = _json(file).get("eos_token_id")
     found = [_text(config.get("eos_token"))]
-    known = config.get("added_tokens_decoder") or {}
+    known = _added_tokens(config, directory) if ids is not None else {}
     for token in ids if isinstance(ids, list) else [ids]:
         if token is not None:
-            text = _text(known.get(str(token)))
+            text = known.get(str(token))
             if not text:
                 raise InvalidRequest(
-                    f"{file}: eos_token_id {token} is not among the added_tokens_decoder of "
-                    "tokenizer_config.json: save the tokenizer beside the adapter, or remove it",
+                    f"{file}: eos_token_id {token} is not among the added tokens of "
+                    "tokenizer.json or tokenizer_config.json: save the tokenizer beside the "
+                    "adapter, or remove it",
                     field="header.files",
                 )
             found.append(text)
     return [text for text in dict.fromkeys(found) if text]
+
+
+def _added_tokens(config: dict[str, Any], directory: Path) -> dict[str, str]:
+    """The text of each added token by its id. transformers 5 keeps them in tokenizer.json alone."""
+    listed = _json(directory / "tokenizer.json").get("added_tokens")
+    known = {
+        str(token.get("id")): _text(token)
+        for token in (listed if isinstance(listed, list) else [])
+        if isinstance(token, dict)
+    }
+    decoder = config.get("added_tokens_decoder")
+    older = decoder.items() if isinstance(decoder, dict) else ()
+    return known | {token: _text(entry) for token, entry in older}
 
 
 def _text(token: Any) -> str:

@@ -54,10 +54,15 @@ def proof(model: PeftModel, prompts: list[tuple[str, list[int]]]) -> dict[str, A
 
 def tokenized(tokenizer: Any, texts: Path) -> Iterator[tuple[str, list[int]]]:
     """Each line's text and token ids, cut to what a proof may hold."""
-    for number, line in enumerate(texts.read_text().splitlines(), 1):
+    # JSON's texts may hold what splitlines() takes for the end of a line.
+    for number, line in enumerate(texts.read_text("utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             fields = json.loads(line)
             prompt, answer = fields["prompt"], fields["answer"]
+            if not (isinstance(prompt, str) and isinstance(answer, str)):
+                raise TypeError("both are texts")
         except (ValueError, LookupError, TypeError) as error:
             example = '{"prompt": "...", "answer": "..."}'
             raise SystemExit(f"{texts}, line {number}: it is not {example} ({error!r})") from None

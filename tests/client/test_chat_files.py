@@ -55,3 +55,30 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(InvalidRequest, match=r"tokenizer_config\.json cannot be read"):
         chat_settings(tmp_path)
+
+
+def test_end_tokens_are_found_where_transformers_5_keeps_them(tmp_path: Path) -> None:
+    made = byte_tokenizer()
+    made.save_pretrained(tmp_path)
+    assert "added_tokens_decoder" not in (tmp_path / "tokenizer_config.json").read_text()
+    settings = written(tmp_path, generation_config={"eos_token_id": [made.eos_token_id]})
+    assert settings["end_tokens"] == ["</s>"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"chat_template": ["a", {"name": ["default"]}], "added_tokens_decoder": [1]},
+        {"chat_template": {"default": "a"}, "added_tokens_decoder": {"2": 7}},
+        {"chat_template": 7, "added_tokens_decoder": "x"},
+    ],
+)
+def test_fields_of_other_types_say_nothing(config: dict[str, Any], tmp_path: Path) -> None:
+    assert written(tmp_path, tokenizer_config=config) is None
+    with pytest.raises(InvalidRequest, match="eos_token_id 2 is not among"):
+        written(tmp_path, generation_config={"eos_token_id": 2}, tokenizer=[])
+
+
+def test_text_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"tokenizer_config\.json cannot be read"):
+        written(tmp_path, tokenizer_config={"chat_template": "a\ud800"})

@@ -57,10 +57,35 @@ def test_what_it_writes_is_a_proof(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         )
 
 
-@pytest.mark.parametrize("line", ["x", "[]", "5", '{"prompt": "a"}'])
+@pytest.mark.parametrize(
+    "line", ["x", "[]", "5", '{"prompt": "a"}', '{"prompt": "a", "answer": 5}']
+)
 def test_a_line_that_is_no_text_is_named(
     line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "texts.jsonl").write_text(f'{{"prompt": "a", "answer": "b"}}\n{line}\n')
     with pytest.raises(SystemExit, match="line 2"):
         run(monkeypatch, tmp_path / "texts.jsonl", tmp_path / "proof.json")
+
+
+def test_lines_end_where_json_lines_end(tmp_path: Path) -> None:
+    """Not at the separators of Unicode, which JSON's texts may hold; an empty line is none."""
+    texts = [{"prompt": "a\u2028b", "answer": "c\x85"}, {"prompt": "größe", "answer": "d"}]
+    lines = "\n\n".join(json.dumps(text, ensure_ascii=False) for text in texts)
+    (tmp_path / "texts").write_text(f"{lines}\n", "utf-8")
+    found = write_proof.tokenized(accuracy.load_tokenizer(), tmp_path / "texts")
+    assert [text for text, _ in found] == ["a\u2028bc\x85", "größed"]
+
+
+def test_the_largest_proof_is_read(tmp_path: Path) -> None:
+    values = [-11.092374801635742] * (write_proof.MAX_TOKENS - 1)
+    prompt = {
+        "text": "x" * 20_000,
+        "token_ids": [250_000] * write_proof.MAX_TOKENS,
+        "first": 1,
+        "logprobs": values,
+        "base_logprobs": values,
+    }
+    proof = {"format": write_proof.FORMAT, "prompts": [prompt] * write_proof.MAX_PROMPTS}
+    (tmp_path / "proof.json").write_text(json.dumps(proof))
+    check_proof(read_proof(tmp_path / "proof.json"))
