@@ -7,7 +7,8 @@ from google.protobuf import json_format
 from granatum.v1.adapters_pb2 import Proof
 from granatum.v1.errors import InvalidRequest
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 4 << 20
+"""16 prompts of 2,048 tokens take half of it."""
 _HOW = "write it with python -m granatum.examples.write_proof"
 
 

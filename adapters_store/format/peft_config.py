@@ -57,7 +57,7 @@ class PeftConfig:
         return cls(
             rank=read_rank(fields.get("r", 8), "r"),
             alpha=read_number(fields.get("lora_alpha", 8), "lora_alpha"),
-            use_rslora=read_flag(fields.get("use_rslora", False), "use_rslora"),
+            use_rslora=read_flag(fields.get("use_rslora") or False, "use_rslora"),
             rank_pattern=tuple(
                 (pattern, read_rank(value, f"rank_pattern[{shown(pattern)}]"))
                 for pattern, value in read_patterns(fields, "rank_pattern")

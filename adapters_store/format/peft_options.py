@@ -87,6 +87,8 @@ _ACTIVE_IF_EMPTY = frozenset({"arrow_config", "kasa_config", "use_bdlora"})
 # These initialisations subtract the untrained adapter from the base model's weights. The trained
 # adapter then fits the changed base alone. PEFT can fold the change into the adapter.
 _CONVERTIBLE = ("corda", "lora_ga", "olora", "pissa")
+_HARMLESS = frozenset(("gaussian", "eva", "orthogonal", "mica"))
+"""Initialisations that leave the base model's weights as they are."""
 
 
 def check_options(fields: Mapping[str, Any]) -> None:
@@ -120,7 +122,9 @@ def _check_kind(fields: Mapping[str, Any]) -> None:
 
 
 def _check_initialisation(value: object) -> None:
-    kind = value.lower() if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        return
+    kind = value.lower().replace("-", "_")  # ms-swift calls one lora-ga
     if kind.startswith(_CONVERTIBLE):
         raise _refused(
             "init_lora_weights",
@@ -130,6 +134,13 @@ def _check_initialisation(value: object) -> None:
         )
     if kind == "loftq":
         raise _refused("init_lora_weights", value, "it changes the base model's weights")
+    if kind not in _HARMLESS:
+        raise _refused(
+            "init_lora_weights",
+            value,
+            "this initialisation is not known; write true if it left the base model's weights as "
+            "they were",
+        )
 
 
 def _is_neutral(name: str, value: object) -> bool:

@@ -3,11 +3,12 @@
 One model has many names: the hub's, a copy's by another organisation, a quantised copy's, a folder
 on a trainer's disk. So names are not compared. What is compared is what both names state: family,
 version, release, line, and whether the model was taught to follow instructions. Other words mean
-nothing. A name without a known family or line says nothing, and nothing is refused because of it.
+nothing. A name without a known family and a number says nothing, and nothing is refused because of
+it. A short name, without the model's size, states its family and the beginning of its version.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from granatum.adapters_store.format.modules import CONFIG_FILE
 from granatum.adapters_store.names import shown
@@ -24,13 +25,19 @@ _FAMILIES = frozenset(
 _FINETUNED = frozenset(
     (
         *("vicuna", "zephyr", "hermes", "openhermes", "dolphin", "openchat", "tulu", "starling"),
-        *("wizardlm", "wizardcoder", "orca", "nemotron", "distill", "abliterated", "uncensored"),
+        *("wizardlm", "wizardcoder", "orca", "nemotron", "abliterated", "uncensored"),
     )
 )
 """Well-known models that others were trained into; their weights are their own."""
-_LINES = frozenset(("coder", "code", "math", "nemo", "thinking", "vl", "vision", "guard"))
+_LINES = frozenset(
+    (
+        *("coder", "code", "python", "math", "nemo", "thinking", "reasoning", "vl", "vision"),
+        *("guard", "1m", "deepseek"),  # DeepSeek trained other families' models into its own
+    )
+)
 """Lines of a family beside its plain one."""
-_INSTRUCTED = frozenset(("instruct", "inst", "chat"))
+_SYNONYMS = {"distill": "deepseek"}
+_INSTRUCTED = frozenset(("instruct", "inst", "it", "chat"))
 _PLAIN_IS_INSTRUCTED = frozenset(
     (("qwen", "3"), ("smollm", "3"), ("phi", "3"), ("phi", "35"), ("phi", "4"))
 )
@@ -38,6 +45,8 @@ _PLAIN_IS_INSTRUCTED = frozenset(
 _VERSION = re.compile(rf"(?<![a-z])({'|'.join(sorted(_FAMILIES))})-?(\d+(?:\.\d+)?)(?![a-z0-9.])")
 _RELEASE = re.compile(r"(?<![a-z0-9])v(\d+(?:\.\d+)?)(?![a-z0-9.])")
 _DATE = re.compile(r"(?<![a-z0-9.])(2[3-9](?:0[1-9]|1[0-2]))(?![a-z0-9.])")
+_CONTEXT = re.compile(r"(?<![a-z0-9.])(\d+k)(?![a-z0-9.])")
+_SIZE = re.compile(r"(?<![a-z0-9.])(?:\d+(?:\.\d+)?[bm]|mini|small|medium|large)(?![a-z0-9])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,42 +56,60 @@ class _Stated:
     families: frozenset[str]
     lines: frozenset[str]
     version: str
-    release: str
-    date: str
-    instructed: bool
+    release: str = ""
+    date: str = ""
+    context: str = ""
+    kind: str = ""
+    is_short: bool = True
 
     @classmethod
     def by(cls, name: str) -> "_Stated":
         text = _plain(name)
-        words = frozenset(re.findall(r"[a-z]+", text))
+        # Models with 1M in their names were trained on; they are a line of their own.
+        words = frozenset(_SYNONYMS.get(word, word) for word in re.findall(r"1m\b|[a-z]+", text))
         version = _VERSION.search(text)
-        number = _digits(version[2]) if version else ""
-        plain = version is not None and (version[1], number) in _PLAIN_IS_INSTRUCTED
-        return cls(
+        stated = cls(
             families=words & _FAMILIES,
             lines=words & (_FINETUNED | _LINES),
-            version=number,
+            version=_digits(version[2]) if version else "",
             release=_digits(found[1]) if (found := _RELEASE.search(text)) else "",
             date=found[1] if (found := _DATE.search(text)) else "",
-            instructed=bool(words & _INSTRUCTED) or (plain and "base" not in words),
+            context=found[1] if (found := _CONTEXT.search(text)) else "",
+            is_short=_SIZE.search(text) is None,
         )
+        return replace(stated, kind=stated._kind(words, version[1] if version else ""))
+
+    def _kind(self, words: frozenset[str], family: str) -> str:
+        """Short names leave out what was taught; so do those of finetuned models."""
+        if self.lines & _FINETUNED:
+            return ""
+        if words & _INSTRUCTED:
+            return "instructed"
+        if "base" in words:
+            return "base"
+        if (family, self.version) in _PLAIN_IS_INSTRUCTED:
+            return "instructed"
+        is_whole = not self.is_short and (self.version or self.release or self.date)
+        return "base" if is_whole else ""
 
     @property
     def says_something(self) -> bool:
-        return bool(self.families or self.lines)
+        is_numbered = self.version or self.release or self.date or not self.is_short
+        return bool(is_numbered and (self.families or self.lines & _FINETUNED))
 
     def difference(self, other: "_Stated") -> str:
         """The first thing that both state and that differs; empty if nothing does."""
         if self.families and other.families and not self.families & other.families:
             return "family"
-        if self.lines != other.lines:
+        is_short = self.is_short or other.is_short
+        if self.lines != other.lines and not is_short:
             return "line"
-        for field in ("version", "release", "date"):
-            ours, theirs = getattr(self, field), getattr(other, field)
-            if ours and theirs and ours != theirs:
+        for field in ("version", "release", "date", "context"):
+            ours, theirs = sorted((getattr(self, field), getattr(other, field)))
+            # The next line: `llama3` may be short for Llama 3.1.
+            if ours and not (theirs.startswith(ours) if is_short else ours == theirs):
                 return "version"
-        # A finetuned model's short name seldom says that it was instructed.
-        if self.instructed != other.instructed and not self.lines & _FINETUNED:
+        if self.kind and other.kind and self.kind != other.kind:
             return "kind, instructed or not"
         return ""
 
@@ -99,11 +126,13 @@ def check_trained_for(name: str, base: BaseModel, asked_for: str) -> None:
             "base_model_name_or_path: give the same, or leave it out",
             field="header.base_model",
         )
-    served = next((s for s in base.names if _Stated.by(s).says_something), "")
-    trained = _Stated.by(name)
-    if asked_for or not served or not trained.says_something:
+    if asked_for:
         return
-    difference = trained.difference(_Stated.by(served))
+    trained = _Stated.by(name)
+    served, stated = _served(base, trained)
+    if not (stated.says_something and trained.says_something):
+        return
+    difference = trained.difference(stated)
     if difference:
         raise InvalidAdapter(
             f"{CONFIG_FILE}: base_model_name_or_path is {name!r}, but {shown(served)} is "
@@ -113,6 +142,19 @@ def check_trained_for(name: str, base: BaseModel, asked_for: str) -> None:
         )
 
 
+def _served(base: BaseModel, trained: _Stated) -> tuple[str, _Stated]:
+    """The name that says what is served, and what it states beside what `trained` states.
+
+    A model's `_name_or_path` may be that of the model which it was trained from: then family and
+    version hold, and nothing else needs to.
+    """
+    stated = _Stated.by(base.name)
+    if stated.says_something:
+        return base.name, stated
+    stated = _Stated.by(base.origin)
+    return base.origin, replace(trained, families=stated.families, version=stated.version)
+
+
 def _plain(name: str) -> str:
     """The model's own part of a name or path: in lower case, with `-` between words."""
     parts = [part for part in re.split(r"[/\\]", name.partition("@")[0].lower()) if part]
@@ -120,6 +162,7 @@ def _plain(name: str) -> str:
     text = cached[0] if cached else parts[-1] if parts else ""
     text = re.sub(r"(?<=\d)_(?=\d)", ".", text)
     text = re.sub(r"[_\s:+]+", "-", text)
+    text = re.sub(r"\b(code|tiny)-llama", r"\1llama", text)
     return re.sub(r"(?<![\d.])(\d)-(\d)(?=-(?!bit)|$)", r"\1.\2", text)  # llama-3-1-8b
 
 

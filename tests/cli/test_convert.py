@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from granatum.cli.convert import convert_adapter
 from granatum.client.chat_files import chat_settings
@@ -37,6 +37,8 @@ def refused(folder: Path, message: str) -> None:
     [
         ({**SETTINGS, "fine_tune_type": "dora"}, "fine_tune_type is 'dora': only 'lora'"),
         ({**SETTINGS, "fine_tune_type": "full"}, "fine_tune_type is 'full'"),
+        ({**SETTINGS, "use_dora": True}, "fine_tune_type is 'dora'"),
+        ({"lora_parameters": {"rank": 4, "scale": 20.0, "alpha": 16}}, "scale . alpha / rank"),
         ({"lora_parameters": {"rank": 4}}, "no lora_parameters with a scale"),
         ({"lora_parameters": 1}, "no lora_parameters with a scale"),
         ({"r": 4}, "no lora_parameters with a scale"),
@@ -72,6 +74,21 @@ def test_a_file_that_was_cut_off(length: int, tmp_path: Path) -> None:
     refused(tmp_path, "is damaged or no safetensors file")
 
 
+@pytest.mark.parametrize("shape", [[-2, -2], [2.0, 2.0], [0, 2], "ab", [True, 4]])
+def test_shapes_that_are_none(shape: object, tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 16]}
+    header = json.dumps({f"{NAME}.lora_a": entry}).encode()
+    weights = mlx(tmp_path) / "adapters.safetensors"
+    weights.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    refused(tmp_path, "is damaged or no safetensors file")
+
+
+def test_an_alpha_that_changes_nothing(tmp_path: Path) -> None:
+    mlx(tmp_path, {"lora_parameters": {"rank": 4, "scale": 20.0, "alpha": 4.0}})
+    convert_adapter(tmp_path, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 80
+
+
 class Evil:
     """Makes a file when it is unpickled."""
 
@@ -89,7 +106,7 @@ def test_no_code_of_a_pickle_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("state", [[torch.zeros(1)], {"a": 1}, b"junk"])
+@pytest.mark.parametrize("state", [[torch.zeros(1)], {"a": 1}, {1: torch.zeros(1)}, b"junk"])
 def test_a_pickle_of_other_things(state: Any, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     weights = tmp_path / "adapter_model.bin"
@@ -104,6 +121,36 @@ def test_numbers_that_cannot_be_served(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     torch.save({"a": torch.zeros(1, dtype=torch.float64)}, tmp_path / "adapter_model.bin")
     refused(tmp_path, "a is torch.float64: save it as float32")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(4).to_sparse(),
+        torch.zeros(2, 4, device="meta"),
+        torch.zeros(1).expand(1 << 30, 1 << 30),
+    ],
+    ids=["sparse", "without data", "too large"],
+)
+def test_tensors_that_are_not_plain(tensor: torch.Tensor, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    torch.save({"a": tensor}, tmp_path / "adapter_model.bin")
+    refused(tmp_path, "a is no plain tensor")
+
+
+def test_a_pointer_in_place_of_a_pickle(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    refused(tmp_path, "is a Git LFS pointer to the file: run git lfs pull")
+
+
+def test_a_pickle_that_is_called_safetensors(tmp_path: Path) -> None:
+    """The server's advice for one is to convert it."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    torch.save({"a": torch.arange(6.0).reshape(2, 3).T}, tmp_path / "adapter_model.safetensors")
+    convert_adapter(tmp_path, tmp_path / "out")
+    made = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert torch.equal(made["a"], torch.arange(6.0).reshape(2, 3).T)
 
 
 @pytest.mark.parametrize("library", ["torch", "numpy"])

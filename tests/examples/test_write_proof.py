@@ -91,3 +91,17 @@ def test_too_few_texts_make_no_proof(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(SystemExit, match="give 16 or more"):
         run(monkeypatch, texts, out)
     assert not out.exists()
+
+
+def test_the_largest_proof_is_read(tmp_path: Path) -> None:
+    values = [-11.092374801635742] * (write_proof.MAX_TOKENS - 1)
+    prompt = {
+        "text": "x" * 20_000,
+        "token_ids": [250_000] * write_proof.MAX_TOKENS,
+        "first": 1,
+        "logprobs": values,
+        "base_logprobs": values,
+    }
+    proof = {"format": write_proof.FORMAT, "prompts": [prompt] * write_proof.MAX_PROMPTS}
+    (tmp_path / "proof.json").write_text(json.dumps(proof))
+    check_proof(read_proof(tmp_path / "proof.json"))

@@ -52,6 +52,13 @@ FOREIGN: dict[str, tuple[Callable[[], Upload], str]] = {
         lambda: beside("decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight"),
         "Hugging Face's names",
     ),
+    "NeMo": (
+        lambda: beside(f"{MODULE}.adapter_layer.lora_kqv_adapter.linear_in.weight"),
+        "Hugging Face's names",
+    ),
+    "torchtune": (lambda: beside("layers.0.attn.q_proj.lora_a.weight"), "torchtune wrote it"),
+    "a value head": (lambda: beside("v_head.summary.weight"), "the value head of a training"),
+    "a head": (lambda: beside("base_model.model.lm_head.weight"), "modules are not replaced"),
     "experts": (
         lambda: beside("base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_A.weight"),
         "experts cannot be adapted",
@@ -90,7 +97,10 @@ def test_a_name_that_is_not_certain_stays(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [(FIRST, f"{MODULE}.lora_A.weight"), (f"module.{FIRST}", f"_orig_mod.{FIRST}")],
+    [
+        (FIRST, f"_orig_mod.{FIRST}"),
+        (f"_orig_mod.{FIRST}", FIRST.replace("self_attn", "_orig_mod.self_attn")),
+    ],
 )
 async def test_two_names_of_one_tensor_are_refused(one: str, other: str) -> None:
     parts = tensors(SHAPE)
@@ -98,3 +108,18 @@ async def test_two_names_of_one_tensor_are_refused(one: str, other: str) -> None
     made = upload(config(), weights(parts | {one: matrix, other: matrix}))
     with pytest.raises(InvalidAdapter, match=f"tensors '{one}' and '{other}' are the same one"):
         await send(AdapterStore.open("memory://", BASE), "acme", made)
+
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("lora_A.weight", "lora_A.reference.weight"),
+        ("v_proj.lora_A.weight", "v_proj.lora_A.default.weight"),
+        ("base_model.model.model.layers.1.", "base_model.model.model.language_model.layers.1."),
+    ],
+)
+async def test_halves_of_two_adapters_are_refused(part: str, other: str) -> None:
+    """They fit together by their modules, but nobody trained them together."""
+    parts = {name.replace(part, other): tensor for name, tensor in tensors(SHAPE).items()}
+    with pytest.raises(InvalidAdapter, match="are of two adapters by their names"):
+        await send(AdapterStore.open("memory://", BASE), "acme", upload(config(), weights(parts)))

@@ -66,7 +66,23 @@ def test_what_is_left_over_has_no_effect(fields: dict[str, Any]) -> None:
     assert PeftConfig.parse(config(**fields)) == PeftConfig.parse(config())
 
 
-@pytest.mark.parametrize("kind", ["lora_ga", "corda", "CorDA", "pissa_niter_16", "olora", "loftq"])
+@pytest.mark.parametrize(
+    "kind", ["lora_ga", "lora-ga", "CorDA", "pissa_niter_16", "olora", "loftq"]
+)
 def test_what_changed_the_base_is_refused_until_it_is_converted(kind: str) -> None:
     with pytest.raises(InvalidAdapter, match=r"init_lora_weights is .*base model's weights"):
         PeftConfig.parse(config(init_lora_weights=kind))
+
+
+@pytest.mark.parametrize("kind", [True, False, "gaussian", "eva", "orthogonal", "mica", "Gaussian"])
+def test_initialisations_that_leave_the_base_as_it_was(kind: object) -> None:
+    assert PeftConfig.parse(config(init_lora_weights=kind)) == PeftConfig.parse(config())
+
+
+def test_an_initialisation_that_nobody_knows() -> None:
+    with pytest.raises(InvalidAdapter, match=r"init_lora_weights is .*not known; write true if"):
+        PeftConfig.parse(config(init_lora_weights="milora"))
+
+
+def test_a_scale_option_that_is_null_is_absent() -> None:
+    assert PeftConfig.parse(config(use_rslora=None)) == PeftConfig.parse(config())

@@ -30,6 +30,11 @@ SAME = {
         "/data/models/llama-3_1-8b",
         "C:\\models\\llama3.1-8b-GPTQ-int4",
         "meta-llama-3-1-8b",
+        "LLM-Research/Meta-Llama-3___1-8B",
+        "llama3",
+        "./code",
+        "./my-math-model",
+        "./orca-output",
         "/root/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B/snapshots/0e9e39f249a1",
         "meta-llama/Llama-3.1-8B@0e9e39f",
         "./llama31-8b-w4a16",
@@ -53,6 +58,15 @@ SAME = {
     "Qwen3-8B": ["Qwen/Qwen3-8B", "unsloth/Qwen3-8B-unsloth-bnb-4bit", "Qwen/Qwen3-8B-FP8"],
     "SmolLM2-135M": ["HuggingFaceTB/SmolLM2-135M"],
     "Phi-3.5-mini-instruct": ["unsloth/Phi-3.5-mini-instruct-bnb-4bit", "phi-3.5-mini"],
+    "Llama-3.1-8B-Instruct": ["llama3.1-8b-it", "llama-8b", "llama3.1", "chat"],
+    "llama3": ["meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3-8B-Instruct"],
+    "qwen2.5": ["Qwen/Qwen2.5-7B-Instruct"],
+    "mistral-7b": ["mistralai/Mistral-7B-Instruct-v0.2"],
+    "code": ["meta-llama/Llama-3.1-8B-Instruct"],
+    "math-tutor": ["Qwen/Qwen2.5-7B-Instruct"],
+    "CodeLlama-7b-hf": ["code-llama-7b", "unsloth/codellama-7b-bnb-4bit"],
+    "DeepSeek-R1-Distill-Qwen-7B": ["/models/deepseek-r1-qwen-7b", "R1-Distill-Qwen-7B"],
+    "Phi-3-mini-4k-instruct": ["phi-3-mini-instruct", "phi3"],
     "vicuna-7b-v1.5": ["lmsys/vicuna-7b-v1.5"],
     "hermes-3": ["NousResearch/Hermes-3-Llama-3.1-8B"],
     "prod": ["meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-7B-Instruct"],
@@ -71,7 +85,11 @@ OTHER = {
     "Mistral-7B-v0.1": ["mistralai/Mistral-7B-v0.2", "Mistral-7B-Instruct-v0.1", "zephyr-7b-beta"],
     "Llama-2-7b-hf": ["meta-llama/Llama-2-7b-chat-hf", "lmsys/vicuna-7b-v1.5", "CodeLlama-7b-hf"],
     "Qwen2.5-7B": ["Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-Coder-7B", "Qwen/Qwen2-7B"],
-    "Qwen3-8B": ["Qwen/Qwen3-8B-Base"],
+    "Qwen2.5-7B-Instruct": ["Qwen/Qwen2.5-7B-Instruct-1M", "qwen/Qwen2___5-Math-7B-Instruct"],
+    "Qwen3-8B": ["Qwen/Qwen3-8B-Base", "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B"],
+    "Phi-3-mini-4k-instruct": ["microsoft/Phi-3-mini-128k-instruct"],
+    "CodeLlama-7b-hf": ["codellama/CodeLlama-7b-Python-hf"],
+    "Mistral-7B-Instruct-v0.2": ["unsloth/mistral-7b-instruct-v0.3-bnb-4bit"],
     "Mistral-Nemo-Instruct-2407": ["mistralai/Mistral-Nemo-Base-2407"],
     "Qwen3-4B-Instruct-2507": ["Qwen/Qwen3-4B-Thinking-2507"],
 }
@@ -102,6 +120,19 @@ def test_the_origin_speaks_where_the_folder_does_not() -> None:
     with pytest.raises(InvalidAdapter, match="another version"):
         check_trained_for("meta-llama/Llama-3.1-8B", base, "")
     check_trained_for("meta-llama/Llama-3.1-8B", replace(base, name="Llama-3.1-8B"), "")
+
+
+@pytest.mark.parametrize(
+    ("origin", "name"),
+    [
+        ("mistralai/Mistral-7B-v0.1", "HuggingFaceH4/zephyr-7b-beta"),
+        ("meta-llama/Meta-Llama-3.1-8B", "NousResearch/Hermes-3-Llama-3.1-8B"),
+        ("meta-llama/Llama-2-7b-hf", "lmsys/vicuna-7b-v1.5"),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ],
+)
+def test_the_origin_may_be_what_the_model_was_trained_from(origin: str, name: str) -> None:
+    check_trained_for(name, replace(BASE, name="model", origin=origin), "")
 
 
 def test_names_of_a_folder(tmp_path: Path) -> None:

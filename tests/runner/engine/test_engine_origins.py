@@ -238,7 +238,7 @@ def test_mlx_that_was_converted(dtype: torch.dtype, base: Path, tmp_path: Path) 
     source = tmp_path / "mlx"
     source.mkdir()
     save_file(tensors, source / "adapters.safetensors")
-    settings = {"rank": 8, "scale": 2.5, "dropout": 0.0, "alpha": 16}
+    settings = {"rank": 8, "scale": 2.5, "dropout": 0.0}
     fields = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": settings}
     config = {**fields, "model": "mlx-community/Llama-3.1-8B-4bit"}
     (source / "adapter_config.json").write_text(json.dumps(config))
