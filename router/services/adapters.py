@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import grpc
+import structlog
 
 from granatum.adapters_store.batches import Batches
 from granatum.adapters_store.blobs.incoming import FileDeclaration, UploadHeader
@@ -40,6 +41,9 @@ _VISIBILITY = {
 _FROM_WIRE = {wire: visibility for visibility, wire in _VISIBILITY.items()}
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+
+log = structlog.get_logger(__name__)
 
 
 class AdapterServicer(AdapterServiceServicer):
@@ -105,7 +109,17 @@ class AdapterServicer(AdapterServiceServicer):
     ) -> ProofResult:
         _alive(await self._fleet.limits())
         remaining_s = context.time_remaining()
-        return await self._proofs.run(tenant, current_max_priority(), proof, version, remaining_s)
+        priority = current_max_priority()
+        result = await self._proofs.run(tenant, priority, proof, version, remaining_s)
+        log.info(
+            "proof computed",
+            tenant=tenant,
+            digest=version.digest,
+            mean=result.mean,
+            base_mean=result.base_mean,
+            passed=not result.fault,
+        )
+        return result
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, _: Context) -> pb.GetAdapterResponse:
         """Describe one version."""

@@ -52,12 +52,13 @@ class ForeignTemplates:
 
     def _ask(self, job: bytes) -> dict[str, Any]:
         try:
-            if self._server is None or self._server.poll() is not None:
-                self._server = _started()
-            assert self._server.stdin is not None
-            self._server.stdin.write(job + b"\n")
-            self._server.stdin.flush()
-            answer: dict[str, Any] = json.loads(_line(self._server))
+            server = self._server  # `close` may come at any time
+            if server is None or server.poll() is not None:
+                server = self._server = _started()
+            assert server.stdin is not None
+            server.stdin.write(job + b"\n")
+            server.stdin.flush()
+            answer: dict[str, Any] = json.loads(_line(server))
         except (OSError, ValueError) as error:
             self.close()
             raise Unavailable(
