@@ -86,7 +86,7 @@ def _end_tokens(config: dict[str, Any], directory: Path) -> list[str]:
     known = {} if ids is None else _added_tokens(config, directory)
     for token in ids if isinstance(ids, list) else [ids]:
         if token is not None:
-            text = known.get(str(token))
+            text = _text(known.get(str(token)))
             if not text:
                 raise InvalidRequest(
                     f"{file}: eos_token_id {token} is not among the added tokens of {_TOKENIZER} "

@@ -195,7 +195,7 @@ async def test_a_proof_travels_with_an_upload_and_with_its_check(
         ('{"prompts": [{"logprobs": [1e308]}]}', "logprobs"),
         ('{"prompts": [{"logprobs": ["x"]}]}', "logprobs"),
         ('{"prompts": 5}', "prompts"),
-        (" " * ((1 << 20) + 1), "1,048,576 bytes"),
+        (" " * ((4 << 20) + 1), "4,194,304 bytes"),
         (None, "cannot read"),
     ],
 )
