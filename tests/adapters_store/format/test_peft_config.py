@@ -225,7 +225,7 @@ def test_fingerprint_follows_the_shape(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "Hugging Face"),
+        ("{", "published with the model"),
         ("[]", "object"),
         ('{"model_type": "gpt2"}', "one of llama"),
         ('{"model_type": "llama"}', "num_attention_heads"),
