@@ -204,6 +204,7 @@ async def show_adapter(client: Client, adapter: AdapterName) -> None:
         ("rank", str(found.max_rank)),
         ("modules", " ".join(found.target_modules)),
         ("trained for", found.base_model),
+        ("chats", "its own template or end tokens" if found.own_chat else "as the base model"),
         ("size", _size(found.size_bytes)),
         ("uploaded", found.created.isoformat(" ", "seconds")),
         ("proof", _distance(found.proof) if found.proof else "none"),

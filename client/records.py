@@ -145,6 +145,8 @@ class Adapter:
     """The base model that it was trained for, as its trainer called it; empty: unknown."""
     proof: ProofResult | None = None
     """What its last proof found; None: no upload of it brought one."""
+    own_chat: bool = False
+    """Whether it brings a chat template or end tokens of its own, which chats with it use."""
 
     @classmethod
     def of(cls, adapter: adapters_pb2.Adapter) -> "Adapter":
@@ -162,6 +164,7 @@ class Adapter:
             aliases=tuple(adapter.aliases),
             base_model=adapter.base_model,
             proof=ProofResult.of(adapter.proof) if adapter.HasField("proof") else None,
+            own_chat=adapter.own_chat,
         )
 
     @property

@@ -53,8 +53,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def required_weight_files(folder: Path) -> list[Path]:
-    """As `weight_files`; raises InvalidRequest also if there are none, and says what to do."""
+    """As `weight_files`; raises InvalidRequest also if there are none, and says what to do.
+
+    An adapter beside the weights is refused, since transformers would compute with it.
+    """
     if files := weight_files(folder):
+        if (folder / ADAPTER_FILE).exists():
+            raise InvalidRequest(
+                f"{folder} holds a model and an adapter: move {ADAPTER_FILE} and the adapter's "
+                "weights to a folder of their own, and upload that"
+            )
         return files
     message = f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}"
     if any(folder.glob("*.bin")):

@@ -244,6 +244,7 @@ def _adapter(manifest: Manifest) -> pb.Adapter:
         visibility=_VISIBILITY[manifest.visibility],
         aliases=manifest.aliases,
         base_model=manifest.base_model,
+        own_chat=bool(manifest.chat_sha256),
     )
     if manifest.proof is not None:
         adapter.proof.CopyFrom(result_message(manifest.proof))

@@ -167,6 +167,13 @@ def test_a_single_file_counts_before_an_index(model: Path) -> None:
     assert weight_files(model) == [model / WEIGHTS]
 
 
+def test_an_adapter_beside_the_weights_is_refused(model: Path) -> None:
+    write(model / "adapter_config.json", {"base_model_name_or_path": "org/base"})
+    assert weight_files(model) == [model / WEIGHTS]
+    with pytest.raises(InvalidRequest, match=r"a model and an adapter: move adapter_config\.json"):
+        required_weight_files(model)
+
+
 def test_weights_in_another_format_are_refused_with_the_way_out(model: Path) -> None:
     (model / WEIGHTS).unlink()
     assert weight_files(model) == []

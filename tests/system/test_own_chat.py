@@ -30,6 +30,8 @@ async def test_a_chat_with_an_adapter_is_written_as_its_folder_says(
     async with cluster.client(key) as client:
         await client.upload("shout", folder)
         await client.upload("plain", task.path)
+        shown = {adapter.name: adapter.own_chat for adapter in await client.list_adapters()}
+        assert shown == {"shout": True, "plain": False}
         own = await client.complete([Message("user", "LANTERN")], adapter="shout", timeout=60)
         written = await client.complete("lantern>", adapter="plain", max_tokens=7, timeout=60)
     assert written.text == "LANTERN"

@@ -62,6 +62,7 @@ class Adapter(_message.Message):
     ALIASES_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    OWN_CHAT_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """The tenant that uploaded it."""
     name: _builtins.str
@@ -80,6 +81,8 @@ class Adapter(_message.Message):
     """The base model that it was trained for, as `adapter_config.json` calls it, with `@` and the
     revision if it names one; empty if unknown. Other tenants see the last part of a path.
     """
+    own_chat: _builtins.bool
+    """Whether it brings a chat template or end tokens of its own, which chats with it use."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The projections it adapts, such as `q_proj`, sorted."""
@@ -111,10 +114,11 @@ class Adapter(_message.Message):
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         base_model: _builtins.str = ...,
         proof: Global___ProofResult | None = ...,
+        own_chat: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "proof", b"proof"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_model", b"base_model", "create_time", b"create_time", "digest", b"digest", "max_rank", b"max_rank", "name", b"name", "proof", b"proof", "size_bytes", b"size_bytes", "target_modules", b"target_modules", "tenant", b"tenant", "version", b"version", "visibility", b"visibility"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_model", b"base_model", "create_time", b"create_time", "digest", b"digest", "max_rank", b"max_rank", "name", b"name", "own_chat", b"own_chat", "proof", b"proof", "size_bytes", b"size_bytes", "target_modules", b"target_modules", "tenant", b"tenant", "version", b"version", "visibility", b"visibility"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
