@@ -101,7 +101,7 @@ clean:  ## remove what the other targets made
 $(NAMESPACE): pyproject.toml deploy/namespace.py
 	$(PY) deploy/namespace.py
 
-# Apart from the environment, whose grpcio and protobuf are newer than this compiler accepts.
+# Apart from the environment: its grpcio and protobuf are newer than this compiler accepts.
 $(PROTOC): constraints.txt | $(DEV)
 	rm -rf $@
 	$(PY) -m pip install --quiet --no-deps --target $@ --constraint constraints.txt grpcio-tools

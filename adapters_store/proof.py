@@ -15,8 +15,8 @@ answers, a float32 trainer, and mean distances in nats.
 
 In float32 the bound refuses each of these faults. In bfloat16 one of 44 missing layers passes.
 
-Tokens of which the adapter is sure tell little: on answers alone, doubling alpha moves one adapter
-by 0.0009. So a proof had better hold the prompts' tokens, too.
+Where the adapter is sure of a token, the token tells little: on answers alone, doubling alpha moves
+one adapter by 0.0009. So a proof had better hold the prompts' tokens, too.
 """
 
 from collections.abc import Sequence

@@ -38,7 +38,7 @@ _UPLOAD_WITHIN_S = 86_400.0
 _VALIDATIONS = 2
 
 Prove = Callable[[Version], Awaitable[ProofResult]]
-"""Has a version computed whose bytes are stored; raises if it must not become visible."""
+"""Computes a stored version on the fleet. Raises if the version must not become visible."""
 
 log = structlog.get_logger(__name__)
 

@@ -62,7 +62,7 @@ def convert_adapter(
     folder: Annotated[Path, typer.Argument(help="What MLX wrote, or a folder with a .bin.")],
     out: Annotated[Path, typer.Argument(help="A new folder for the PEFT adapter.")],
 ) -> None:
-    """Make a PEFT adapter of an MLX folder, or of one whose weights are a pickle.
+    """Make a PEFT adapter of an MLX folder, or of a folder with its weights in a pickle.
 
     What the folder's tokenizer files say of chats stays with the adapter.
     """

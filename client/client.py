@@ -148,9 +148,9 @@ class Client:
     ) -> Upload:
         """Store the PEFT adapter in `directory` as the next version of `name`.
 
-        An adapter whose base model clearly has another name than the one served is refused, unless
-        `for_base` repeats the adapter's own name for it. With the file `proof`, the adapter is
-        refused (PROOF_FAILED) unless the fleet computes what the file says.
+        If the adapter's base model clearly has another name than the served one, the upload is
+        refused, unless `for_base` repeats the adapter's own name for its base model. With the file
+        `proof`, the adapter is refused (PROOF_FAILED) unless the fleet computes what the file says.
         """
         header, chat = await declare(name, Path(directory), for_base)
         if proof is not None:

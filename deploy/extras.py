@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = (("", "cli", "router"), ("runner", "box"))
 """Extras by environment; "" is the package without any."""
 LOWEST = ("", "router", "box")
-"""Those that are installed a second time, at their lower bounds."""
+"""Extras that are installed a second time, at their lower bounds."""
 PINS = ROOT / "constraints.txt"
 ROOMS = {
     "": ("client", "v1"),

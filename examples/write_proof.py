@@ -5,7 +5,7 @@ adapter and under the base model alone.  An upload that carries the file is refu
 fleet computes the same.
 
 The texts are JSON Lines, ``{"prompt": "...", "answer": "..."}``; 16 at most are used.  Prompt and
-answer are scored together: tokens of which the adapter is sure tell little.  Give the base model
+answer are scored together: tokens that the adapter is sure about tell little.  Give the base model
 as it is served, not quantised, with its tokenizer.  Needs torch, transformers and peft.
 """
 

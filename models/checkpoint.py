@@ -27,7 +27,7 @@ class Tensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would load: one, or those that the index names.
+    """The files that transformers would load: one file, or all files that the index names.
 
     Empty if the folder has no weights. Raises InvalidRequest for an index that is none, or that
     names a file which is not there.

@@ -26,7 +26,7 @@ class Rope:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The same as `rope_parameters` of config.json."""
+        """These settings as `rope_parameters` of config.json."""
         kind = {"rope_type": self.scaling.kind, "rope_theta": self.theta}
         return kind | asdict(self.scaling)
 

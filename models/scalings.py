@@ -78,9 +78,9 @@ class Yarn(Scaling):
     factor: float
     attention_factor: float
     beta_fast: float
-    """The ramp begins at the pair that makes so many turns within the original positions."""
+    """Turns within the original positions that the pair makes where the ramp begins."""
     beta_slow: float
-    """The ramp ends at the pair that makes so many turns."""
+    """Turns that the pair makes where the ramp ends."""
     truncate: bool
     """Whether the ramp begins and ends at whole pairs."""
     original_max_position_embeddings: int

@@ -111,7 +111,7 @@ class Blobs:
         return AdapterFiles(target / CONFIG_FILE, target / WEIGHTS_FILE)
 
     async def read_chat(self, digest: str, sha256: str) -> bytes:
-        """An adapter's `chat.json`, whose SHA-256 is given. Raises as `fetch`."""
+        """An adapter's `chat.json`, which must have this SHA-256. Raises as `fetch`."""
         stored = [blob.files.get(CHAT_FILE) for blob in await self.listing(check_digest(digest))]
         for listed in stored:
             if listed is not None and listed.size <= MAX_CHAT_BYTES:

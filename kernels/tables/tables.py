@@ -40,7 +40,7 @@ class OpFields:
     """What a table may say of an op.
 
     types:  the fields of the op's configuration, `int` or `bool`;
-    needed: those that have no default: an entry must name them all.
+    needed: the fields without a default: an entry must name them all.
     """
 
     types: Mapping[str, type]

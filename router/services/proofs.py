@@ -166,7 +166,7 @@ def _check_prompt(prompt: ProofPrompt, field: str) -> None:
 
 
 def _request(tenant: str, max_priority: int, prompt: ProofPrompt, on: Resolved) -> AcceptedRequest:
-    """The request whose output is the prompt's answer, with log probabilities."""
+    """A request for the prompt's answer as its output, with log probabilities."""
     answer = tuple(prompt.token_ids[prompt.first :])
     message = GenerateRequest(
         token_ids=TokenIds(ids=prompt.token_ids[: prompt.first]),

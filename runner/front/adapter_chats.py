@@ -29,7 +29,7 @@ class AdapterChats:
         self._known: OrderedDict[str, ChatSettings] = OrderedDict()
 
     async def get(self, adapter: str, sha256: str) -> ChatSettings:
-        """The settings of the adapter `sha256:...`, whose `chat.json` has this SHA-256.
+        """The settings of the adapter `sha256:...`; `sha256` is that of its `chat.json`.
 
         Raises ChatAway if the store does not bring them in time.
         """

@@ -161,7 +161,7 @@ def test_ropes_are_the_same_whichever_transformers_wrote_them(
 
 
 def test_yarn_reaches_as_far_as_its_factor(tmp_path: Path) -> None:
-    """Model cards add it to a config.json whose max_position_embeddings stays as it was."""
+    """Model cards add it to a config.json, and leave max_position_embeddings as it was."""
     published = {**REQUIRED, "model_type": "qwen3", "max_position_embeddings": 40960}
     assert read_config(written(tmp_path, published)).context[0] == 40960
     asked = read_config(written(tmp_path, {**published, "rope_scaling": YARN}))

@@ -21,7 +21,7 @@ PICKLE_PROTOCOLS = (2, 3, 4, 5)
 
 
 def write(path: Path, length: int) -> Path:
-    """A valid file whose header has this length, with blanks at its end as safetensors writes."""
+    """A valid file. Its header has this length, with blanks at its end as safetensors writes."""
     text = json.dumps(header_of(PARTS)).encode().ljust(length)
     path.write_bytes(length.to_bytes(8, "little") + text + PARTS["a"].data)
     return path

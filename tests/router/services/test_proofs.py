@@ -192,7 +192,7 @@ async def test_others_adapters_are_verified_only_if_published(box: Box) -> None:
 
 
 def _with(**changes: Any) -> pb.Proof:
-    """A good proof whose second prompt has other fields."""
+    """A good proof, but for some fields of its second prompt."""
     proof = good_proof()
     for name, value in changes.items():
         if isinstance(value, list):

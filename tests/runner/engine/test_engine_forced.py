@@ -53,7 +53,7 @@ def random_ids(seed: int, number: int) -> tuple[int, ...]:
 
 
 def given(id_: int, adapter: str | None, prompt: int = 9, answer: int = 30) -> Submit:
-    """A sequence whose whole output is given: random ids, which no model would draw."""
+    """A sequence with its whole output given: random ids, which no model would draw."""
     return Submit(
         id_,
         random_ids(id_, prompt),

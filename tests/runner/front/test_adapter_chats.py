@@ -73,7 +73,8 @@ async def test_equal_settings_are_fetched_once(blobs: Blobs) -> None:
     chats = AdapterChats(blobs)
     first = await chats.get(f"sha256:{DIGEST}", SHA256)
     assert first.end_tokens == ("<pad>",)
-    assert await chats.get(f"sha256:{'ef' * 32}", SHA256) is first  # of which nothing is stored
+    not_stored = f"sha256:{'ef' * 32}"
+    assert await chats.get(not_stored, SHA256) is first
 
 
 async def test_a_store_that_hangs_is_given_up(
